@@ -1,0 +1,121 @@
+"""LLaVA on Llama and Vicuna."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from llava.model.llava_arch import EncodedImages, LlavaMetaForCausalLM, LlavaMetaModel
+from llava.pruning import Pruner
+
+
+class LlavaConfig(LlamaConfig):
+    """Llama's configuration with LLaVA's ``mm_*`` keys; the library has taken the name "llava" for its own class."""
+
+    model_type = "llava_llama"
+
+
+class LlavaLlamaModel(LlavaMetaModel, LlamaModel):
+    """Llama's body with tower and projector."""
+
+    config_class = LlavaConfig
+
+
+class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
+    """LLaVA-1.5 and LLaVA-NeXT with a Llama-style language model.
+
+    `forward` and `generate` take, beside the library's own arguments, ``images``, ``image_sizes``, ``pruner``,
+    ``query`` and ``sample_ids`` as described in `LlavaMetaForCausalLM.embed_prompts`.
+    """
+
+    config_class = LlavaConfig
+    # The tower is loaded apart (builder.py); old checkpoints carry rotary tables that the library computes itself.
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^model\.vision_tower\.", r"rotary_emb\.inv_freq$"]
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super(LlamaForCausalLM, self).__init__(config)  # not Llama's own: it would build a body without a tower
+        self.model = LlavaLlamaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_model(self) -> LlavaLlamaModel:
+        return self.model
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        images: Tensor | Sequence[Tensor] | EncodedImages | None = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        pruner: Pruner | None = None,
+        query: str | Sequence[str] | None = None,
+        sample_ids: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, vocabulary) over the spliced prompt, and the loss if ``labels`` (B, L) are given."""
+        if inputs_embeds is None and images is not None:
+            prompts = self.embed_prompts(
+                input_ids, attention_mask, labels, images, image_sizes, pruner, query, sample_ids
+            )
+            input_ids, inputs_embeds, labels = None, prompts.inputs_embeds, prompts.labels
+            attention_mask, position_ids = prompts.attention_mask, prompts.position_ids
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        images: Tensor | Sequence[Tensor] | EncodedImages | None = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        pruner: Pruner | None = None,
+        query: str | Sequence[str] | None = None,
+        sample_ids: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Answer prompts; rows of different length are padded on the left whatever side they came in with.
+
+        Args:
+            inputs: (B, L) token ids with IMAGE_TOKEN_INDEX once per image (also as ``input_ids=``).
+            kwargs: the library's generation arguments; ``attention_mask`` (B, L) belongs to ``inputs``.
+
+        Returns:
+            (B, new) ids of the new tokens alone, or what the library's `generate` returns under its own options.
+        """
+        inputs = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if inputs is None:
+            if "inputs_embeds" not in kwargs:
+                raise ValueError("generate needs token ids (inputs) or inputs_embeds")
+            return super().generate(**kwargs)
+        kwargs.pop("position_ids", None)  # they count placeholders, not visual tokens
+        prompts = self.embed_prompts(
+            inputs,
+            kwargs.pop("attention_mask", None),
+            images=images,
+            image_sizes=image_sizes,
+            pruner=pruner,
+            query=query,
+            sample_ids=sample_ids,
+            padding_side="left",
+        )
+        mask = prompts.attention_mask.long()
+        return super().generate(inputs_embeds=prompts.inputs_embeds, attention_mask=mask, **kwargs)
+
+
+AutoConfig.register("llava_llama", LlavaConfig)
+AutoModelForCausalLM.register(LlavaConfig, LlavaLlamaForCausalLM)

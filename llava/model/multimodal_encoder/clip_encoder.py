@@ -1,0 +1,205 @@
+"""CLIP as LLaVA's eye: patch features, and for pruning the space in which patches and questions meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+from llava.model.checkpoint import CheckpointError, find_folder, read_json, read_tensors
+
+# Pillow resizes as LLaVA's training did; the library's default is torchvision, whose bicubic differs, where installed.
+CLIPImageProcessor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+
+VISION_PREFIX = "vision_model."
+PROJECTION = "visual_projection.weight"
+
+
+class CLIPVisionTower(nn.Module):
+    """The layers of a CLIP vision model that LLaVA reads, loaded apart from the language model.
+
+    Args:
+        name: CLIP folder or hub name (``mm_vision_tower``).
+        select_layer: hidden state whose patches are the features, -2 for LLaVA; layers after it are not even built.
+        select_feature: "patch" drops the class token, "cls_patch" keeps it.
+    """
+
+    relevance_sign = -1  # patches of the second-to-last layer are less similar to what they show (methods.md 3.4, 4)
+
+    def __init__(
+        self, name: str, select_layer: int = -2, select_feature: Literal["patch", "cls_patch"] = "patch"
+    ) -> None:
+        super().__init__()
+        if select_feature not in ("patch", "cls_patch"):
+            raise ValueError(f"mm_vision_select_feature must be 'patch' or 'cls_patch', got {select_feature!r}")
+        self.name = name
+        self.select_layer = select_layer
+        self.select_feature = select_feature
+        self.folder: Path | None = None
+        self.image_processor: Any = None
+        self._joint_space: ClipJointSpace | None = None
+
+    @property
+    def is_loaded(self) -> bool:
+        return hasattr(self, "vision_tower")
+
+    def load_model(
+        self,
+        near: Path | None = None,
+        weights: dict[str, Tensor] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        attn_implementation: str | None = None,
+    ) -> None:
+        """Build the tower and fill it.
+
+        Args:
+            near: folder that a relative ``name`` is looked up from.
+            weights: tensors named ``vision_model.*`` that a LLaVA checkpoint brings; they win over the CLIP folder's.
+
+        Raises:
+            CheckpointError: the folder or one of its files is missing; names it.
+        """
+        self.folder = find_folder(self.name, near)
+        self.image_processor = CLIPImageProcessor.from_pretrained(self.folder)
+        config = CLIPVisionConfig.from_pretrained(self.folder, attn_implementation=attn_implementation)
+        depth = self.select_layer if self.select_layer >= 0 else config.num_hidden_layers + 1 + self.select_layer
+        if not 0 < depth <= config.num_hidden_layers:
+            raise ValueError(
+                f"mm_vision_select_layer {self.select_layer} is outside {config.num_hidden_layers} layers"
+            )
+        config.num_hidden_layers = depth
+        with torch.device("meta"):
+            tower = CLIPVisionModelWithProjection(config)
+        del tower.visual_projection  # part of the joint space; LLaVA's checkpoints do not have it
+        _fill(tower, weights or read_tensors(self.folder, (VISION_PREFIX,)), self.folder, dtype)
+        self.vision_tower = tower.to(device).requires_grad_(False).eval()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels (V, 3, s, s) -> patch features (V, n, c) in the tower's dtype."""
+        hidden = self.vision_tower.vision_model(pixels.to(self.device, self.dtype)).last_hidden_state
+        return hidden[:, 1:] if self.select_feature == "patch" else hidden
+
+    def image_embeds(self, features: Tensor) -> Tensor:
+        """Patches (V, n, c) -> joint space (V, n, e) float32, by CLIP's last norm and projection, patch by patch."""
+        norm = self.vision_tower.vision_model.post_layernorm
+        weight, bias = norm.weight.float(), norm.bias.float()
+        features = F.layer_norm(features.float(), norm.normalized_shape, weight, bias, norm.eps)
+        return F.linear(features, self.joint_space().visual_projection.to(features.device))
+
+    def text_embeds(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Questions -> joint space; see `ClipJointSpace.text_embeds`."""
+        return self.joint_space().text_embeds(texts)
+
+    def joint_space(self) -> ClipJointSpace:
+        """CLIP's text tower and projections, loaded when first asked for."""
+        if self._joint_space is None:
+            self._joint_space = ClipJointSpace(self.folder, self.dtype, self.device)
+        return self._joint_space
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vision_tower.vision_model.post_layernorm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.vision_tower.vision_model.post_layernorm.weight.device
+
+    @property
+    def config(self) -> CLIPVisionConfig:
+        return self.vision_tower.config
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def num_patches_per_side(self) -> int:
+        return self.config.image_size // self.config.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.num_patches_per_side**2
+
+
+class ClipJointSpace:
+    """The space in which CLIP compares pictures and texts: its text encoder and both projections.
+
+    No module of the model, so that checkpoints saved from it stay in LLaVA's format.
+
+    Raises:
+        CheckpointError: a file that it needs is missing; see `check_joint_space`.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device | str) -> None:
+        check_joint_space(folder)
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+        config = CLIPTextConfig.from_pretrained(folder)
+        self.max_length = config.max_position_embeddings
+        with torch.device("meta"):
+            model = CLIPTextModelWithProjection(config)
+        tensors = read_tensors(folder, ("text_model.", "text_projection.", PROJECTION))
+        self.visual_projection = tensors.pop(PROJECTION).float().to(device)  # (e, c)
+        _fill(model, tensors, folder, dtype)
+        self.text_model = model.to(device).requires_grad_(False).eval()
+
+    def segments(self, text: str) -> list[list[int]]:
+        """Token ids of a text, cut into pieces that fit the encoder, each with its own start and end token."""
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        room = self.max_length - 2
+        pieces = [ids[start : start + room] for start in range(0, max(len(ids), 1), room)]
+        return [[self.tokenizer.bos_token_id, *piece, self.tokenizer.eos_token_id] for piece in pieces]
+
+    @torch.inference_mode()
+    def text_embeds(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """T texts -> embeddings (T, M, e) float32 of their segments and a mask (T, M), False where a text has fewer."""
+        segments = [self.segments(text) for text in texts]
+        counts = torch.tensor([len(pieces) for pieces in segments])
+        rows = self.tokenizer.pad({"input_ids": [ids for pieces in segments for ids in pieces]}, return_tensors="pt")
+        outputs = self.text_model(**rows.to(self.text_model.device)).text_embeds.float()
+        embeds = nn.utils.rnn.pad_sequence(outputs.split(counts.tolist()), batch_first=True)
+        mask = torch.arange(embeds.shape[1]) < counts[:, None]
+        return embeds, mask.to(embeds.device)
+
+
+def check_joint_space(folder: Path) -> None:
+    """Raise CheckpointError unless ``folder`` holds CLIP's tokenizer and text weights; lists what is missing."""
+    has = {name: (folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "merges.txt")}
+    missing = []
+    if not has["tokenizer.json"] and not (has["vocab.json"] and has["merges.txt"]):
+        missing.append("tokenizer.json (or vocab.json and merges.txt)")
+    if "text_config" not in read_json(folder / "config.json"):
+        missing.append("text_config in config.json")
+    try:
+        found = read_tensors(folder, ("text_projection.", PROJECTION))
+        missing += [f"weights {name}" for name in ("text_projection.weight", PROJECTION) if name not in found]
+    except CheckpointError as error:
+        missing.append(str(error))
+    if missing:
+        raise CheckpointError(
+            f"relevance=clip needs CLIP's text tower, but {folder} lacks: {'; '.join(missing)}. "
+            f"relevance=projector needs no text tower"
+        )
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
+    """Give a module built on the meta device its tensors, cast to ``dtype``; CheckpointError if one is missing."""
+    missing = [name for name in model.state_dict() if name not in tensors]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} tensors of {type(model).__name__}, first {missing[0]}")
+    model.load_state_dict({name: tensors[name].to(dtype) for name in model.state_dict()}, assign=True)
+    for module in model.modules():
+        if hasattr(module, "position_ids"):  # not stored in checkpoints
+            module.position_ids = torch.arange(module.position_ids.shape[-1])[None]

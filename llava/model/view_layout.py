@@ -1,0 +1,127 @@
+"""Where the visual tokens of a picture stand in the prompt, and which of them show only padding.
+
+A picture gives V views of n patches each; patch p of view v has the flat number v * n + p. A layout is the sequence of
+flat numbers in the order in which the language model reads them, with `NEWLINE` where LLaVA-NeXT ends a grid row.
+Unpruned and pruned prompts are both read off this sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+NEWLINE = -1
+MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+
+
+@dataclass(frozen=True)
+class ViewLayout:
+    """Order of a picture's visual tokens, on the CPU.
+
+    Args:
+        sequence: (t,) int64 flat patch numbers, `NEWLINE` (-1) at newline tokens.
+        eligible: (V, n) bool, False at patches that show only padding.
+        grid: (columns, rows) of the tiles that follow the overview; ``None`` where the views do not form a grid.
+    """
+
+    sequence: Tensor
+    eligible: Tensor
+    grid: tuple[int, int] | None = None
+
+    @property
+    def views(self) -> int:
+        return self.eligible.shape[0]
+
+
+def flat_layout(views: int, tokens: int) -> ViewLayout:
+    """Views one after another, nothing between them."""
+    return ViewLayout(torch.arange(views * tokens), torch.ones(views, tokens, dtype=torch.bool))
+
+
+def single_crop_layout(tokens: int) -> ViewLayout:
+    """One view that is followed by a newline token, as LLaVA-NeXT treats an untiled crop."""
+    return ViewLayout(torch.tensor([*range(tokens), NEWLINE]), torch.ones(1, tokens, dtype=torch.bool))
+
+
+@lru_cache(maxsize=1024)
+def padded_square_layout(size: tuple[int, int], side: int) -> ViewLayout:
+    """One view of side x side patches that shows a picture of ``size`` (width, height) centred on a square.
+
+    A patch without a pixel of the picture is not eligible; the sequence still holds it, as LLaVA-1.5 was trained.
+    """
+    square = max(size)
+
+    def touched(length: int) -> Tensor:
+        start = (square - length) // 2
+        patch = torch.arange(side)
+        return ((patch + 1) * square > start * side) & (patch * square < (start + length) * side)
+
+    eligible = touched(size[1])[:, None] & touched(size[0])[None, :]
+    return ViewLayout(torch.arange(side * side), eligible.reshape(1, -1))
+
+
+@lru_cache(maxsize=1024)
+def tiled_layout(size: tuple[int, int], grid: tuple[int, int], side: int, merge_type: str) -> ViewLayout:
+    """The overview, then the tiles as one grid of patches read row by row ("spatial").
+
+    "spatial_unpad" leaves out the rows or columns that show only padding and ends every row with a newline token.
+
+    Args:
+        size: (width, height) of the picture.
+        grid: (columns, rows) of tiles.
+        side: patches along one side of a view.
+    """
+    columns, rows = grid
+    patches = side * side
+    tiles = torch.arange(patches, (1 + rows * columns) * patches).reshape(rows, columns, side, side)
+    plane = tiles.permute(0, 2, 1, 3).reshape(rows * side, columns * side)
+    if merge_type == "spatial_unpad":
+        top, left, height, width = unpadded_box(size, (columns * side, rows * side))
+        plane = plane[top : top + height, left : left + width]
+        plane = torch.cat([plane, plane.new_full((height, 1), NEWLINE)], dim=1)
+    sequence = torch.cat([torch.arange(patches), plane.flatten()])
+    eligible = torch.zeros((1 + rows * columns) * patches, dtype=torch.bool)
+    eligible[sequence[sequence != NEWLINE]] = True
+    return ViewLayout(sequence, eligible.reshape(-1, patches), grid)
+
+
+def unpadded_box(size: tuple[int, int], plane: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of the part of a ``plane`` (width, height) of patches that a centred picture covers.
+
+    LLaVA-NeXT's own rounding, which keeps a partly covered row or column on both sides or on neither.
+    """
+    width, height = plane
+    if size[0] / size[1] > width / height:
+        margin = (height - int(size[1] * (width / size[0]))) // 2
+        return margin, 0, height - 2 * margin, width
+    margin = (width - int(size[0] * (height / size[1]))) // 2
+    return 0, margin, height, width - 2 * margin
+
+
+def kept_sequence(layout: ViewLayout, kept: Tensor, count: int, keep_newlines: bool) -> Tensor:
+    """The part of a layout that pruning leaves.
+
+    Args:
+        kept: flat patch numbers in any order, on any device.
+        count: how many of ``kept`` are eligible; known without looking at ``kept``, so that nothing waits for a GPU.
+        keep_newlines: keep the newline of every row that still has a token (this does look at ``kept``).
+
+    Returns:
+        (count,) flat patch numbers in the layout's order, on ``kept``'s device; with newlines, more.
+    """
+    place = torch.full((layout.eligible.numel(),), layout.sequence.numel())
+    patches = layout.sequence != NEWLINE
+    place[layout.sequence[patches]] = torch.arange(layout.sequence.numel())[patches]
+    place[~layout.eligible.flatten()] = layout.sequence.numel()
+    places = place.to(kept.device)[kept].sort().values[:count]
+    if keep_newlines:
+        ends = (~patches).nonzero().flatten()
+        overview = layout.eligible.shape[1] if layout.views > 1 else 0
+        starts = torch.cat([torch.tensor([overview]), ends + 1])[:-1]
+        starts, ends = starts.to(kept.device), ends.to(kept.device)
+        has_token = torch.searchsorted(places, ends) > torch.searchsorted(places, starts)
+        places = torch.cat([places, ends[has_token]]).sort().values
+    return layout.sequence.to(kept.device)[places]

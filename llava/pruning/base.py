@@ -1,0 +1,276 @@
+"""What all pruning methods share: their inputs, their answer, budgets and the registry.
+
+A method is a frozen dataclass. Its fields are its hyper-parameters, and `Pruner.choose` is its mathematics; everything
+else (budget, checks, ascending order, gathering, padding) happens once, here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+_REGISTRY: dict[str, type[Pruner]] = {}
+
+
+@dataclass(frozen=True)
+class PruningInputs:
+    """What a host can tell a method about ``B`` views (images, tiles or frames) of ``n`` visual tokens each.
+
+    Args:
+        features: (B, n, d) visual tokens after the projector, in the language model's space.
+        encoder_features: (B, n, c) the same patches before the projector.
+        image_embeds: (B, n, e) patches in the joint image-text space.
+        text_embeds: (B or 1, M, e) the question's segments in the joint space.
+        text_mask: (B or 1, M) bool, False at padding segments; ``None`` means that all M are real.
+        query_embeds: (B or 1, l, d) the question in the language model's input space.
+        query_mask: (B or 1, l) bool, like ``text_mask``.
+        relevance: (B, n) scores the caller already has; larger is more relevant, no sign is applied to them.
+        valid: (B, n) bool, False where a token must not be chosen (padding).
+        relevance_sign: the sign under which cos(image_embeds, text_embeds) grows with relevance: -1 for CLIP towers.
+        view_ids: (B,) int64, a number per view that does not depend on the batch it comes in; seeds `random`.
+    """
+
+    features: Tensor
+    encoder_features: Tensor | None = None
+    image_embeds: Tensor | None = None
+    text_embeds: Tensor | None = None
+    text_mask: Tensor | None = None
+    query_embeds: Tensor | None = None
+    query_mask: Tensor | None = None
+    relevance: Tensor | None = None
+    valid: Tensor | None = None
+    relevance_sign: int = -1
+    view_ids: Tensor | None = None
+
+    def __post_init__(self):
+        if self.features.ndim != 3:
+            raise ValueError(f"features must be (views, tokens, width), got shape {tuple(self.features.shape)}")
+        shape = self.features.shape[:2]
+        for name in ("encoder_features", "image_embeds", "relevance", "valid"):
+            value = getattr(self, name)
+            if value is not None and value.shape[:2] != shape:
+                raise ValueError(f"{name} must start with (B, n) = {tuple(shape)}, got shape {tuple(value.shape)}")
+        for name in ("text_embeds", "text_mask", "query_embeds", "query_mask"):
+            value = getattr(self, name)
+            if value is not None and value.shape[0] not in (1, shape[0]):
+                raise ValueError(f"{name} must have 1 or {shape[0]} rows, got shape {tuple(value.shape)}")
+
+    @property
+    def views(self) -> int:
+        return self.features.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        return self.features.shape[1]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The m tokens that a method keeps in each of B views.
+
+    Args:
+        indices: (B, m) int64, distinct and ascending within a view.
+        tokens: n, how many there were.
+        eligible: (B, m) bool, False where a view had fewer than m valid tokens and an invalid one fills the place;
+            ``None`` means that all are eligible.
+        details: what the method computed on the way, (B, n) tensors by name, for viewers and reports.
+    """
+
+    indices: Tensor
+    tokens: int
+    eligible: Tensor | None = None
+    details: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def is_identity(self) -> bool:
+        return self.indices.shape[1] == self.tokens
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, n) bool, True at the kept tokens."""
+        mask = self.indices.new_zeros(self.indices.shape[0], self.tokens, dtype=torch.bool)
+        return mask.scatter_(1, self.indices, True if self.eligible is None else self.eligible)
+
+    def gather(self, features: Tensor) -> Tensor:
+        """The kept rows of ``features`` (B, n, d) -> (B, m, d), in the features' own dtype."""
+        if self.is_identity:
+            return features
+        return features.gather(1, self.indices[:, :, None].expand(-1, -1, features.shape[-1]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruner(ABC):
+    """Base of all methods: keep the ``keep_tokens`` best of a view's visual tokens.
+
+    Args:
+        keep_tokens: tokens kept per view, as a count (int >= 1) or as a share of them (float between 0 and 1).
+            A count of n or more keeps everything, bit for bit.
+        newlines: "drop" gives exactly the promised count; "keep" also keeps the newline token of every grid row that
+            still has a token (LLaVA-NeXT), on top of the count.
+        exclude_padding: patches that show only padding cannot be chosen; a view with fewer other patches than
+            ``keep_tokens`` keeps all of those.
+        scope: "view" selects within each view; "global" makes one selection over all views of a picture, with
+            ``keep_tokens`` times their number as its budget.
+    """
+
+    keep_tokens: int | float = 64
+    newlines: Literal["drop", "keep"] = "drop"
+    exclude_padding: bool = True
+    scope: Literal["view", "global"] = "view"
+
+    name: ClassVar[str]
+
+    def __post_init__(self):
+        check_budget(self.keep_tokens)
+        for option in dataclasses.fields(self):
+            allowed = typing.get_args(_option_types(type(self))[option.name])
+            value = getattr(self, option.name)
+            if allowed and all(isinstance(a, str) for a in allowed) and value not in allowed:
+                raise ValueError(f"{option.name} must be one of {', '.join(allowed)}; got {value!r}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the `PruningInputs` fields, beside ``features``, without which the method cannot work."""
+        return frozenset()
+
+    def count(self, tokens: int) -> int:
+        """How many of ``tokens`` tokens are kept: known before any computation."""
+        if isinstance(self.keep_tokens, float):
+            return max(1, int(self.keep_tokens * tokens + 0.5))
+        return min(self.keep_tokens, tokens)
+
+    def select(self, inputs: PruningInputs, keep: int | None = None) -> Selection:
+        """Choose ``keep`` (default: the method's own budget) of the n tokens of every view.
+
+        Raises:
+            ValueError: if a field that the method needs is missing from ``inputs``; the message names it.
+        """
+        missing = sorted(name for name in self.needs if getattr(inputs, name) is None)
+        if missing:
+            raise ValueError(f"pruner '{self.name}' needs {', '.join(missing)}, which this host did not give")
+        views, tokens = inputs.features.shape[:2]
+        keep = self.count(tokens) if keep is None else keep
+        if keep >= tokens:
+            everything = torch.arange(tokens, device=inputs.features.device)
+            return Selection(everything.expand(views, -1), tokens)
+        indices, details = self.choose(inputs, keep)
+        eligible = None if inputs.valid is None else inputs.valid.gather(1, indices)
+        return Selection(indices, tokens, eligible, details)
+
+    @abstractmethod
+    def choose(self, inputs: PruningInputs, keep: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The method itself: ``keep`` < n distinct, ascending indices (B, keep) int64, and what led to them.
+
+        Tokens that are not ``inputs.valid`` may only fill places that valid ones cannot.
+        """
+
+
+def check_budget(keep_tokens: Any) -> None:
+    """Raise ValueError unless ``keep_tokens`` is a count (int >= 1) or a share (float strictly between 0 and 1)."""
+    is_count = isinstance(keep_tokens, int) and not isinstance(keep_tokens, bool) and keep_tokens >= 1
+    is_share = isinstance(keep_tokens, float) and 0 < keep_tokens < 1
+    if not (is_count or is_share):
+        raise ValueError(
+            f"keep_tokens must be a count (integer from 1) or a share of the tokens (between 0 and 1, both excluded); "
+            f"got {keep_tokens!r}"
+        )
+
+
+def parse_budget(text: str) -> int | float:
+    """Read ``keep_tokens`` from a command line: "64" is a count, "0.25" a share. Raises ValueError."""
+    try:
+        budget = int(text)
+    except ValueError:
+        try:
+            budget = float(text)
+        except ValueError:
+            budget = text
+    check_budget(budget)
+    return budget
+
+
+def register(cls: type[Pruner]) -> type[Pruner]:
+    """Class decorator that makes a method known under its ``name``."""
+    if cls.name in _REGISTRY:
+        raise ValueError(f"two pruners are called '{cls.name}'")
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def list_pruners() -> list[str]:
+    """Names of all methods, in alphabetical order."""
+    return sorted(_REGISTRY)
+
+
+def pruner_class(name: str) -> type[Pruner]:
+    """The class of a method. Raises ValueError with the valid names."""
+    if name not in _REGISTRY:
+        raise ValueError(f"unknown pruner {name!r}; known pruners: {', '.join(list_pruners())}")
+    return _REGISTRY[name]
+
+
+def get_pruner(name: str, **options: Any) -> Pruner:
+    """Make a method by name: ``get_pruner("script", keep_tokens=64, tau=0.5)``.
+
+    Raises:
+        ValueError: for an unknown name, an unknown option or a value out of range; the message lists what is valid.
+    """
+    cls = pruner_class(name)
+    valid = [option.name for option in dataclasses.fields(cls)]
+    unknown = [option for option in options if option not in valid]
+    if unknown:
+        raise ValueError(f"pruner '{name}' has no option {', '.join(unknown)}; its options: {', '.join(valid)}")
+    return cls(**options)
+
+
+def parse_options(name: str, assignments: Sequence[str]) -> dict[str, Any]:
+    """Turn ``["tau=0.3", "gsp=false"]`` into typed keyword arguments of the pruner ``name``.
+
+    Raises:
+        ValueError: for text without "=", an unknown option or a value that does not fit the option's type.
+    """
+    types_of = _option_types(pruner_class(name))
+    options = {}
+    for assignment in assignments:
+        option, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"pruner options are written key=value, got {assignment!r}")
+        if option not in types_of:
+            raise ValueError(f"pruner '{name}' has no option {option}; its options: {', '.join(types_of)}")
+        options[option] = (
+            parse_budget(text) if option == "keep_tokens" else _parse_value(option, text, types_of[option])
+        )
+    return options
+
+
+def _option_types(cls: type[Pruner]) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {option.name: hints[option.name] for option in dataclasses.fields(cls)}
+
+
+def _parse_value(option: str, text: str, kind: Any) -> Any:
+    """Read ``text`` as one of the types of an option: None, bool, int, float or str."""
+    kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    if types.NoneType in kinds and text.lower() == "none":
+        return None
+    if bool in kinds:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        raise ValueError(f"{option} must be true or false, got {text!r}")
+    for number in (int, float):
+        if number in kinds:
+            try:
+                return number(text)
+            except ValueError:
+                continue
+    if any(k is str or typing.get_origin(k) is Literal for k in kinds):
+        return text
+    raise ValueError(f"{option} must be a number, got {text!r}")

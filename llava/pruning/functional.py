@@ -1,0 +1,262 @@
+"""The mathematics that pruning methods share: pure, batched over views, deterministic.
+
+Conventions. ``B`` views, ``n`` visual tokens each. Half-precision input is computed in float32, float32 and float64
+stay what they are. A row that is zero or not finite has cosine zero with everything. Ties go to the lowest index.
+``valid`` (B, n) is False where a token takes no part (padding); ``None`` means that every token does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+COLUMN_BLOCK = 512  # columns normalised at a time: a unit copy of all features would outweigh the similarity itself
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays, everything else is computed in float32."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
+def unit_column_blocks(rows: Tensor, block: int = COLUMN_BLOCK) -> Iterator[Tensor]:
+    """Yield ``rows`` (B, n, d), each row scaled to Euclidean length one, ``block`` columns at a time.
+
+    Rows without a direction (zero, subnormal, infinite or NaN) come out as zeros.
+    """
+    dtype = working_dtype(rows.dtype)
+    columns = rows.split(block, dim=-1)
+    # float64: squares of large or tiny float32 values neither overflow nor vanish.
+    square = sum(torch.linalg.vector_norm(c, dim=-1, keepdim=True, dtype=torch.float64).square() for c in columns)
+    norm = square.sqrt().to(dtype)
+    usable = (norm >= torch.finfo(dtype).tiny) & norm.isfinite()
+    norm = torch.where(usable, norm, 1.0)
+    for column in columns:
+        yield torch.where(usable, column.to(dtype) / norm, 0.0)
+
+
+def cosine_similarity(rows: Tensor, others: Tensor | None = None) -> Tensor:
+    """Cosine of every row with every other row.
+
+    Args:
+        rows: (B, n, d), any floating dtype.
+        others: (B or 1, q, d); ``None`` compares ``rows`` with itself.
+
+    Returns:
+        (B, n, q) float32 (float64 for float64 input). Compared with itself the diagonal is exactly 1, or 0 for a
+        row without a direction.
+    """
+    if others is None:
+        similarity = rows.new_zeros(*rows.shape[:2], rows.shape[1], dtype=working_dtype(rows.dtype))
+        for block in unit_column_blocks(rows):
+            similarity.baddbmm_(block, block.mT)
+        diagonal = similarity.diagonal(dim1=-2, dim2=-1)
+        diagonal.copy_(diagonal > 0.5)
+        return similarity
+    others = others.to(working_dtype(rows.dtype)).expand(rows.shape[0], -1, -1)
+    blocks = zip(unit_column_blocks(rows), unit_column_blocks(others), strict=True)
+    return sum(left @ right.mT for left, right in blocks)
+
+
+def min_max(scores: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Scale each view's scores (B, n) to [0, 1] over its valid tokens; a view without spread becomes all ones.
+
+    Invalid tokens come out as 0. The spread counts as none below 1e-12 (methods.md 3.2, step 5).
+    """
+    scores = scores.to(working_dtype(scores.dtype))
+    lowest, highest = scores, scores
+    if valid is not None:
+        lowest = scores.masked_fill(~valid, torch.inf)
+        highest = scores.masked_fill(~valid, -torch.inf)
+    lowest, highest = lowest.amin(-1, keepdim=True), highest.amax(-1, keepdim=True)
+    spread = highest - lowest
+    flat = ~(spread >= 1e-12)  # written so that NaN counts as flat
+    scaled = torch.where(flat, 1.0, (scores - lowest) / spread.masked_fill(flat, 1.0))
+    return scaled if valid is None else scaled.masked_fill(~valid, 0.0)
+
+
+def relevance_scores(
+    embeds: Tensor, query_embeds: Tensor, query_mask: Tensor | None = None, sign: float = 1.0
+) -> Tensor:
+    """Mean cosine of each visual token with the query's rows, times ``sign``; larger is more relevant.
+
+    Args:
+        embeds: (B, n, e) visual tokens in a space that they share with the query.
+        query_embeds: (B or 1, M, e) the query's text segments (CLIP) or its pooled embedding.
+        query_mask: (B or 1, M) bool, False at padding segments.
+        sign: -1 for CLIP patch tokens, whose cosine falls where the query is (methods.md 3.4, item 4).
+
+    Returns:
+        (B, n) raw scores in [-1, 1], not yet scaled: see `min_max`.
+    """
+    similarity = cosine_similarity(embeds, query_embeds)
+    if query_mask is None:
+        return sign * similarity.mean(-1)
+    weight = query_mask.to(similarity.dtype)
+    weight = weight / weight.sum(-1, keepdim=True).clamp_min(1.0)
+    return sign * (similarity * weight[:, None, :]).sum(-1)
+
+
+def redundancy_scores(
+    features: Tensor | None,
+    tau: float = 0.5,
+    gamma: float = 1.0,
+    *,
+    graph: str = "bipartite",
+    valid: Tensor | None = None,
+    similarity: Tensor | None = None,
+) -> Tensor:
+    """How much each token repeats others (Script, Eq. 1-3): ``d exp(gamma (mu - tau))``, or the mean if isolated.
+
+    Token i is joined to j when they belong to different sets of the graph and S_ij >= tau; ``d`` counts its edges,
+    ``mu`` is their mean similarity. A token without an edge scores its mean similarity to the whole opposite set.
+    For gamma >= 0 a joined token scores at least 1 and an isolated one below tau.
+
+    Args:
+        features: (B, n, d); not read when ``similarity`` is given.
+        tau, gamma: edge threshold and weight of the edges' strength.
+        graph: "bipartite" (even against odd positions, a quarter of the products) or "exhaustive" (all pairs).
+        valid: (B, n) bool; other tokens are nobody's neighbours.
+        similarity: (B, n, n) cosine similarities, when they are there already.
+
+    Returns:
+        (B, n) scores; smaller is less redundant.
+    """
+    if graph == "exhaustive":
+        block = cosine_similarity(features) if similarity is None else similarity
+        others = ~torch.eye(block.shape[-1], dtype=torch.bool, device=block.device)
+        pairs = others if valid is None else others & (valid[:, :, None] & valid[:, None, :])
+        return _degree_score(block, tau, gamma, pairs, dim=-1)
+    if graph != "bipartite":
+        raise ValueError(f"graph must be 'bipartite' or 'exhaustive', got {graph!r}")
+    if similarity is None:
+        block = cosine_similarity(features[:, 0::2], features[:, 1::2])
+    else:
+        block = similarity[:, 0::2, 1::2]
+    pairs = None if valid is None else valid[:, 0::2, None] & valid[:, None, 1::2]
+    scores = block.new_empty(block.shape[0], sum(block.shape[1:]))
+    scores[:, 0::2] = _degree_score(block, tau, gamma, pairs, dim=-1)
+    scores[:, 1::2] = _degree_score(block, tau, gamma, pairs, dim=-2)
+    return scores
+
+
+def _degree_score(block: Tensor, tau: float, gamma: float, pairs: Tensor | None, dim: int) -> Tensor:
+    """Redundancy of one side of a similarity block, summed over ``dim``; ``pairs`` marks the admissible pairs."""
+    edges = block >= tau
+    if pairs is not None:
+        edges = edges & pairs
+    degree = edges.sum(dim)
+    edge_mean = torch.where(edges, block, 0.0).sum(dim) / degree.clamp_min(1)
+    if pairs is None:
+        mean = block.sum(dim) / max(block.shape[dim], 1)
+    else:
+        mean = torch.where(pairs, block, 0.0).sum(dim) / pairs.sum(dim).clamp_min(1)
+    return torch.where(degree > 0, degree * torch.exp(gamma * (edge_mean - tau)), mean)
+
+
+def conditional_kernel(similarity: Tensor, relevance: Tensor) -> Tensor:
+    """L = diag(r) S diag(r): similarity (B, n, n) conditioned on relevance (B, n) (Script, section 4.2)."""
+    return relevance[:, :, None] * similarity * relevance[:, None, :]
+
+
+def stable_rank(scores: Tensor, descending: bool = False) -> Tensor:
+    """Rank of every entry along the last axis, 0 first; equal scores in order of index. (B, n) -> (B, n) int64."""
+    order = scores.argsort(dim=-1, descending=descending, stable=True)
+    return torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
+
+
+def lowest_ranked(rank: Tensor, k: int, member: Tensor | None = None) -> Tensor:
+    """Ascending indices (B, k) of the k smallest entries of ``rank`` (B, n), those of ``member`` before all others."""
+    if member is not None:
+        rank = rank + rank.shape[-1] * 2 * ~member
+    return rank.argsort(dim=-1, stable=True)[:, :k].sort(dim=-1).values
+
+
+def greedy_map(kernel: Tensor, k: int, epsilon: float = 1e-6, stop: float | None = None) -> Tensor:
+    """Greedy maximum a posteriori order of a determinantal point process (Script, Eq. 8-11).
+
+    Each step takes the token with the largest conditional variance, v_j = det L_{D+j} / det L_D. When none exceeds
+    ``stop`` the kernel's rank is used up and the order goes on by descending diagonal, then index.
+
+    Args:
+        kernel: (B, n, n) symmetric positive semi-definite.
+        k: length of the order, at most n.
+        epsilon: stabiliser inside the root.
+        stop: smallest variance that is still selected; ``None`` means ``epsilon``.
+
+    Returns:
+        (B, k) int64 token indices in order of selection, distinct.
+    """
+    if not 1 <= k <= kernel.shape[-1]:
+        raise ValueError(f"k must lie between 1 and n = {kernel.shape[-1]}, got {k}")
+    return greedy_map_rank(kernel, k, epsilon=epsilon, stop=stop).argsort(dim=-1)[:, :k]
+
+
+def greedy_map_rank(
+    similarity: Tensor,
+    k: int,
+    *,
+    relevance: Tensor | None = None,
+    member: Tensor | None = None,
+    candidates: Tensor | None = None,
+    epsilon: float = 1e-6,
+    stop: float | None = None,
+) -> Tensor:
+    """Place of every token in the greedy MAP order of L = diag(r) S diag(r), computed until k members are placed.
+
+    The Cholesky recursion keeps, for each token i, the vector u_i of its coefficients on the chosen tokens and its
+    remaining variance v_i; L itself is never built, and the loop ends as soon as every view has k chosen tokens
+    that belong to ``member`` or has used up its rank.
+
+    Args:
+        similarity: (B, n, n).
+        k: number of members that must be placed.
+        relevance: (B, n) r; ``None`` means ones.
+        member: (B, n) bool, the tokens that count towards k; ``None`` means all.
+        candidates: (B, n) bool, the tokens that may be chosen at all; ``None`` means all.
+        epsilon, stop: as in `greedy_map`.
+
+    Returns:
+        (B, n) int64, a permutation per view: chosen tokens by step, then the other candidates by descending
+        relevance (diagonal of L where none is given) and index, then the tokens that may not be chosen.
+    """
+    views, n, _ = similarity.shape
+    stop = epsilon if stop is None else stop
+    diagonal = similarity.diagonal(dim1=-2, dim2=-1)
+    diagonal = diagonal.clone() if relevance is None else diagonal * relevance.square()  # v_i = L_ii
+    residual, leftover = diagonal, diagonal if relevance is None else relevance
+    if candidates is not None:
+        residual, leftover = (t.masked_fill(~candidates, -torch.inf) for t in (residual, leftover))
+    rank = n + stable_rank(leftover, descending=True)
+    capacity = min(n, 2 * k + 16)
+    basis = similarity.new_empty(views, capacity, n)  # row t holds e_i of step t for every token i
+    placed = torch.zeros(views, dtype=torch.int64, device=similarity.device)
+
+    for step in range(n):
+        chosen = residual.argmax(dim=-1, keepdim=True)  # (B, 1), lowest index among equals
+        variance = residual.gather(1, chosen)
+        alive = variance > stop
+        # Eq. 11: e_i = (L_ji - <u_j, u_i>) / sqrt(v_j + epsilon)
+        row = similarity.gather(1, chosen[:, :, None].expand(-1, -1, n))
+        if relevance is not None:
+            row = row * (relevance * relevance.gather(1, chosen))[:, None, :]
+        if step == basis.shape[1]:
+            basis = torch.cat([basis, basis.new_empty(views, min(step, n - step), n)], dim=1)
+        # u_j twice makes this a matrix product, whose columns BLAS all computes alike; in a product with a single
+        # vector the last columns come out differently in the last bit, and exact duplicates must tie exactly.
+        past = basis[:, :step]
+        coefficients = past.gather(2, chosen[:, None, :].expand(-1, step, 2))
+        row = torch.baddbmm(row, coefficients.mT, past, alpha=-1)[:, 0]
+        row = torch.where(alive, row * (variance.clamp_min(stop) + epsilon).rsqrt(), 0.0)
+        basis[:, step] = row
+        residual.addcmul_(row, row, value=-1)
+        residual.scatter_(1, chosen, torch.where(alive, -torch.inf, variance))
+        rank.scatter_(1, chosen, torch.where(alive, step, rank.gather(1, chosen)))
+        counted = alive if member is None else alive & member.gather(1, chosen)
+        placed += counted.squeeze(1)
+        if step + 1 >= k and bool(((placed >= k) | ~alive.squeeze(1)).all()):  # the data decide the length of the loop
+            break
+    return rank.argsort(dim=-1).argsort(dim=-1)

@@ -1,0 +1,43 @@
+"""Shared fixtures: no test talks to the network, tiny checkpoints are loaded once."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from functools import cache
+
+import pytest
+import torch
+
+from llava.mm_utils import process_images
+from llava.model.builder import load_pretrained_model
+from records import GOLDEN, load_picture
+
+
+@cache
+def load_checkpoint(name):
+    tokenizer, model, processor, context = load_pretrained_model(str(GOLDEN / "checkpoints" / name), device="cpu")
+    return tokenizer, model, processor, context
+
+
+@pytest.fixture(scope="session")
+def load():
+    """Load a golden checkpoint by name, once per session: (tokenizer, model, image processor, context length)."""
+    return load_checkpoint
+
+
+@pytest.fixture(scope="session")
+def pixels_of():
+    """Preprocess golden pictures for a checkpoint: (pixels, image sizes)."""
+
+    def pixels_of(checkpoint, *names):
+        _, model, processor, _ = load_checkpoint(checkpoint)
+        pictures = [load_picture(name) for name in names]
+        return process_images(pictures, processor, model.config), [picture.size for picture in pictures]
+
+    return pixels_of
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)

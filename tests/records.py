@@ -1,0 +1,67 @@
+"""Reading and comparing recorded values; the storage format is described in golden/README.md."""
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+GOLDEN = Path(__file__).parent / "golden"
+PICTURES = ("square336", "land640x480", "tall300x900", "wide1000x400", "odd501x333", "small97x61")
+FEATURES = {"default": 1e-4, "rowdot": 5e-4}
+LOGITS = {"default": 5e-4, "rowdot": 5e-4}
+PIXELS = {"default": 1e-6, "rowmean": 1e-6}
+
+
+def load_picture(name):
+    """A golden picture by name."""
+    return Image.open(GOLDEN / "images" / f"{name}.png")
+
+
+class Records:
+    """The cases of one topic: entries by name, and their tensors."""
+
+    def __init__(self, topic):
+        self.entries = json.loads((GOLDEN / f"{topic}.json").read_text())
+        self.tensors = load_file(GOLDEN / f"{topic}.safetensors")
+
+    def cases(self):
+        return [name for name in self.entries if not name.startswith("_")]
+
+    def parts(self, case, name):
+        prefix = f"{case}.{name}"
+        exact = {"all": self.tensors[prefix]} if prefix in self.tensors else {}
+        return exact | {k[len(prefix) + 1 :]: v for k, v in self.tensors.items() if k.startswith(prefix + ".")}
+
+    def check(self, case, name, value, tolerance):
+        """Assert that a tensor equals the recorded one, in every way in which it was recorded."""
+        value = value.detach().float().cpu()
+        entry = self.entries[case].get(name)
+        if isinstance(entry, dict) and "shape" in entry:
+            assert list(value.shape) == entry["shape"], f"{case}.{name}: shape {tuple(value.shape)}"
+        parts = self.parts(case, name)
+        assert parts, f"{case}.{name} is not recorded"
+        for part, want in parts.items():
+            got = _part(value, part, len(want))
+            limit = tolerance.get(part, tolerance["default"])
+            worst = (got.reshape(want.shape).double() - want.double()).abs().max().item()
+            assert worst <= limit, f"{case}.{name}.{part}: off by {worst:.2e}, allowed {limit:.0e}"
+
+
+def _part(value, part, length):
+    flat = value.flatten()
+    match part:
+        case "all":
+            return value
+        case "head":
+            return flat[:length]
+        case "tail":
+            return flat[-length:]
+        case "sub":
+            return flat[(torch.arange(length) * (flat.numel() - 1)) // (length - 1)]
+        case "rowdot":
+            return value.double() @ torch.cos(torch.arange(1, value.shape[-1] + 1, dtype=torch.float64))
+        case "rowmean":
+            return value.double().mean(-1)
+    raise AssertionError(f"unknown part {part}")
