@@ -168,7 +168,7 @@ def test_budget_text():
 def test_unknown_names_list_the_valid_ones():
     with pytest.raises(ValueError, match=f"known pruners: {', '.join(list_pruners())}"):
         get_pruner("scirpt")
-    with pytest.raises(ValueError, match="no option tua; its options: keep_tokens, .*tau"):
+    with pytest.raises(ValueError, match=r"no option tua; its options: keep_tokens, .*tau"):
         get_pruner("script", tua=0.3)
 
 

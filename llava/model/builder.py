@@ -86,12 +86,11 @@ def load_pretrained_model(
     _add_image_tokens(tokenizer, model)
 
     tower = model.get_vision_tower()
-    inside = {name.removeprefix(TOWER_PREFIX): t for name, t in read_tensors(folder, (TOWER_PREFIX,)).items()}
+    inside = {name.removeprefix(TOWER_PREFIX): t for name, t in read_tensors(base_folder, (TOWER_PREFIX,)).items()}
     placement = next((p.device for p in model.get_model().mm_projector.parameters()), model.device)
     tower.load_model(near=folder, weights=inside, dtype=dtype, device=placement)
     _greedy_by_default(model)
     model.tokenizer = tokenizer
-    model.checkpoint_folder = folder
     model.model_name = model_name or get_model_name_from_path(str(model_path))
     model.eval()
     return tokenizer, model, tower.image_processor, getattr(config, "max_sequence_length", 2048)

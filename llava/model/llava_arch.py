@@ -11,7 +11,6 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,7 +110,7 @@ class LlavaMetaForCausalLM(ABC):
     """What LLaVA adds to a causal language model, whatever its family."""
 
     tokenizer: Any = None  # set by load_pretrained_model; reads questions out of prompts
-    checkpoint_folder: Path | None = None
+    model_name: str = ""  # likewise; chooses the conversation template
 
     @abstractmethod
     def get_model(self) -> LlavaMetaModel: ...
@@ -194,6 +193,7 @@ class LlavaMetaForCausalLM(ABC):
         query: str | Sequence[str] | None = None,
         sample_ids: Sequence[int] | None = None,
         padding_side: str | None = None,
+        truncate: bool = True,
     ) -> EmbeddedPrompts:
         """Put the visual tokens where the prompts have image placeholders.
 
@@ -208,6 +208,8 @@ class LlavaMetaForCausalLM(ABC):
             query: the question, one for all rows or one per row; ``None`` reads the last question out of each prompt.
             sample_ids: a number per row that seeds random methods, so that results do not depend on the batch.
             padding_side: of the batch; ``None`` takes the checkpoint's ``tokenizer_padding_side``, else "right".
+            truncate: cut prompts at the checkpoint's ``tokenizer_model_max_length`` with a warning, as official LLaVA
+                does without one; False refuses them.
 
         Raises:
             ValueError: images and placeholders do not match, or a prompt is longer than the model's context.
@@ -240,7 +242,7 @@ class LlavaMetaForCausalLM(ABC):
             _splice(row, text, label, [features[picture] for picture in pictures])
             for row, text, label, pictures in zip(rows, texts, row_labels, of_row, strict=True)
         ]
-        return self._pad(spliced, labels is not None, kept, padding_side)
+        return self._pad(spliced, labels is not None, kept, padding_side, truncate)
 
     def _gather(self, encoded: EncodedImages, kept: list[KeptTokens]) -> list[Tensor]:
         """Visual tokens (t, d) of every picture in reading order, newline embeddings in place."""
@@ -274,19 +276,21 @@ class LlavaMetaForCausalLM(ABC):
         with_labels: bool,
         kept: list[KeptTokens],
         padding_side: str | None,
+        truncate: bool,
     ) -> EmbeddedPrompts:
         limit = getattr(self.config, "tokenizer_model_max_length", None)
+        context = limit or self.config.max_position_embeddings
         longest = max(len(row) for row, _ in rows)
-        if limit is not None and longest > limit:
+        if limit is not None and longest > limit and truncate:
             logger.warning(
                 "a prompt of %d tokens is cut to the checkpoint's limit of %d: its end is lost", longest, limit
             )
             rows = [(row[:limit], None if labels is None else labels[:limit]) for row, labels in rows]
             longest = limit
-        elif longest > self.config.max_position_embeddings:
+        elif longest > context:
             raise ValueError(
                 f"a prompt of {longest} tokens (visual ones included) is longer than the model's context of "
-                f"{self.config.max_position_embeddings}; use fewer images, or keep fewer tokens of each"
+                f"{context}; use fewer images, or keep fewer tokens of each"
             )
         left = (padding_side or getattr(self.config, "tokenizer_padding_side", "right")) == "left"
         first = rows[0][0]

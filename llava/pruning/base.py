@@ -81,7 +81,7 @@ class Selection:
         tokens: n, how many there were.
         eligible: (B, m) bool, False where a view had fewer than m valid tokens and an invalid one fills the place;
             ``None`` means that all are eligible.
-        details: what the method computed on the way, (B, n) tensors by name, for viewers and reports.
+        details: what the method computed on the way, tensors (B, ...) by name, for viewers and reports.
     """
 
     indices: Tensor

@@ -123,6 +123,22 @@ def redundancy_scores(
     Returns:
         (B, n) scores; smaller is less redundant.
     """
+    return redundancy_graph(features, tau, gamma, graph=graph, valid=valid, similarity=similarity)[0]
+
+
+def redundancy_graph(
+    features: Tensor | None,
+    tau: float = 0.5,
+    gamma: float = 1.0,
+    *,
+    graph: str = "bipartite",
+    valid: Tensor | None = None,
+    similarity: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`redundancy_scores` (B, n), and the share of possible pairs that are joined (B,).
+
+    Where nearly all or nearly none of the pairs are, the degree says little and tau should move (methods.md 3.4, 3).
+    """
     if graph == "exhaustive":
         block = cosine_similarity(features) if similarity is None else similarity
         others = ~torch.eye(block.shape[-1], dtype=torch.bool, device=block.device)
@@ -136,23 +152,26 @@ def redundancy_scores(
         block = similarity[:, 0::2, 1::2]
     pairs = None if valid is None else valid[:, 0::2, None] & valid[:, None, 1::2]
     scores = block.new_empty(block.shape[0], sum(block.shape[1:]))
-    scores[:, 0::2] = _degree_score(block, tau, gamma, pairs, dim=-1)
-    scores[:, 1::2] = _degree_score(block, tau, gamma, pairs, dim=-2)
-    return scores
+    scores[:, 0::2], joined = _degree_score(block, tau, gamma, pairs, dim=-1)
+    scores[:, 1::2], _ = _degree_score(block, tau, gamma, pairs, dim=-2)
+    return scores, joined
 
 
-def _degree_score(block: Tensor, tau: float, gamma: float, pairs: Tensor | None, dim: int) -> Tensor:
-    """Redundancy of one side of a similarity block, summed over ``dim``; ``pairs`` marks the admissible pairs."""
+def _degree_score(block: Tensor, tau: float, gamma: float, pairs: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
+    """Redundancy of one side of a similarity block, summed over ``dim``, and the share of ``pairs`` with an edge."""
     edges = block >= tau
     if pairs is not None:
         edges = edges & pairs
     degree = edges.sum(dim)
     edge_mean = torch.where(edges, block, 0.0).sum(dim) / degree.clamp_min(1)
     if pairs is None:
-        mean = block.sum(dim) / max(block.shape[dim], 1)
+        possible = torch.full_like(degree, block.shape[dim])
+        mean = block.sum(dim) / possible.clamp_min(1)
     else:
-        mean = torch.where(pairs, block, 0.0).sum(dim) / pairs.sum(dim).clamp_min(1)
-    return torch.where(degree > 0, degree * torch.exp(gamma * (edge_mean - tau)), mean)
+        possible = pairs.sum(dim).expand_as(degree)
+        mean = torch.where(pairs, block, 0.0).sum(dim) / possible.clamp_min(1)
+    scores = torch.where(degree > 0, degree * torch.exp(gamma * (edge_mean - tau)), mean)
+    return scores, degree.sum(-1) / possible.sum(-1).clamp_min(1)
 
 
 def conditional_kernel(similarity: Tensor, relevance: Tensor) -> Tensor:
@@ -250,9 +269,9 @@ def greedy_map_rank(
         past = basis[:, :step]
         coefficients = past.gather(2, chosen[:, None, :].expand(-1, step, 2))
         row = torch.baddbmm(row, coefficients.mT, past, alpha=-1)[:, 0]
-        row = torch.where(alive, row * (variance.clamp_min(stop) + epsilon).rsqrt(), 0.0)
+        row = torch.where(alive, row / (variance.clamp_min(stop) + epsilon).sqrt(), 0.0)
         basis[:, step] = row
-        residual.addcmul_(row, row, value=-1)
+        residual -= row.square()
         residual.scatter_(1, chosen, torch.where(alive, -torch.inf, variance))
         rank.scatter_(1, chosen, torch.where(alive, step, rank.gather(1, chosen)))
         counted = alive if member is None else alive & member.gather(1, chosen)

@@ -15,7 +15,7 @@ from llava.pruning.functional import (
     greedy_map_rank,
     lowest_ranked,
     min_max,
-    redundancy_scores,
+    redundancy_graph,
     relevance_scores,
     stable_rank,
 )
@@ -100,11 +100,11 @@ class Script(Pruner):
         similarity = cosine_similarity(inputs.features) if self.dpp else None
         kept_by_gsp = redundancy = relevance = None
         if self.gsp:
-            redundancy = redundancy_scores(
+            redundancy, density = redundancy_graph(
                 inputs.features, self.tau, self.gamma, graph=self.graph, valid=inputs.valid, similarity=similarity
             )
             kept_by_gsp = self.least_redundant(redundancy, keep, inputs.valid)
-            details |= {"redundancy": redundancy, "kept_by_gsp": kept_by_gsp}
+            details |= {"redundancy": redundancy, "edge_density": density, "kept_by_gsp": kept_by_gsp}
         if self.relevance != "none":
             relevance = min_max(self.raw_relevance(inputs), inputs.valid)
             details["relevance"] = relevance

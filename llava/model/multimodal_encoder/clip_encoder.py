@@ -164,7 +164,7 @@ class ClipJointSpace:
 
     @torch.inference_mode()
     def text_embeds(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """T texts -> embeddings (T, M, e) float32 of their segments and a mask (T, M), False where a text has fewer."""
+        """T texts -> embeddings (T, M, e) float32 of their segments and mask (T, M), False where a text has fewer."""
         segments = [self.segments(text) for text in texts]
         counts = torch.tensor([len(pieces) for pieces in segments])
         rows = self.tokenizer.pad({"input_ids": [ids for pieces in segments for ids in pieces]}, return_tensors="pt")

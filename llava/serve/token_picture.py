@@ -1,0 +1,63 @@
+"""A picture of what was kept: every view as the model saw it, dropped patches dimmed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from llava.model.token_selection import KeptTokens
+
+DIMMED = 0.22  # share of the original brightness that a dropped patch keeps
+GAP = 8  # pixels between views and between pictures
+
+
+def draw_kept_tokens(pixels: Sequence[Tensor], kept: Sequence[KeptTokens], image_processor: Any) -> Image.Image:
+    """Draw all pictures of a prompt below each other; tiles stand where they were cut, beside the overview.
+
+    Args:
+        pixels: per picture (V, 3, s, s) or (3, s, s), as the model got them.
+        kept: per picture, from `EmbeddedPrompts.kept`.
+        image_processor: its mean and standard deviation turn pixels back into colours.
+    """
+    pictures = []
+    for views, tokens in zip(pixels, kept, strict=True):
+        views = views if views.ndim == 4 else views[None]
+        drawn = [draw_view(view, mask, image_processor) for view, mask in zip(views, tokens.mask(), strict=True)]
+        pictures.append(_join([drawn[0], *_tiles(drawn[1:], tokens.layout.grid)], axis=1))
+    return Image.fromarray(_join(pictures, axis=0))
+
+
+def draw_view(pixels: Tensor, mask: Tensor, image_processor: Any) -> np.ndarray:
+    """One view (3, s, s) with the patches outside ``mask`` (n,) dimmed: (s, s, 3) uint8."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (image_processor.image_mean, image_processor.image_std))
+    colours = (pixels.float().cpu() * std + mean).clamp(0, 1)
+    side = int(mask.numel() ** 0.5)
+    lit = mask.reshape(1, 1, side, side).float()
+    lit = torch.nn.functional.interpolate(lit, size=pixels.shape[-2:], mode="nearest")[0]
+    return (colours * (DIMMED + (1 - DIMMED) * lit) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def _tiles(views: list[np.ndarray], grid: tuple[int, int] | None) -> list[np.ndarray]:
+    if not views or grid is None:
+        return views
+    columns, rows = grid
+    lines = [np.concatenate(views[row * columns : (row + 1) * columns], axis=1) for row in range(rows)]
+    return [np.concatenate(lines, axis=0)]
+
+
+def _join(parts: list[np.ndarray], axis: int) -> np.ndarray:
+    """Put arrays side by side (axis 1) or below each other (axis 0) on white, with a gap between them."""
+    across = 1 - axis
+    extent = max(part.shape[across] for part in parts)
+    padded = []
+    for i, part in enumerate(parts):
+        border = [(0, 0), (0, 0), (0, 0)]
+        border[across] = (0, extent - part.shape[across])
+        border[axis] = (GAP if i else 0, 0)
+        padded.append(np.pad(part, border, constant_values=255))
+    return np.concatenate(padded, axis=axis)
