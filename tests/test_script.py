@@ -111,8 +111,7 @@ def test_every_kept_token_lies_in_the_graph_filter():
 
 def test_constant_relevance_gives_the_diversity_order():
     inputs = inputs_of()
-    flat = PruningInputs(inputs.features, inputs.encoder_features, inputs.image_embeds, inputs.text_embeds,
-                         relevance=torch.full((2, 60), 0.3))  # fmt: skip
+    flat = PruningInputs(inputs.features, relevance=torch.full((2, 60), 0.3))
     assert torch.equal(select(flat).indices, select(inputs, relevance="none").indices)
 
 
@@ -133,7 +132,7 @@ def test_scaling_rows_changes_nothing():
 def test_callers_relevance_wins_and_gets_no_sign():
     inputs = inputs_of()
     scores = torch.rand(2, 60)
-    given = PruningInputs(inputs.features, None, inputs.image_embeds, inputs.text_embeds, relevance=scores)
+    given = PruningInputs(inputs.features, relevance=scores)
     kept = select(given, gsp=False, dpp=False)
     assert torch.equal(kept.indices, scores.argsort(descending=True)[:, :12].sort().values)
 
@@ -148,7 +147,7 @@ def test_sign_comes_from_the_host_unless_given():
 
 def test_restrict_lets_discarded_tokens_stop_repelling():
     """A token that the filter discards still repels its neighbours, unless the DPP runs on the kept ones alone."""
-    inputs = inputs_of(3, views=1, tokens=80, width=10)
+    inputs = inputs_of(3, views=1, tokens=80, width=16)
     restricted, default = select(inputs, restrict=True), select(inputs)
     kept_by_gsp = default.details["kept_by_gsp"]
     assert kept_by_gsp.gather(1, restricted.indices).all()

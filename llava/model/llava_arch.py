@@ -2,7 +2,7 @@
 
     pixels -> vision tower -> projector -> (Script: keep the tokens that matter) -> spliced between the text embeddings
 
-The lines marked ``# Script:`` are all that pruning adds to LLaVA's own path.
+``grep -rn "# Script:" llava/model`` shows every place where pruning touches LLaVA's own path.
 """
 
 from __future__ import annotations
@@ -231,10 +231,11 @@ class LlavaMetaForCausalLM(ABC):
                 images = self.encode_pictures(_pick(images, used) if unused else images, sizes)
             elif len(used) < len(images):
                 raise ValueError(f"{len(images)} encoded images were given, but the prompts use {len(used)}")
+            # Script: choose the visual tokens that go on, by the question of the row that a picture stands in
             queries = self._queries(rows, query)
             owners = [row for row, pictures in enumerate(of_row) for _ in pictures]
             ids = None if sample_ids is None else [sample_ids[row] for row in owners]
-            kept = select_tokens(self, pruner, images, [queries[row] for row in owners], ids)  # Script: hook
+            kept = select_tokens(self, pruner, images, [queries[row] for row in owners], ids)
             features = self._gather(images, kept)
         embed = self.get_input_embeddings()
         texts = embed(torch.cat(rows).clamp_min(0).to(embed.weight.device)).split([len(row) for row in rows])

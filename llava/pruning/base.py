@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+RELEVANCE_SOURCES = {"image_embeds", "text_embeds", "query_embeds"}  # not needed when the caller brings relevance
+
 _REGISTRY: dict[str, type[Pruner]] = {}
 
 
@@ -153,7 +155,8 @@ class Pruner(ABC):
         Raises:
             ValueError: if a field that the method needs is missing from ``inputs``; the message names it.
         """
-        missing = sorted(name for name in self.needs if getattr(inputs, name) is None)
+        needed = self.needs if inputs.relevance is None else self.needs - RELEVANCE_SOURCES
+        missing = sorted(name for name in needed if getattr(inputs, name) is None)
         if missing:
             raise ValueError(f"pruner '{self.name}' needs {', '.join(missing)}, which this host did not give")
         views, tokens = inputs.features.shape[:2]

@@ -1,18 +1,17 @@
 """The mathematics that pruning methods share: pure, batched over views, deterministic.
 
 Conventions. ``B`` views, ``n`` visual tokens each. Half-precision input is computed in float32, float32 and float64
-stay what they are. A row that is zero or not finite has cosine zero with everything. Ties go to the lowest index.
+stay what they are. A row that is zero or not finite, or whose squared norm leaves the range of its dtype (norms below
+1e-19 or above 1e19 in float32), has no direction: its cosine with everything is zero. Ties go to the lowest index.
 ``valid`` (B, n) is False where a token takes no part (padding); ``None`` means that every token does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-COLUMN_BLOCK = 512  # columns normalised at a time: a unit copy of all features would outweigh the similarity itself
+COLUMN_BLOCK = 512  # columns of half-precision features that are widened at a time
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -20,24 +19,10 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def unit_column_blocks(rows: Tensor, block: int = COLUMN_BLOCK) -> Iterator[Tensor]:
-    """Yield ``rows`` (B, n, d), each row scaled to Euclidean length one, ``block`` columns at a time.
-
-    Rows without a direction (zero, subnormal, infinite or NaN) come out as zeros.
-    """
-    dtype = working_dtype(rows.dtype)
-    columns = rows.split(block, dim=-1)
-    # float64: squares of large or tiny float32 values neither overflow nor vanish.
-    square = sum(torch.linalg.vector_norm(c, dim=-1, keepdim=True, dtype=torch.float64).square() for c in columns)
-    norm = square.sqrt().to(dtype)
-    usable = (norm >= torch.finfo(dtype).tiny) & norm.isfinite()
-    norm = torch.where(usable, norm, 1.0)
-    for column in columns:
-        yield torch.where(usable, column.to(dtype) / norm, 0.0)
-
-
 def cosine_similarity(rows: Tensor, others: Tensor | None = None) -> Tensor:
     """Cosine of every row with every other row.
+
+    The product is scaled, not the rows: a unit copy of all features would outweigh the similarity itself.
 
     Args:
         rows: (B, n, d), any floating dtype.
@@ -48,15 +33,35 @@ def cosine_similarity(rows: Tensor, others: Tensor | None = None) -> Tensor:
         row without a direction.
     """
     if others is None:
-        similarity = rows.new_zeros(*rows.shape[:2], rows.shape[1], dtype=working_dtype(rows.dtype))
-        for block in unit_column_blocks(rows):
-            similarity.baddbmm_(block, block.mT)
-        diagonal = similarity.diagonal(dim1=-2, dim2=-1)
-        diagonal.copy_(diagonal > 0.5)
-        return similarity
-    others = others.to(working_dtype(rows.dtype)).expand(rows.shape[0], -1, -1)
-    blocks = zip(unit_column_blocks(rows), unit_column_blocks(others), strict=True)
-    return sum(left @ right.mT for left, right in blocks)
+        similarity = inner_products(rows, rows)
+        scale = _inverse_norm(similarity.diagonal(dim1=-2, dim2=-1))
+        similarity.mul_(scale[:, :, None]).mul_(scale[:, None, :])
+        similarity.diagonal(dim1=-2, dim2=-1).copy_(scale > 0)
+    else:
+        others = others.expand(rows.shape[0], -1, -1)
+        similarity = inner_products(rows, others)
+        for side, view in ((rows, similarity), (others, similarity.mT)):
+            norm = torch.linalg.vector_norm(side, dim=-1, dtype=similarity.dtype)
+            view.mul_(_inverse_norm(norm.square())[:, :, None])
+    return similarity.nan_to_num_(nan=0.0)  # infinity times zero, at rows without a direction
+
+
+def inner_products(rows: Tensor, others: Tensor) -> Tensor:
+    """(B, n, d) and (B, q, d) -> (B, n, q); half precision is multiplied and summed in float32, block by block."""
+    dtype = working_dtype(rows.dtype)
+    if rows.dtype == others.dtype == dtype:
+        return rows @ others.mT
+    product = rows.new_zeros(rows.shape[0], rows.shape[1], others.shape[1], dtype=dtype)
+    for left, right in zip(rows.split(COLUMN_BLOCK, -1), others.split(COLUMN_BLOCK, -1), strict=True):
+        product.baddbmm_(left.to(dtype), right.to(dtype).mT)
+    return product
+
+
+def _inverse_norm(square: Tensor) -> Tensor:
+    """1 / norm from squared norms; 0 for rows without a direction."""
+    limits = torch.finfo(square.dtype)
+    directed = (square >= limits.tiny) & (square <= limits.max)
+    return torch.where(directed, square, 1.0).rsqrt() * directed
 
 
 def min_max(scores: Tensor, valid: Tensor | None = None) -> Tensor:

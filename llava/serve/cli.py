@@ -43,7 +43,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--conv-mode", choices=sorted(conv_templates), help="template; default: by the model's name")
     parser.add_argument("--image-grid", metavar="WxH", help="cut every picture for this resolution, such as 672x672")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--device-map", help="spread the language model over GPUs: auto, balanced, ...")
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
     parser.add_argument("--attn-implementation", help="sdpa, eager, flash_attention_2, ...")
     parser.add_argument("--load-4bit", action="store_true")
@@ -92,6 +93,7 @@ class Session:
             options.model_base,
             load_8bit=options.load_8bit,
             load_4bit=options.load_4bit,
+            device_map=options.device_map,
             device=options.device,
             dtype=options.dtype,
             attn_implementation=options.attn_implementation,

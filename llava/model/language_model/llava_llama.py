@@ -63,7 +63,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, vocabulary) over the spliced prompt, and the loss if ``labels`` (B, L) are given."""
         if inputs_embeds is None and images is not None:
-            prompts = self.embed_prompts(
+            prompts = self.embed_prompts(  # Script: pruner and query come in here
                 input_ids, attention_mask, labels, images, image_sizes, pruner, query, sample_ids
             )
             input_ids, inputs_embeds, labels = None, prompts.inputs_embeds, prompts.labels
@@ -103,7 +103,7 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
                 raise ValueError("generate needs token ids (inputs) or inputs_embeds")
             return super().generate(**kwargs)
         kwargs.pop("position_ids", None)  # they count placeholders, not visual tokens
-        prompts = self.embed_prompts(
+        prompts = self.embed_prompts(  # Script: and here; the library then sees an ordinary, shorter prompt
             inputs,
             kwargs.pop("attention_mask", None),
             images=images,

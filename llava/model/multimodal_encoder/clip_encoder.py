@@ -92,6 +92,7 @@ class CLIPVisionTower(nn.Module):
         hidden = self.vision_tower.vision_model(pixels.to(self.device, self.dtype)).last_hidden_state
         return hidden[:, 1:] if self.select_feature == "patch" else hidden
 
+    # Script: the joint space in which patches and question meet, for methods that ask for it
     def image_embeds(self, features: Tensor) -> Tensor:
         """Patches (V, n, c) -> joint space (V, n, e) float32, by CLIP's last norm and projection, patch by patch."""
         norm = self.vision_tower.vision_model.post_layernorm
