@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 
+from llava.model import builder
 from llava.model.builder import load_pretrained_model
 from llava.model.checkpoint import CheckpointError, find_folder
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
@@ -145,6 +146,12 @@ def test_missing_tower_lists_where_it_was_sought(copy):
 def test_nothing_there():
     with pytest.raises(CheckpointError, match=r"no checkpoint at /nowhere/llava-v1\.5-7b"):
         find_folder("/nowhere/llava-v1.5-7b")
+
+
+def test_missing_toy_says_how_to_rebuild_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(builder, "TOY_FOLDER", tmp_path)
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*`python scripts/toy/train\.py` rebuilds the toy"):
+        load_cpu(tmp_path / "llava-toy-v1.5")
 
 
 @pytest.mark.parametrize("values", [{"model_type": "llava_mpt"}, {"model_type": "llama"}])

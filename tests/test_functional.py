@@ -1,4 +1,4 @@
-"""The shared mathematics against recorded values, slow references and its own laws (methods.md 13 and 15)."""
+"""The shared mathematics against recorded values, slow references and its own laws."""
 
 import itertools
 import json

@@ -141,6 +141,21 @@ def test_another_question_selects_other_tokens_from_cached_features(load, pixels
     assert not torch.equal(*masks)
 
 
+@pytest.mark.parametrize("checkpoint", [V15, V16])
+def test_pictures_picked_from_many_are_themselves(load, pixels_of, checkpoint):
+    tokenizer, model, _, _ = load(checkpoint)
+    pixels, sizes = pixels_of(checkpoint, "land640x480", "square336", "tall300x900")
+    encoded = model.encode_pictures(pixels, sizes)
+    encoded.image_embeds(model.get_vision_tower())
+    ids, mask = ids_of(tokenizer, *(prompt_of(question) for question in QUESTIONS))
+    pruner = get_pruner("script", keep_tokens=12)
+    together = answer(model, ids, mask, images=encoded.pick([2, 0, 2]), pruner=pruner)
+    for row, picture in enumerate([2, 0, 2]):
+        alone = encoded.pick([picture])
+        own, _ = ids_of(tokenizer, prompt_of(QUESTIONS[row]))
+        assert answer(model, own, images=alone, pruner=pruner)[0] == together[row]
+
+
 def test_query_overrides_the_prompt(load, pixels_of):
     tokenizer, model, _, _ = load(V15)
     pixels, sizes = pixels_of(V15, "land640x480")

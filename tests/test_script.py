@@ -1,4 +1,4 @@
-"""The method of the paper: recorded reference values, ablations, options and limits (methods.md 3 and 15)."""
+"""The method of the paper: recorded reference values, ablations, options and limits."""
 
 import json
 

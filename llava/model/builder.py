@@ -19,6 +19,8 @@ from llava.pruning import Pruner
 MODEL_TYPES = ("llava", "llava_llama")  # "llava" is what checkpoints of 2023 are called
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 PROJECTOR_FILE = "mm_projector.bin"
+TOY_FOLDER = Path(__file__).resolve().parents[2] / "playground" / "toy"
+DEFAULT_CHECKPOINT = str(TOY_FOLDER / "llava-toy-v1.5")  # small and trained: answers on a laptop in seconds
 
 
 def load_pretrained_model(
@@ -55,10 +57,17 @@ def load_pretrained_model(
         ValueError: a checkpoint of another model family, or options that contradict each other.
         ImportError: bitsandbytes is needed and not installed; says how to install it.
     """
-    folder = find_folder(model_path)
-    base_folder = folder if model_base is None else find_folder(model_base)
-    config = read_config(folder)
-    check_files(folder, base_folder, config, pruner)
+    try:
+        folder = find_folder(model_path)
+        base_folder = folder if model_base is None else find_folder(model_base)
+        config = read_config(folder)
+        check_files(folder, base_folder, config, pruner)
+    except CheckpointError as error:
+        if TOY_FOLDER in Path(model_path).resolve().parents:
+            raise CheckpointError(
+                f"{error}. `python scripts/toy/train.py` rebuilds the toy in {TOY_FOLDER}"
+            ) from error
+        raise
     quantization = _quantization(load_8bit, load_4bit)
     device = pick_device(device)
     dtype = _pick_dtype(dtype, device, config)

@@ -62,6 +62,22 @@ class EncodedImages:
     def __len__(self) -> int:
         return len(self.layouts)
 
+    def pick(self, pictures: Sequence[int]) -> EncodedImages:
+        """Some of the pictures, in the given order; a picture asked about twice may be named twice."""
+        first_views = [0]
+        for layout in self.layouts:
+            first_views.append(first_views[-1] + layout.views)
+        views = [view for picture in pictures for view in range(first_views[picture], first_views[picture + 1])]
+        picked = EncodedImages(
+            self.features[views],
+            self.encoder_features[views],
+            [self.layouts[picture] for picture in pictures],
+            [self.layouts_with_padding[picture] for picture in pictures],
+        )
+        if self._image_embeds is not None:
+            picked._image_embeds = self._image_embeds[views]
+        return picked
+
     def image_embeds(self, tower: CLIPVisionTower) -> Tensor:
         """(V, n, e) patches in the joint image-text space, computed at the first call."""
         if self._image_embeds is None:

@@ -67,7 +67,7 @@ def _inverse_norm(square: Tensor) -> Tensor:
 def min_max(scores: Tensor, valid: Tensor | None = None) -> Tensor:
     """Scale each view's scores (B, n) to [0, 1] over its valid tokens; a view without spread becomes all ones.
 
-    Invalid tokens come out as 0. The spread counts as none below 1e-12 (methods.md 3.2, step 5).
+    Invalid tokens come out as 0. The spread counts as none below 1e-12.
     """
     scores = scores.to(working_dtype(scores.dtype))
     lowest, highest = scores, scores
@@ -90,7 +90,7 @@ def relevance_scores(
         embeds: (B, n, e) visual tokens in a space that they share with the query.
         query_embeds: (B or 1, M, e) the query's text segments (CLIP) or its pooled embedding.
         query_mask: (B or 1, M) bool, False at padding segments.
-        sign: -1 for CLIP patch tokens, whose cosine falls where the query is (methods.md 3.4, item 4).
+        sign: -1 for CLIP patch tokens, whose cosine falls where the query is (see script.py).
 
     Returns:
         (B, n) raw scores in [-1, 1], not yet scaled: see `min_max`.
@@ -112,7 +112,7 @@ def redundancy_scores(
     valid: Tensor | None = None,
     similarity: Tensor | None = None,
 ) -> Tensor:
-    """How much each token repeats others (Script, Eq. 1-3): ``d exp(gamma (mu - tau))``, or the mean if isolated.
+    """How much each token repeats others (the GSP of Script): ``d exp(gamma (mu - tau))``, or the mean if isolated.
 
     Token i is joined to j when they belong to different sets of the graph and S_ij >= tau; ``d`` counts its edges,
     ``mu`` is their mean similarity. A token without an edge scores its mean similarity to the whole opposite set.
@@ -142,7 +142,7 @@ def redundancy_graph(
 ) -> tuple[Tensor, Tensor]:
     """`redundancy_scores` (B, n), and the share of possible pairs that are joined (B,).
 
-    Where nearly all or nearly none of the pairs are, the degree says little and tau should move (methods.md 3.4, 3).
+    Where nearly all or nearly none of the pairs are, the degree says little and tau should move.
     """
     if graph == "exhaustive":
         block = cosine_similarity(features) if similarity is None else similarity
@@ -200,7 +200,7 @@ def lowest_ranked(rank: Tensor, k: int, member: Tensor | None = None) -> Tensor:
 
 
 def greedy_map(kernel: Tensor, k: int, epsilon: float = 1e-6, stop: float | None = None) -> Tensor:
-    """Greedy maximum a posteriori order of a determinantal point process (Script, Eq. 8-11).
+    """Greedy maximum a posteriori order of a determinantal point process (Script, Eq. 11; Chen et al. 2018).
 
     Each step takes the token with the largest conditional variance, v_j = det L_{D+j} / det L_D. When none exceeds
     ``stop`` the kernel's rank is used up and the order goes on by descending diagonal, then index.

@@ -19,7 +19,7 @@ GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 @register
 @dataclass(frozen=True, kw_only=True)
 class Grid(Pruner):
-    """Keep a grid of rows x columns spread over a square layout of tokens (methods.md 12).
+    """Keep a grid of rows x columns spread over a square layout of tokens.
 
     Input: features (B, n, d), of which only the shape is used (n a square number), and valid. Output: indices (B, m).
     The grid is the one whose size is closest to m, the squarest among equals; where rows x columns is not m, some
@@ -39,13 +39,18 @@ class Grid(Pruner):
         return lowest_ranked(stable_rank(spread.expand(views, -1)), keep, inputs.valid), {}
 
 
+def grid_shape(side: int, keep: int) -> tuple[int, int]:
+    """(rows, columns), each at most ``side``, whose product is closest to ``keep``; the squarest among equals."""
+    sizes = [(rows, columns) for rows in range(1, side + 1) for columns in range(1, side + 1)]
+    return min(sizes, key=lambda size: (abs(size[0] * size[1] - keep), abs(size[0] - size[1]), size[0]))
+
+
 def grid_points(tokens: int, keep: int) -> list[int]:
     """Raster indices of the grid of ``keep`` points on a square layout of ``tokens`` tokens, ascending."""
     side = math.isqrt(tokens)
     if side * side != tokens:
         raise ValueError(f"pruner 'grid' needs a square layout of tokens, got {tokens} tokens per view")
-    sizes = [(rows, columns) for rows in range(1, side + 1) for columns in range(1, side + 1)]
-    rows, _ = min(sizes, key=lambda size: (abs(size[0] * size[1] - keep), abs(size[0] - size[1]), size[0]))
+    rows, _ = grid_shape(side, keep)
     points = []
     for row in range(rows):
         columns = (row + 1) * keep // rows - row * keep // rows

@@ -19,7 +19,7 @@ class Random(Pruner):
     """Keep m tokens of each view, drawn uniformly without replacement.
 
     Input: features (B, n, d), of which only the shape is used. Output: indices (B, m). The draw depends on ``seed``
-    and on the view's id alone (methods.md 12), so it is the same in every batch, on every device.
+    and on the view's id alone, so it is the same in every batch, on every device.
 
     Args:
         seed: another seed, another draw.

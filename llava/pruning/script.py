@@ -32,10 +32,10 @@ class Script(Pruner):
     text_embeds (B, M, e); with ``relevance="projector"`` query_embeds (B, l, d). Output: indices (B, m).
 
     1. S_ij = cos(h_i, h_j).
-    2. GSP: redundancy of each token in the bipartite graph of even and odd positions (Eq. 1-3); G is the share
+    2. GSP: redundancy of each token in the bipartite graph of even and odd positions; G is the share
        1 - ``gsp_ratio`` with the lowest scores, never fewer than m.
     3. QCRS: relevance r of each token to the question, scaled to [0, 1] within the view (Eq. 4).
-    4. DPP: greedy MAP order D of L = diag(r) S diag(r) (Eq. 5-11).
+    4. DPP: greedy MAP order D of L = diag(r) S diag(r) (Eq. 5-7, 11).
     5. Fusion: the first m tokens of D that lie in G, the smallest k with |D_k and G| = m.
 
     Args:

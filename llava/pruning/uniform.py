@@ -15,7 +15,7 @@ from llava.pruning.base import Pruner, PruningInputs, register
 @register
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Pruner):
-    """Keep the tokens floor((i + 1/2) n / m), i = 0..m-1, in raster order (methods.md 12).
+    """Keep the tokens floor((i + 1/2) n / m), i = 0..m-1, in raster order.
 
     Input: features (B, n, d), of which only the shape is used, and valid. Output: indices (B, m). Where some tokens
     are not valid, the spacing runs over those that are. On a square grid the columns alias: see `grid`.

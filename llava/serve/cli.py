@@ -17,7 +17,7 @@ from transformers import TextStreamer
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, conv_templates, template_for
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
-from llava.model.builder import load_pretrained_model
+from llava.model.builder import DEFAULT_CHECKPOINT, load_pretrained_model
 from llava.model.llava_arch import EmbeddedPrompts, EncodedImages
 from llava.pruning import Pruner, get_pruner, list_pruners, parse_budget, parse_options
 from llava.serve.token_picture import draw_kept_tokens
@@ -27,7 +27,9 @@ COMMANDS = "/image PATH ...   /keep N|full   /pruner NAME [key=value ...]   /cle
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m llava.serve.cli", description=__doc__)
-    parser.add_argument("--model-path", required=True, help="LLaVA checkpoint: folder or hub name")
+    parser.add_argument(
+        "--model-path", default=DEFAULT_CHECKPOINT, help="LLaVA checkpoint: folder or hub name; default: the toy"
+    )
     parser.add_argument("--model-base", help="language model that a projector-only --model-path belongs to")
     parser.add_argument("--image-file", nargs="+", default=[], metavar="FILE", help="pictures: files or addresses")
     parser.add_argument(

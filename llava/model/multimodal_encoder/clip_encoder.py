@@ -36,7 +36,7 @@ class CLIPVisionTower(nn.Module):
         select_feature: "patch" drops the class token, "cls_patch" keeps it.
     """
 
-    relevance_sign = -1  # patches of the second-to-last layer are less similar to what they show (methods.md 3.4, 4)
+    relevance_sign = -1  # patches of the second-to-last layer are less similar to what they show (see script.py)
 
     def __init__(
         self, name: str, select_layer: int = -2, select_feature: Literal["patch", "cls_patch"] = "patch"

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# On a bare machine: environment, installation, two questions about one picture with 576, 64 and 16 of its tokens, the
+# pictures of what was kept, and a small table of methods at three budgets. Everything it writes is in playground/quickstart.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+export HF_HUB_OFFLINE=1
+out=playground/quickstart
+mkdir -p "$out"
+for keep in full 64 16; do
+    echo "--- keep-tokens $keep"
+    python -m llava.serve.cli --image-file playground/toy/scene.png --keep-tokens "$keep" \
+        --query "What color is the star?" "Is there a yellow cup in the image?" --show-tokens "$out/kept-$keep.png"
+done
+echo "--- accuracy by budget"
+python scripts/toy/results.py --scenes 16 --budgets 64 32 16 --seeds 1 \
+    --rows script "random, seed 0" uniform "script, wrong sign" --out "$out/RESULTS.md"
