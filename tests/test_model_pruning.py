@@ -5,6 +5,7 @@ import torch
 
 from llava.mm_utils import anyres_grid, process_images, tokenizer_image_token
 from llava.model.llava_arch import EncodedImages
+from llava.model.token_selection import count_kept
 from llava.model.view_layout import NEWLINE, kept_sequence, padded_square_layout, tiled_layout
 from llava.pruning import get_pruner, list_pruners
 from records import load_picture
@@ -60,6 +61,7 @@ def test_the_count_is_kept_in_every_view(load, pixels_of, checkpoint, name, pict
         kept = prompts.kept[0]
         assert kept.per_view() == [count] * views
         assert kept.newlines == 0
+        assert len(kept.sequence) == count_kept(pruner, kept.layout)
         assert prompts.inputs_embeds.shape[1] == ids.shape[1] - 1 + count * views
         assert not (kept.mask() & ~kept.layout.eligible).any()
 
@@ -401,12 +403,16 @@ def test_images_and_placeholders_must_match(load, pixels_of, placeholders, image
         model.generate(ids, images=pixels[:count] if count else None, image_sizes=sizes[:count], max_new_tokens=1)
 
 
-def test_prompt_over_the_context_is_refused(load, pixels_of):
+def test_prompt_over_the_context_is_refused_before_the_tower_runs(load, pixels_of, monkeypatch):
     tokenizer, model, _, _ = load(V15)
     pixels, sizes = pixels_of(V15, *["square336"] * 8)
     ids, _ = ids_of(tokenizer, prompt_of(QUESTIONS[0], images=8))
-    with pytest.raises(ValueError, match="longer than the model's context of 4096"):
-        model.generate(ids, images=pixels, image_sizes=sizes, max_new_tokens=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.get_vision_tower(), "forward", None)
+        with pytest.raises(ValueError, match="longer than the model's context of 4096"):
+            model.generate(ids, images=pixels, image_sizes=sizes, max_new_tokens=1)
+        with pytest.raises(ValueError, match="longer than the model's context of 4096"):
+            model.check_prompt(ids, pixels, sizes)
     pruner = get_pruner("script", keep_tokens=64)
     assert answer(model, ids, images=pixels, image_sizes=sizes, pruner=pruner)
 

@@ -21,7 +21,7 @@ from llava.conversation import clean_question, last_question
 from llava.mm_utils import anyres_grid
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.token_selection import KeptTokens, select_tokens
+from llava.model.token_selection import KeptTokens, count_kept, eligible_layout, select_tokens
 from llava.model.view_layout import (
     MERGE_TYPES,
     NEWLINE,
@@ -160,22 +160,33 @@ class LlavaMetaForCausalLM(ABC):
             images: (N, 3, s, s), one view each; or (N, V, 3, s, s) or a list of (V, 3, s, s) or (3, s, s).
             image_sizes: (width, height) of each picture; needed for tiles, and to know the padding of squares.
         """
-        in_views = isinstance(images, (list, tuple)) or images.ndim == 5
-        pictures = [image if image.ndim == 4 else image[None] for image in images]
+        pictures = _as_views(images)
+        layouts = self.layouts_of(images, image_sizes)
+        encoder_features, features = self._encode(torch.cat(pictures))
+        return EncodedImages(features, encoder_features, [pair[0] for pair in layouts], [pair[1] for pair in layouts])
+
+    def layouts_of(
+        self, images: Tensor | Sequence[Tensor] | EncodedImages, image_sizes: Sequence[tuple[int, int]] | None = None
+    ) -> list[tuple[ViewLayout, ViewLayout]]:
+        """For each picture its layout, and the one it would have if padding counted like anything else.
+
+        Raises:
+            ValueError: sizes are missing or do not fit the number of views.
+        """
+        if isinstance(images, EncodedImages):
+            return list(zip(images.layouts, images.layouts_with_padding, strict=True))
+        pictures = _as_views(images)
         if image_sizes is not None and len(image_sizes) != len(pictures):
             raise ValueError(f"{len(pictures)} images but {len(image_sizes)} image_sizes")
-        encoder_features, features = self._encode(torch.cat(list(pictures)))
         sizes = [None] * len(pictures) if image_sizes is None else [tuple(int(x) for x in s) for s in image_sizes]
-        layouts = [
-            self._layout(len(picture), features.shape[1], size, in_views)
-            for picture, size in zip(pictures, sizes, strict=True)
-        ]
-        return EncodedImages(features, encoder_features, [pair[0] for pair in layouts], [pair[1] for pair in layouts])
+        in_views = not isinstance(images, Tensor) or images.ndim == 5
+        tower = self.get_vision_tower()
+        tokens = tower.num_patches + (tower.select_feature == "cls_patch")
+        return [self._layout(len(p), tokens, size, in_views) for p, size in zip(pictures, sizes, strict=True)]
 
     def _layout(
         self, views: int, tokens: int, size: tuple[int, int] | None, in_views: bool
     ) -> tuple[ViewLayout, ViewLayout]:
-        """Layout of a picture, and the one it would have if padding counted like anything else."""
         merge_type = getattr(self.config, "mm_patch_merge_type", "flat")
         if merge_type not in MERGE_TYPES:
             raise ValueError(f"mm_patch_merge_type must be one of {', '.join(MERGE_TYPES)}, got {merge_type!r}")
@@ -241,12 +252,16 @@ class LlavaMetaForCausalLM(ABC):
         kept: list[KeptTokens] = []
         features: list[Tensor] = []
         if used:
+            if len(used) < len(images):
+                images = images.pick(used) if isinstance(images, EncodedImages) else _pick(images, used)
+                image_sizes = None if image_sizes is None else [image_sizes[i] for i in used]
+            visual = self._count_visual(images, image_sizes, pruner)
+            lengths = [
+                len(row) + sum(visual[p] - 1 for p in pictures) for row, pictures in zip(rows, of_row, strict=True)
+            ]
+            self._check_length(max(lengths), truncate)  # before the tower runs
             if not isinstance(images, EncodedImages):
-                sizes = None if image_sizes is None else [image_sizes[i] for i in used]
-                unused = len(used) < len(images)
-                images = self.encode_pictures(_pick(images, used) if unused else images, sizes)
-            elif len(used) < len(images):
-                raise ValueError(f"{len(images)} encoded images were given, but the prompts use {len(used)}")
+                images = self.encode_pictures(images, image_sizes)
             # Script: choose the visual tokens that go on, by the question of the row that a picture stands in
             queries = self._queries(rows, query)
             owners = [row for row, pictures in enumerate(of_row) for _ in pictures]
@@ -287,6 +302,38 @@ class LlavaMetaForCausalLM(ABC):
             return [None] * len(rows)
         return [last_question(self.tokenizer.decode(row[row != IMAGE_TOKEN_INDEX])) for row in rows]
 
+    def _count_visual(
+        self,
+        images: Tensor | Sequence[Tensor] | EncodedImages,
+        image_sizes: Sequence[tuple[int, int]] | None,
+        pruner: Pruner | None,
+    ) -> list[int]:
+        """Positions that each picture will take."""
+        return [count_kept(pruner, eligible_layout(pruner, *pair)) for pair in self.layouts_of(images, image_sizes)]
+
+    def check_prompt(
+        self,
+        input_ids: Tensor,
+        images: Tensor | Sequence[Tensor] | EncodedImages,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        pruner: Pruner | None = None,
+    ) -> None:
+        """Raise ValueError if a prompt (1, L) and its images do not match or exceed the context, before any work."""
+        _match_images([int((input_ids == IMAGE_TOKEN_INDEX).sum())], len(images))
+        visual = self._count_visual(images, image_sizes, pruner)
+        self._check_length(input_ids.shape[1] + sum(visual) - len(visual), truncate=False)
+
+    def _check_length(self, longest: int, truncate: bool) -> int:
+        """The length that prompts are cut to. Raises ValueError if they may not be cut and do not fit."""
+        limit = getattr(self.config, "tokenizer_model_max_length", None)
+        context = limit or self.config.max_position_embeddings
+        if longest > context and (limit is None or not truncate):
+            raise ValueError(
+                f"a prompt of {longest} tokens (visual ones included) is longer than the model's context of "
+                f"{context}; use fewer images, or keep fewer tokens of each"
+            )
+        return context
+
     def _pad(
         self,
         rows: list[tuple[Tensor, Tensor | None]],
@@ -295,20 +342,14 @@ class LlavaMetaForCausalLM(ABC):
         padding_side: str | None,
         truncate: bool,
     ) -> EmbeddedPrompts:
-        limit = getattr(self.config, "tokenizer_model_max_length", None)
-        context = limit or self.config.max_position_embeddings
         longest = max(len(row) for row, _ in rows)
-        if limit is not None and longest > limit and truncate:
+        limit = self._check_length(longest, truncate)
+        if longest > limit:
             logger.warning(
-                "a prompt of %d tokens is cut to the checkpoint's limit of %d: its end is lost", longest, limit
+                "a prompt of %d tokens is cut to %d, the checkpoint's limit: its end is lost", longest, limit
             )
             rows = [(row[:limit], None if labels is None else labels[:limit]) for row, labels in rows]
             longest = limit
-        elif longest > context:
-            raise ValueError(
-                f"a prompt of {longest} tokens (visual ones included) is longer than the model's context of "
-                f"{context}; use fewer images, or keep fewer tokens of each"
-            )
         left = (padding_side or getattr(self.config, "tokenizer_padding_side", "right")) == "left"
         first = rows[0][0]
         embeds = first.new_zeros(len(rows), longest, first.shape[-1])
@@ -371,6 +412,11 @@ def _match_images(placeholders: list[int], images: int) -> tuple[list[list[int]]
         used += range(next_image, next_image + count)
         next_image += count + (count == 0 and with_unused)
     return of_row, used
+
+
+def _as_views(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """One (V, 3, s, s) per picture."""
+    return [image if image.ndim == 4 else image[None] for image in images]
 
 
 def _pick(images: Tensor | Sequence[Tensor], used: list[int]) -> Tensor | list[Tensor]:

@@ -98,14 +98,25 @@ def select_tokens(
 
 
 def _keep(pruner: Pruner, encoded: EncodedImages, picture: int, numbers: Tensor, selection: Selection) -> KeptTokens:
-    layout = encoded.layouts[picture]
-    if not pruner.exclude_padding:
-        layout = encoded.layouts_with_padding[picture]
-    budget = selection.indices.shape[1]
-    eligible = layout.eligible if pruner.scope == "view" else layout.eligible.reshape(1, -1)
-    count = int(eligible.sum(-1).clamp_max(budget).sum())
+    layout = eligible_layout(pruner, encoded.layouts[picture], encoded.layouts_with_padding[picture])
+    count = count_kept(pruner, layout)
     sequence = kept_sequence(layout, numbers, count, pruner.newlines == "keep")
     return KeptTokens(sequence, layout, count, selection)
+
+
+def eligible_layout(pruner: Pruner | None, layout: ViewLayout, with_padding: ViewLayout) -> ViewLayout:
+    """The layout that a pruner reads: padding takes part only if it is told so."""
+    return with_padding if pruner is not None and not pruner.exclude_padding else layout
+
+
+def count_kept(pruner: Pruner | None, layout: ViewLayout) -> int:
+    """Positions that a picture will take in the prompt, known beforehand; newlines kept by option come on top."""
+    views, tokens = layout.eligible.shape
+    if pruner is None or pruner.count(tokens) >= tokens:
+        return len(layout.sequence)
+    if pruner.scope == "global":
+        return min(pruner.count(tokens) * views, int(layout.eligible.sum()))
+    return int(layout.eligible.sum(-1).clamp_max(pruner.count(tokens)).sum())
 
 
 def gather_inputs(

@@ -119,28 +119,32 @@ class Session:
         self.conversation: Conversation = self.template.copy()
 
     def show(self, pictures: Sequence[Image.Image]) -> None:
-        """Put pictures on the table: encoded once, whatever is asked about them. Starts a new conversation."""
+        """Put pictures on the table and start a new conversation."""
         self.clear()
         self.pictures = None
-        if pictures:
-            pixels = process_images(pictures, self.image_processor, self.model.config)
-            start = self._now()
-            with torch.inference_mode():
-                self.pictures = self.model.encode_pictures(pixels, [picture.size for picture in pictures])
-            self.vision_seconds = self._now() - start
-            self.pixels = list(pixels)
+        self.pixels = process_images(pictures, self.image_processor, self.model.config) if pictures else []
+        self.sizes = [picture.size for picture in pictures]
+
+    def encode(self) -> None:
+        """Run the tower: once, whatever is asked about the pictures."""
+        start = self._now()
+        self.pictures = self.model.encode_pictures(self.pixels, self.sizes)
+        self.vision_seconds = self._now() - start
 
     def ask(self, question: str) -> str:
         """Answer a question in the conversation so far, printing the answer and a line about the work done."""
         conversation = self.conversation.copy()
-        expected = 0 if self.pictures is None else len(self.pictures)
+        expected = len(self.pixels)
         asked_before = len(conversation.messages) > conversation.offset
         conversation.append_message(conversation.roles[0], place_images(question, 0 if asked_before else expected))
         conversation.append_message(conversation.roles[1], None)
         ids = tokenizer_image_token(conversation.get_prompt(), self.tokenizer, return_tensors="pt")[None]
         options = self.arguments
-        start = self._now()
         with torch.inference_mode():
+            if self.pictures is None and expected:
+                self.model.check_prompt(ids, self.pixels, self.sizes, self.pruner)
+                self.encode()
+            start = self._now()
             prompt = self.model.embed_prompts(
                 ids.to(self.model.device),
                 images=self.pictures,
@@ -277,7 +281,7 @@ def chat(session: Session) -> None:
                     print(f"unknown command {command}; commands: {COMMANDS}")
                 case _:
                     session.ask(line)
-                    if session.arguments.show_tokens and session.pictures is not None:
+                    if session.arguments.show_tokens and len(session.pixels):
                         session.save_picture(session.arguments.show_tokens)
         except (ValueError, OSError) as error:
             print(f"error: {error}")
@@ -289,7 +293,7 @@ def answer_queries(session: Session) -> None:
     for number, query in enumerate(session.arguments.query, start=1):
         session.clear()
         session.ask(query)
-        if out and session.pictures is not None:
+        if out and len(session.pixels):
             session.save_picture(out if number == 1 else out.with_stem(f"{out.stem}-{number}"))
 
 
