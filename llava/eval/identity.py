@@ -15,14 +15,8 @@ import llava
 from llava.model.checkpoint import find_folder, read_json, weight_files
 
 LIBRARIES = ("torch", "transformers", "accelerate", "pillow", "numpy")
-NOT_ANSWERING = (
-    "serve",
-    "eval/scorers",
-    "eval/score.py",
-    "eval/report.py",
-    "eval/speed.py",
-    "eval/selection_speed.py",
-)
+# Of the evaluation, what an answer passes through; scorers and reports change none.
+ANSWERING = ("eval/answering.py", "eval/benchmarks.py", "eval/run.py")
 SAMPLE_BYTES = 2**20
 
 
@@ -30,12 +24,8 @@ def code_version() -> str:
     """Hash of the package's sources that an answer passes through."""
     root = Path(llava.__file__).parent
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    return _digest(
-        part
-        for name in names
-        if not name.startswith(NOT_ANSWERING)
-        for part in (name.encode(), (root / name).read_bytes())
-    )
+    names = [name for name in names if name in ANSWERING or not name.startswith(("eval/", "serve/"))]
+    return _digest(part for name in names for part in (name.encode(), (root / name).read_bytes()))
 
 
 def commit() -> str | None:

@@ -99,6 +99,8 @@ class Run:
         check_files(
             folder, folder if options.model_base is None else find_folder(options.model_base), config, self.pruner
         )
+        sizes = (config.num_hidden_layers, config.hidden_size, config.intermediate_size)
+        self.shape = dict(zip(("layers", "width", "ffn"), sizes, strict=True))
         self.model_name = get_model_name_from_path(options.model_path)
         self.conversation = options.conv_mode or template_for(self.model_name)
         self.question_file = self._question_file()
@@ -177,6 +179,7 @@ class Run:
             "arguments": sys.argv[1:],
             "processes": processes,
             "workers": self.options.workers,
+            "language_model": self.shape,
             "question_file": str(self.question_file),
             "data_root": str(self.options.data_root),
             "output_root": str(self.options.output_root),
