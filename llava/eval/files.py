@@ -70,7 +70,11 @@ def read_whole_lines(path: Path) -> list[dict]:
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old contents or the new ones and nothing between."""
+    """Write a file so that a reader, or a crash, sees the old contents or the new ones and nothing between.
+
+    Raises:
+        OSError: it cannot be written (disk full, ...); names the path.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -81,9 +85,9 @@ def write_whole(path: Path, data: str | bytes) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except OSError as error:
         os.unlink(temporary)
-        raise
+        raise OSError(error.errno, f"{error.strerror}; run again when that is mended", str(path)) from error
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
