@@ -154,8 +154,11 @@ def score_mmbench(run: Scoring) -> dict | None:
 
 def score_vqav2(run: Scoring) -> dict | None:
     answers, broken = read_lines(run.answers_file)
+    asked = {line["question_id"] for line in run.questions()}
     whole = run.optional(ANNOTATIONS["vqav2"][0])
-    everything = read_whole_lines(whole) if whole else run.questions()
+    everything = read_whole_lines(whole) if whole else []
+    if not asked <= {line["question_id"] for line in everything}:  # val, or the full list is not there
+        everything = run.questions()
     entries = vqav2.upload(answers, everything)
     place = run.beside("answers_upload", ".json")
     write_json(place, entries)
@@ -163,7 +166,6 @@ def score_vqav2(run: Scoring) -> dict | None:
     print(f"total results: {results}, total split: {len(everything)}, error_line: {broken}")
     print(f"to upload: {place}")
     annotations = run.optional("v2_mscoco_val2014_annotations.json")
-    asked = {line["question_id"] for line in run.questions()}
     known = [] if annotations is None else read_json(annotations)["annotations"]
     known = [entry for entry in known if entry["question_id"] in asked]
     if not known:
