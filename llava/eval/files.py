@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -77,16 +76,15 @@ def write_whole(path: Path, data: str | bytes) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partial = path.with_name(f".{path.name}.partial")  # of one name, so that kills leave no more than one behind
     try:
-        with os.fdopen(handle, "wb") as file:
+        with partial.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        os.replace(partial, path)
     except OSError as error:
-        os.unlink(temporary)
+        partial.unlink(missing_ok=True)
         raise OSError(error.errno, f"{error.strerror}; run again when that is mended", str(path)) from error
 
 

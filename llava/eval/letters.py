@@ -37,7 +37,6 @@ BEST_ANSWER_PHRASES = (
     "Best answer:",
     "Best option:",
 )
-LONG_ANSWER_WORDS = 10
 
 
 def general_letter(text: str, letters: str = "ABCD") -> str:
