@@ -176,7 +176,7 @@ class Run:
         return {
             "started": time.strftime("%Y-%m-%d %H:%M:%S"),
             "commit": identity.commit(),
-            "arguments": sys.argv[1:],
+            "options": {name: str(value) for name, value in vars(self.options).items()},
             "processes": processes,
             "workers": self.options.workers,
             "language_model": self.shape,
