@@ -224,8 +224,8 @@ def work(run: Run, answerer: Answerer, positions: Sequence[int], book: journal.J
     Raises:
         BrokenQuestion: a picture that cannot be read, unless such questions are to be skipped.
     """
-    watch = Stopwatch(answerer.model.device)
     bar = tqdm(total=len(positions), unit="question", disable=not is_main, smoothing=0.05)
+    watch = Stopwatch(answerer.model.device)
     batches = prepared_batches(answerer.prepare, run.questions, positions, run.options.batch_size, run.options.workers)
     for batch in batches:
         broken = [item for item in batch if item.fault]
