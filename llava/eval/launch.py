@@ -1,0 +1,76 @@
+"""Several processes for one run: started here on one machine, or by ``accelerate launch`` on one or more."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+from accelerate import PartialState
+
+DEATH_SIGNAL_OPTION = 1  # PR_SET_PDEATHSIG of Linux
+PATIENCE = timedelta(days=30)  # ranks end hours apart; a barrier must not give up on them
+
+
+def is_launched() -> bool:
+    """Whether a launcher started this process and told it its rank (the protocol of torchrun and accelerate)."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def join_processes(device: str) -> PartialState:
+    """This process's place among its siblings; gloo, because nothing but barriers passes between them."""
+    state = (
+        PartialState(cpu=device == "cpu", backend="gloo", timeout=PATIENCE)
+        if is_launched()
+        else PartialState(cpu=device == "cpu")
+    )
+    if is_launched():
+        die_with_parent()
+    return state
+
+
+def barrier(state: PartialState) -> None:
+    """Wait for all processes of the run."""
+    if state.num_processes > 1:
+        torch.distributed.barrier()
+
+
+def die_with_parent() -> None:
+    """Have the system kill this process when its launcher dies, even by kill -9: no orphan writes on."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(DEATH_SIGNAL_OPTION, signal.SIGKILL)
+
+
+def run_processes(module: str, arguments: Sequence[str], processes: int) -> int:
+    """Start ``processes`` copies of ``python -m module arguments`` on this machine; the first failure ends all."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared["OMP_NUM_THREADS"] = threads  # together they have no more threads than there are cores
+    running: list[subprocess.Popen] = []
+    try:
+        for rank in range(processes):
+            place = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            command = [sys.executable, "-m", module, *arguments]
+            running.append(subprocess.Popen(command, env={**os.environ, **place}))
+        while any(process.poll() is None for process in running):
+            failed = next((process.returncode for process in running if process.poll()), 0)
+            if failed:
+                return failed
+            time.sleep(0.1)
+        return max((process.returncode for process in running), key=abs)
+    finally:
+        for process in running:
+            if process.poll() is None:
+                process.terminate()
+        for process in running:
+            process.wait()

@@ -1,0 +1,353 @@
+"""Ask a LLaVA checkpoint the questions of a benchmark, with N visual tokens kept per view, and write the answers.
+
+A killed run goes on where it was when the same command is given again. EVAL.md tells what each benchmark needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import shortuuid
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
+
+from llava.conversation import conv_templates, template_for
+from llava.eval import identity, journal, score
+from llava.eval.answering import Answerer, BrokenQuestion, Prepared, Stopwatch, prepared_batches
+from llava.eval.benchmarks import BENCHMARKS, OUTPUT_ROOT, Question, find_questions, load_questions, locate, run_tag
+from llava.eval.files import require
+from llava.eval.launch import barrier, is_launched, join_processes, run_processes
+from llava.mm_utils import get_model_name_from_path
+from llava.model.builder import check_files, load_pretrained_model, pick_device, read_config
+from llava.model.checkpoint import find_folder
+from llava.pruning import Pruner, get_pruner, list_pruners, parse_budget, parse_options
+
+OWN_SECTION = "Your own questions"
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m llava.eval.run", description=__doc__)
+    what = parser.add_argument_group("what is asked")
+    what.add_argument("--benchmark", choices=sorted(BENCHMARKS), help="sets files, places and the answers' length")
+    what.add_argument("--question-file", type=Path, help="JSON lines with question_id, image, text")
+    what.add_argument("--image-folder", type=Path, help="folder of the pictures")
+    what.add_argument("--answers-file", type=Path, help="where answers go; default: by benchmark, checkpoint and tag")
+    what.add_argument("--data-root", type=Path, default=OUTPUT_ROOT, help="images and annotations (%(default)s)")
+    what.add_argument("--output-root", type=Path, default=OUTPUT_ROOT, help="answers and scores (%(default)s)")
+    what.add_argument("--limit", type=int, metavar="K", help="only the first K questions")
+    model = parser.add_argument_group("who is asked")
+    model.add_argument("--model-path", required=True, help="LLaVA checkpoint: folder or hub name")
+    model.add_argument("--model-base", help="language model that a projector-only --model-path belongs to")
+    model.add_argument("--conv-mode", choices=sorted(conv_templates), help="template; default: by the model's name")
+    model.add_argument("--keep-tokens", default="full", metavar="N", help="per view: a count, a share, or full")
+    model.add_argument("--pruner", default="script", metavar="NAME", help=f"one of {', '.join(list_pruners())}")
+    model.add_argument("--pruner-args", nargs="+", default=[], metavar="KEY=VALUE", help="options of the pruner")
+    model.add_argument("--max-new-tokens", type=int, help="default: as the benchmark has it, else 128")
+    model.add_argument("--seed", type=int, default=0, help="of random methods; another seed is another run")
+    model.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    model.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
+    model.add_argument("--attn-implementation", help="sdpa, eager, flash_attention_2, ...")
+    how = parser.add_argument_group("how")
+    how.add_argument("--batch-size", type=int, default=1, help="questions at once (%(default)s)")
+    how.add_argument("--workers", type=int, default=2, help="threads that prepare pictures (%(default)s)")
+    how.add_argument("--processes", type=int, help="default: one per visible GPU, or 1")
+    how.add_argument("--tag", help="name of the run; default: vtn_<tokens per picture>")
+    how.add_argument("--on-error", choices=("stop", "skip"), default="stop", help="at a missing or broken picture")
+    how.add_argument("--overwrite", action="store_true", help="delete old answers and begin anew")
+    how.add_argument("--score", action="store_true", help="score the answers afterwards")
+    return parser.parse_args(arguments)
+
+
+def make_pruner(options: argparse.Namespace) -> Pruner | None:
+    """The pruner asked for, seeded; ``None`` for "full", after checking name and options all the same."""
+    keywords = parse_options(options.pruner, options.pruner_args)
+    pruner = get_pruner(options.pruner, **keywords)
+    if hasattr(pruner, "seed"):
+        keywords.setdefault("seed", options.seed)
+    if options.keep_tokens == "full":
+        return None
+    return get_pruner(options.pruner, **{"keep_tokens": parse_budget(options.keep_tokens), **keywords})
+
+
+class Run:
+    """A run as asked for: everything checked and named, nothing loaded yet.
+
+    Raises:
+        ValueError, OSError: options that do not fit, files that are missing; before anything heavy.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.benchmark = BENCHMARKS.get(options.benchmark)
+        if self.benchmark is None and not (options.question_file and options.answers_file):
+            raise ValueError("give --benchmark, or --question-file and --answers-file of your own")
+        if min(options.batch_size, options.workers, options.processes or 1) < 1:
+            raise ValueError("--batch-size, --workers and --processes start at 1")
+        self.pruner = make_pruner(options)
+        self.device = pick_device(options.device)
+        folder = find_folder(options.model_path)
+        config = read_config(folder)
+        check_files(
+            folder, folder if options.model_base is None else find_folder(options.model_base), config, self.pruner
+        )
+        sizes = (config.num_hidden_layers, config.hidden_size, config.intermediate_size)
+        self.shape = dict(zip(("layers", "width", "ffn"), sizes, strict=True))
+        self.model_name = get_model_name_from_path(options.model_path)
+        self.conversation = options.conv_mode or template_for(self.model_name)
+        self.question_file = self._question_file()
+        self.image_folder = self._image_folder()
+        self.questions = load_questions(options.benchmark, self.question_file, self.image_folder)[: options.limit]
+        self.answers_file = self._answers_file(tiled=getattr(config, "image_aspect_ratio", None) == "anyres")
+        self.folder = journal.run_folder(self.answers_file)
+        self.max_new_tokens = options.max_new_tokens or (self.benchmark.max_new_tokens if self.benchmark else 128)
+        if options.on_error == "stop":
+            self._check_images()
+        if options.score:
+            score.check_files(options.benchmark, options.data_root, options.output_root)
+
+    def _question_file(self) -> Path:
+        if self.options.question_file is not None:
+            return require(self.options.question_file, self.benchmark.section if self.benchmark else OWN_SECTION)
+        return find_questions(self.benchmark, self.options.data_root, self.options.output_root)
+
+    def _image_folder(self) -> Path | None:
+        if self.options.image_folder is not None or self.benchmark is None:
+            return self.options.image_folder
+        if not self.benchmark.image_folder:
+            return None
+        roots = [self.options.data_root, self.options.output_root]
+        place = f"{self.benchmark.folder}/{self.benchmark.image_folder}"
+        return locate(roots, place, self.benchmark.section, "folder")
+
+    def _answers_file(self, tiled: bool) -> Path:
+        options = self.options
+        if options.answers_file is not None:
+            return options.answers_file
+        budget = None if self.pruner is None else self.pruner.keep_tokens
+        tag = options.tag or run_tag(budget, tiled, options.pruner, options.pruner_args, options.seed)
+        if options.limit is not None and options.tag is None:
+            tag += f"-first{options.limit}"
+        return self.benchmark.answers_file(options.output_root, self.question_file, self.model_name, tag)
+
+    def _check_images(self) -> None:
+        lost = [question for question in self.questions if question.image and not question.image.is_file()]
+        if lost:
+            section = self.benchmark.section if self.benchmark else OWN_SECTION
+            raise FileNotFoundError(
+                f"{len(lost)} of {len(self.questions)} questions have no picture, first question "
+                f"{lost[0].question_id}: no file at {lost[0].image.absolute()}; EVAL.md, section {section!r}, says "
+                "where to get it; --on-error skip leaves such questions out"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that can change an answer."""
+        options = self.options
+        return {
+            "benchmark": options.benchmark,
+            "questions": identity.file_identity(self.question_file),
+            "limit": options.limit,
+            "image_folder": None if self.image_folder is None else str(self.image_folder.resolve()),
+            "model": self.model_name,
+            "checkpoint": identity.checkpoint_identity(options.model_path, options.model_base),
+            "conversation": self.conversation,
+            "pruner": None if self.pruner is None else {"name": self.pruner.name, **asdict(self.pruner)},
+            "max_new_tokens": self.max_new_tokens,
+            "seed": options.seed,
+            "dtype": options.dtype,
+            "attention": options.attn_implementation,
+            "batch_size": options.batch_size,
+            "on_error": options.on_error,
+            "device": identity.device_name(self.device),
+            "code": identity.code_version(),
+            "libraries": identity.library_versions(),
+        }
+
+    def record(self, processes: int) -> dict[str, Any]:
+        """What is worth knowing of a run, but changes no answer."""
+        return {
+            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "commit": identity.commit(),
+            "options": {name: str(value) for name, value in vars(self.options).items()},
+            "processes": processes,
+            "workers": self.options.workers,
+            "language_model": self.shape,
+            "question_file": str(self.question_file),
+            "data_root": str(self.options.data_root),
+            "output_root": str(self.options.output_root),
+        }
+
+    def load(self, device: str) -> Answerer:
+        """Load the checkpoint on ``device``."""
+        options = self.options
+        tokenizer, model, processor, _ = load_pretrained_model(
+            options.model_path,
+            options.model_base,
+            device=device,
+            dtype=options.dtype,
+            attn_implementation=options.attn_implementation,
+            pruner=self.pruner,
+        )
+        return Answerer(tokenizer, model, processor, self.conversation, self.pruner, self.max_new_tokens)
+
+
+def begin(run: Run, processes: int) -> bool:
+    """Make the run's folder ready, under its lock; False if there is nothing left to do.
+
+    Raises:
+        RunRefused: old answers with other settings.
+    """
+    if run.options.overwrite:
+        journal.discard(run.answers_file, run.folder)
+    settings = run.settings()
+    going_on = journal.check_settings(run.folder, settings)
+    if run.answers_file.exists():
+        if not going_on:
+            raise journal.RunRefused(f"{run.answers_file} exists, but not by this runner: --overwrite deletes it")
+        return False
+    if not going_on:
+        journal.save_settings(run.folder, settings, run.record(processes))
+    return True
+
+
+def work(run: Run, answerer: Answerer, positions: Sequence[int], book: journal.Journal, is_main: bool) -> None:
+    """Answer the questions at ``positions`` and journal them.
+
+    Raises:
+        BrokenQuestion: a picture that cannot be read, unless such questions are to be skipped.
+    """
+    bar = tqdm(total=len(positions), unit="question", disable=not is_main, smoothing=0.05)
+    watch = Stopwatch(answerer.model.device)
+    batches = prepared_batches(answerer.prepare, run.questions, positions, run.options.batch_size, run.options.workers)
+    for batch in batches:
+        broken = [item for item in batch if item.fault]
+        if broken and run.options.on_error == "stop":
+            raise BrokenQuestion(f"{broken[0].fault}; --on-error skip leaves such questions out")
+        asked = [item for item in batch if not item.fault]
+        answers, seconds = watch.time(answerer.answer, asked) if asked else ([], 0.0)
+        entries = [entry_of(run, item, *answer) for item, answer in zip(asked, answers, strict=True)]
+        for entry in entries:
+            entry["seconds"] = seconds / len(entries)
+        entries += [
+            {"position": item.position, "question_id": item.question.question_id, "skipped": item.fault}
+            for item in broken
+        ]
+        elapsed = watch.elapsed
+        book.append([entry | {"elapsed": elapsed} for entry in entries])
+        bar.update(len(batch))
+    bar.close()
+
+
+def entry_of(run: Run, item: Prepared, text: str, tokens: list[int] | None) -> dict:
+    """The journal's line of an answer; its id depends on run and position alone, so that resuming changes nothing."""
+    question: Question = item.question
+    answer = {
+        "question_id": question.question_id,
+        "prompt": question.prompt,
+        "text": text,
+        "answer_id": shortuuid.uuid(f"{run.model_name}/{run.answers_file.name}/{item.position}/{text}"),
+        "model_id": run.model_name,
+        "metadata": {},
+        **question.extra,
+    }
+    if "round_id" in answer:
+        order = (
+            "question_id",
+            "round_id",
+            "prompt",
+            "text",
+            "options",
+            "option_char",
+            "answer_id",
+            "model_id",
+            "metadata",
+        )
+        answer = {name: answer[name] for name in order}
+    return {"position": item.position, "tokens": tokens, "answer": answer}
+
+
+def execute(run: Run) -> None:
+    """Do this process's share of the run; the main process begins and ends it."""
+    state = join_processes(run.device)
+    main, folder = state.is_main_process, run.folder
+    with contextlib.ExitStack() as held:
+        if main:
+            held.enter_context(journal.hold(folder / "lock"))
+            with journal.hold(folder / "workers.lock"):  # nobody left over from a killed run
+                needed = begin(run, state.num_processes)
+        barrier(state)
+        if not main:
+            held.enter_context(journal.hold(folder / "workers.lock", shared=True))
+            needed = not run.answers_file.exists()
+        if needed:
+            answer_share(run, state)
+        elif main:
+            print(f"already complete, nothing to do: {run.answers_file} (--overwrite asks again)")
+        if main and run.options.score:
+            score.score_file(run.options.benchmark, run.answers_file, run.options.data_root, run.options.output_root)
+
+
+def answer_share(run: Run, state: PartialState) -> None:
+    """Answer the questions that fall to this process; the main process then puts all answers together."""
+    main, folder = state.is_main_process, run.folder
+    done = journal.read_journals(folder)
+    session = journal.sessions(folder)
+    barrier(state)  # nobody appends before everybody has read
+    pending = [position for position in range(len(run.questions)) if position not in done]
+    own = pending[journal.chunk_slices(len(pending), state.num_processes)[state.process_index]]
+    if main and done:
+        print(f"going on: {len(done)} of {len(run.questions)} questions are answered")
+    if own:
+        torch.manual_seed(run.options.seed)
+        book = journal.Journal(folder / "journal" / f"{session:03d}_{state.process_index}.jsonl")
+        work(run, run.load(str(state.device) if run.device == "cuda" else run.device), own, book, main)
+        book.close()
+    barrier(state)
+    if main:
+        chunked = run.benchmark is not None and run.benchmark.chunked and run.options.answers_file is None
+        summary = journal.finish(
+            run.answers_file,
+            folder,
+            len(run.questions),
+            state.num_processes if chunked else None,
+            {"processes": state.num_processes},
+        )
+        report_summary(run, summary)
+
+
+def report_summary(run: Run, summary: dict) -> None:
+    rate = summary["questions"] / summary["wall_seconds"] if summary["wall_seconds"] else 0.0
+    skipped = f", {summary['skipped']} SKIPPED (see {run.folder / 'skipped.jsonl'})" if summary["skipped"] else ""
+    print(
+        f"{summary['questions']} questions{skipped} in {summary['wall_seconds']:.1f} s, {rate:.2f} per second; "
+        f"{summary['visual_tokens']:.1f} visual tokens per picture, {summary['newline_tokens']:.1f} newlines beside"
+    )
+    print(f"answers: {run.answers_file}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 if all went well, 2 with one line on standard error if it could not."""
+    options = parse_arguments(arguments)
+    disable_progress_bar()  # one bar, that of the questions
+    try:
+        run = Run(options)
+        processes = options.processes or (max(1, torch.cuda.device_count()) if run.device == "cuda" else 1)
+        if processes > 1 and not is_launched():
+            return run_processes("llava.eval.run", sys.argv[1:] if arguments is None else arguments, processes)
+        execute(run)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""MME: yes or no twice per image; accuracy plus accuracy over images with both answers right, summed over tasks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from llava.constants import ANSWER_FORMAT_INSTRUCTIONS
+
+# At most 200 points each.
+PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+YES_OR_NO = " Please answer yes or no."
+SHORT_ANSWER = ANSWER_FORMAT_INSTRUCTIONS[0]
+
+Truth = dict[tuple[str, str, str], str]
+
+
+def read_truth(folder: Path) -> Truth:
+    """(category, text file, question) -> "Yes" or "No", from the release's folder in either of its two layouts."""
+    truth: Truth = {}
+    for category in sorted(path for path in Path(folder).iterdir() if path.is_dir()):
+        nested = category / "questions_answers_YN"
+        for file in sorted((nested if nested.is_dir() else category).glob("*.txt")):
+            for line in file.read_text(encoding="utf-8").splitlines():
+                if line.strip():
+                    question, answer = line.strip().split("\t")
+                    truth[category.name, file.name, question] = answer
+    return truth
+
+
+def rows(answers: Sequence[dict], truth: Truth) -> dict[str, list[tuple[str, str, str, str]]]:
+    """Per category in answer order: (text file, question as the truth has it, Yes or No, answer).
+
+    Raises:
+        ValueError: an answer whose question the truth does not have.
+    """
+    converted = defaultdict(list)
+    for answer in answers:
+        path = PurePosixPath(answer["question_id"])
+        category, file = path.parts[0], path.name.split(".")[0] + ".txt"
+        question = (
+            answer["prompt"].replace(SHORT_ANSWER, "").strip()
+            if SHORT_ANSWER in answer["prompt"]
+            else (answer["prompt"])
+        )
+        if YES_OR_NO.strip() not in question:
+            question += YES_OR_NO
+            if (category, file, question) not in truth:
+                question = question.replace(YES_OR_NO, " " + YES_OR_NO)
+        if (category, file, question) not in truth:
+            raise ValueError(f"MME has no question {question!r} in {category}/{file}")
+        converted[category].append((file, question, truth[category, file, question], answer["text"]))
+    return dict(converted)
+
+
+def upload(converted: Mapping[str, Sequence[tuple[str, str, str, str]]], compat: bool = False) -> dict[str, str]:
+    """Contents of ``<category>.txt``. Line breaks and tabs in answers become spaces, unless ``compat``."""
+
+    def line(row: tuple[str, str, str, str]) -> str:
+        text = row[3] if compat else " ".join(row[3].split("\n")).replace("\t", " ").replace("\r", " ")
+        return "\t".join((*row[:3], text)) + "\n"
+
+    return {f"{category}.txt": "".join(map(line, own)) for category, own in converted.items()}
+
+
+def label(text: str) -> str:
+    """ "yes", "no" or "other": by the whole answer, else by its first four characters."""
+    text = text.lower()
+    if text in ("yes", "no"):
+        return text
+    return next((word for word in ("yes", "no") if word in text[:4]), "other")
+
+
+def harness_label(text: str) -> str:
+    """lmms-eval's reading: no periods, single letters understood."""
+    text = text.lower().strip().replace(".", "")
+    return {"y": "yes", "n": "no"}.get(text, "other") if len(text) == 1 else label(text)
+
+
+def score(
+    converted: Mapping[str, Sequence[tuple[str, str, str, str]]],
+    compat: bool = False,
+    read: Callable[[str], str] = label,
+) -> dict:
+    """Points per task, and totals of perception ("score") and cognition; a missing task gives 0 and is listed.
+
+    Args:
+        converted: what `rows` makes.
+        compat: take consecutive lines as the pair of an image, and refuse answers that break lines, as the published
+            scorer does; without it the two questions of an image are found by its name.
+
+    Raises:
+        ValueError: an image without exactly two answers; with ``compat``, an answer with a line break or tab.
+    """
+    tasks, items = {}, {}
+    for category, own in converted.items():
+        if compat and any(set(row[3]) & set("\n\t") for row in own):
+            raise ValueError(f"an answer of MME's {category} has a line break or tab, which breaks the published file")
+        judged = [(row, read(row[3]), row[2].lower()) for row in own]
+        pairs = defaultdict(list)
+        for number, (row, said, truth) in enumerate(judged):
+            pairs[number // 2 if compat else row[0]].append(said == truth)
+            items[f"{category}/{row[0]}/{row[1]}"] = float(said == truth)
+        uneven = [key for key, right in pairs.items() if len(right) != 2]
+        if uneven:
+            raise ValueError(f"MME asks twice about every image, but {category} has another number for {uneven[0]}")
+        tasks[category] = _task(judged, [all(right) for right in pairs.values()])
+    totals = {
+        name: sum(tasks[task]["points"] for task in members if task in tasks)
+        for name, members in (("perception", PERCEPTION), ("cognition", COGNITION))
+    }
+    return {
+        "metric": "perception points",
+        "score": totals["perception"],
+        **totals,
+        "missing_tasks": [task for task in (*PERCEPTION, *COGNITION) if task not in tasks],
+        "tasks": tasks,
+        "items": items,
+    }
+
+
+def _task(judged: Sequence[tuple[tuple, str, str]], both_right: Sequence[bool]) -> dict:
+    labels = [said for _, said, _ in judged]
+    pairs = [(said, truth) for _, said, truth in judged]
+    tp, fn = pairs.count(("yes", "yes")), pairs.count(("no", "yes"))
+    tn, fp = pairs.count(("no", "no")), pairs.count(("yes", "no"))
+    accuracy, accuracy_plus = (tp + tn) / len(pairs), sum(both_right) / len(both_right)
+    return {
+        "points": 100.0 * (accuracy + accuracy_plus),
+        "acc": accuracy,
+        "acc_plus": accuracy_plus,
+        "TP": tp,
+        "FN": fn,
+        "TN": tn,
+        "FP": fp,
+        "precision": tp / (tp + fp) if tp + fp else 0.0,
+        "recall": tp / (tp + fn) if tp + fn else 0.0,
+        "other_num": labels.count("other"),
+        "labels": labels,
+    }

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# mmbench_cn with N visual tokens per image: bash scripts/v1_5/eval/mmbench_cn.sh N
+exec bash "$(dirname "$0")/../../v1_5/run_benchmark.sh" v1_5 mmbench_cn "$@"

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# mme with N visual tokens per image: bash scripts/v1_5/eval/mme.sh N
+exec bash "$(dirname "$0")/../../v1_5/run_benchmark.sh" v1_5 mme "$@"

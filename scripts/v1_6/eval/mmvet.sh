@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# mmvet with N visual tokens per tile: bash scripts/v1_6/eval/mmvet.sh N
+exec bash "$(dirname "$0")/../../v1_5/run_benchmark.sh" v1_6 mmvet "$@"

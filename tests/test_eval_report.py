@@ -1,0 +1,107 @@
+"""The table of a study: the paper's averages from its own columns, seeds, the 100 % row, paired tests."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from llava.eval import report
+from llava.eval.files import write_json
+
+
+def make_run(folder, benchmark, tag, score, keep=None, seed=0, code="c", items=None, seconds=10.0):
+    pruner = None if keep is None else {"name": "script", "keep_tokens": keep}
+    settings = {
+        "benchmark": benchmark,
+        "model": "m-7b",
+        "checkpoint": "k",
+        "pruner": pruner,
+        "seed": seed,
+        "code": code,
+    }
+    shape = {"layers": 32, "width": 4096, "ffn": 11008}
+    place = folder / benchmark / f"{tag}.run"
+    write_json(place / "config.json", {"settings": settings, "record": {"language_model": shape}})
+    tokens = 576.0 if keep is None else float(keep)
+    summary = {"questions": 20, "skipped": 0, "wall_seconds": seconds, "visual_tokens": tokens, "newline_tokens": 0.0}
+    write_json(place / "summary.json", summary)
+    if score is not None:
+        write_json(place / "score.json", {"score": score, "items": items or {"1": 1.0}})
+    return place
+
+
+def test_average_is_the_papers_rule():
+    assert report.average({"pope": 80.0, "mme": 1500.0, "gqa": 60.0}) == pytest.approx((80 + 75 + 60) / 3)
+
+
+@pytest.mark.parametrize(
+    "tokens, quoted", [(576, 3.81715), (192, 1.25306), (64, 0.41554), (2880, 20.82522), (320, 2.09917)]
+)
+def test_flops(tokens, quoted):
+    assert report.prefill_flops(tokens, 32, 4096, 11008) / 1e12 == pytest.approx(quoted, abs=5e-6)
+
+
+def test_table(tmp_path, capsys):
+    paths = [make_run(tmp_path, "gqa", "full", 60.0), make_run(tmp_path, "mme", "full", 1500.0)]
+    paths += [make_run(tmp_path, "gqa", "vtn_64", 54.0, 64), make_run(tmp_path, "mme", "vtn_64", 1400.0, 64)]
+    files = {name: tmp_path / f"out.{name}" for name in ("csv", "json")}
+    assert report.main([*map(str, paths), "--csv", str(files["csv"]), "--json", str(files["json"]), "--paper"]) == 0
+    printed = capsys.readouterr().out
+    assert "Script (paper) | Table 3" in printed
+    assert "99.88 † (99.72)" in printed
+    assert "m-7b: Acc. is the mean over GQA, MME (MME / 20)" in printed
+    full, pruned = list(csv.DictReader(io.StringIO(files["csv"].read_text())))
+    assert (full["Method"], full["Acc."], full["Relative"]) == ("unpruned", "67.50", "100.00")
+    assert (pruned["Acc."], pruned["Relative"], pruned["Tokens"]) == ("62.00", "91.85", "64.0")
+    assert (pruned["TFLOPs"], pruned["Questions/s"], pruned["Time s"]) == ("0.4155", "2.00", "20.0")
+    rows = json.loads(files["json"].read_text())
+    assert rows[1]["relative"] == pytest.approx(100 * 62 / 67.5)
+
+
+def test_seeds_servers_and_gaps(tmp_path):
+    paths = [
+        make_run(tmp_path, "gqa", f"vtn_8{suffix}", score, 8, seed)
+        for suffix, score, seed in (("", 40.0, 0), ("-seed1", 50.0, 1))
+    ]
+    paths += [make_run(tmp_path, "gqa", "full", 60.0, code="other"), make_run(tmp_path, "vqav2", "vtn_8", None, 8)]
+    runs = [report.read_run(path) for path in paths]
+    full, pruned = report.make_rows(runs, dict([report.parse_value("vqav2:vtn_8=70.5")]))
+    assert (pruned.scores, pruned.seeds) == ({"vqav2": 70.5, "gqa": 45.0}, 2)
+    assert pruned.acc == 45.0  # over GQA, which alone both rows have
+    assert pruned.relative is None  # the unpruned run is of other code
+    assert full.relative == 100.0
+    with pytest.raises(ValueError, match="benchmark:tag=score"):
+        report.parse_value("nonsense")
+
+
+def test_incomplete_run_is_named(tmp_path, capsys):
+    assert report.main([str(tmp_path / "x.run")]) == 2
+    assert "no complete run" in capsys.readouterr().err
+
+
+def test_comparison(tmp_path):
+    scipy = pytest.importorskip("scipy.stats")
+    a = {str(i): float(i % 3 > 0) for i in range(30)}
+    b = {str(i): float(i % 4 > 1) for i in range(30)}
+    paths = [make_run(tmp_path, "gqa", f"vtn_8-seed{s}", 50.0 + s, 8, s, items=a) for s in (1, 2, 3)]
+    paths += [make_run(tmp_path, "gqa", f"vtn_4-seed{s}", 40.0 + s * s, 4, s, items=b) for s in (1, 2, 3)]
+    text = report.comparison([report.read_run(path) for path in paths], "vtn_8", "vtn_4")
+    expected = scipy.ttest_rel(list(a.values()), list(b.values())).pvalue
+    assert f"30 pairs, difference +0.2000, p = {expected:.3g} (t-test)" in text
+    assert "GQA, seeds: 3 pairs, difference +7.3333" in text
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    paths = [make_run(tmp_path, "gqa", "full", 60.0), make_run(tmp_path, "gqa", "vtn_64", 54.0, 64)]
+    assert report.main([*map(str, paths), "--plot", str(tmp_path / "plot.png")]) == 0
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_missing_extras_say_how_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.backends.backend_agg", None)
+    path = make_run(tmp_path, "gqa", "full", 60.0)
+    assert report.main([str(path), "--plot", str(tmp_path / "plot.png")]) == 2
+    assert "script-llava[eval]" in capsys.readouterr().err

@@ -1,0 +1,293 @@
+"""The runner: what it asks, where answers go, and that nothing is lost or doubled whatever happens to it."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llava.eval import journal, run
+from llava.eval.benchmarks import BENCHMARKS, load_questions, run_tag
+from llava.eval.files import read_json, read_whole_lines
+from records import GOLDEN
+
+CHECKPOINT = str(GOLDEN / "checkpoints" / "llava-v1.5-tiny")
+PICTURES = ("square336.png", "small97x61.png", "land640x480.png")
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(run.__file__).parents[2])}
+
+
+@pytest.fixture
+def own(tmp_path):
+    """Twelve questions of one's own, one of them without a picture: the arguments that ask them."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in PICTURES:
+        shutil.copy(GOLDEN / "images" / name, pictures)
+    lines = [
+        {
+            "question_id": i // 2,
+            "image": PICTURES[i % 3],
+            "text": "What is there? " + "Look. " * (i % 4),
+            "category": "x",
+        }
+        for i in range(12)
+    ]
+    del lines[5]["image"]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [
+        *("--question-file", str(tmp_path / "questions.jsonl"), "--image-folder", str(pictures)),
+        *("--model-path", CHECKPOINT, "--keep-tokens", "5", "--max-new-tokens", "6", "--device", "cpu"),
+    ]
+
+
+def ask(own, answers, *more):
+    return run.main([*own, "--answers-file", str(answers), *more])
+
+
+def texts(path):
+    return [(line["question_id"], line["prompt"], line["text"]) for line in read_whole_lines(path)]
+
+
+def test_answer_lines_and_batches(own, tmp_path):
+    assert ask(own, tmp_path / "one.jsonl") == 0
+    lines = read_whole_lines(tmp_path / "one.jsonl")
+    assert list(lines[0]) == ["question_id", "prompt", "text", "answer_id", "model_id", "metadata"]
+    assert [line["question_id"] for line in lines] == [i // 2 for i in range(12)]
+    assert all(len(line["answer_id"]) == 22 and line["metadata"] == {} for line in lines)
+    assert {line["model_id"] for line in lines} == {"llava-v1.5-tiny"}
+    summary = read_json(tmp_path / "one.run" / "summary.json")
+    assert (summary["questions"], summary["visual_tokens"], summary["skipped"]) == (12, 5.0, 0)
+    assert ask(own, tmp_path / "five.jsonl", "--batch-size", "5", "--workers", "3") == 0
+    assert texts(tmp_path / "five.jsonl") == texts(tmp_path / "one.jsonl")
+
+
+def test_cut_short_and_gone_on_with(own, tmp_path, capsys):
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    assert ask(own, whole) == 0
+    assert ask(own, cut, "--on-error", "stop") == 0
+    entries = read_whole_lines(cut)
+    cut.unlink()  # as if killed: five answers in the journal, the sixth cut off
+    book = journal.Journal(tmp_path / "cut.run" / "journal" / "000_0.jsonl")
+    book.append(
+        [{"position": i, "answer": entries[i], "tokens": [5, 0], "seconds": 0.1, "elapsed": 0.1} for i in range(5)]
+    )
+    book.close()
+    with book.path.open("a") as file:
+        file.write('{"position": 5, "answ')
+    capsys.readouterr()
+    assert ask(own, cut) == 0
+    assert "5 of 12 questions are answered" in capsys.readouterr().out
+    assert texts(cut) == texts(whole)
+    assert not (tmp_path / "cut.run" / "journal").exists()
+    changed = cut.stat().st_mtime_ns
+    assert ask(own, cut) == 0
+    assert "already complete" in capsys.readouterr().out
+    assert cut.stat().st_mtime_ns == changed
+
+
+def test_other_settings_do_not_mix(own, tmp_path, capsys):
+    answers = tmp_path / "a.jsonl"
+    assert ask(own, answers) == 0
+    before = answers.read_bytes()
+    assert ask(own, answers, "--keep-tokens", "6") == 2
+    assert "keep_tokens" in capsys.readouterr().err
+    assert answers.read_bytes() == before
+    assert ask(own, answers, "--keep-tokens", "6", "--overwrite") == 0
+    assert read_json(tmp_path / "a.run" / "summary.json")["visual_tokens"] == 6.0
+    (tmp_path / "foreign.jsonl").write_text("{}\n")
+    assert ask(own, tmp_path / "foreign.jsonl") == 2
+    assert "not by this runner" in capsys.readouterr().err
+
+
+def test_second_run_is_refused(own, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(journal, "LOCK_PATIENCE_SECONDS", 0.2)
+    with journal.hold(tmp_path / "a.run" / "lock"):
+        assert ask(own, tmp_path / "a.jsonl") == 2
+    assert "another run" in capsys.readouterr().err
+    with journal.hold(tmp_path / "a.run" / "workers.lock", shared=True):
+        assert ask(own, tmp_path / "a.jsonl") == 2
+
+
+def test_missing_and_broken_pictures(own, tmp_path, capsys):
+    (tmp_path / "pictures" / PICTURES[1]).unlink()
+    assert ask(own, tmp_path / "a.jsonl") == 2
+    error = capsys.readouterr().err
+    assert "first question 0" in error
+    assert str(tmp_path / "pictures" / PICTURES[1]) in error
+    (tmp_path / "pictures" / PICTURES[1]).write_bytes(b"no picture")
+    assert ask(own, tmp_path / "a.jsonl") == 2
+    assert "question 0" in capsys.readouterr().err
+    assert ask(own, tmp_path / "b.jsonl", "--on-error", "skip", "--batch-size", "4") == 0
+    assert "4 SKIPPED" in capsys.readouterr().out
+    skipped = read_whole_lines(tmp_path / "b.run" / "skipped.jsonl")
+    assert [line["position"] for line in skipped] == [1, 4, 7, 10]
+    assert len(read_whole_lines(tmp_path / "b.jsonl")) == 8
+
+
+def test_two_processes_killed_and_resumed(own, tmp_path):
+    """kill -9 of the launcher, its children die with it; the next runs finish with what an undisturbed run gives."""
+    assert ask(own, tmp_path / "calm.jsonl") == 0
+    answers = tmp_path / "killed.jsonl"
+    command = [sys.executable, "-m", "llava.eval.run", *own, "--answers-file", str(answers), "--processes", "2"]
+    generator = random.Random(4)
+    book = tmp_path / "killed.run" / "journal"
+    with subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while process.poll() is None and not list(book.glob("*.jsonl")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(generator.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+    assert subprocess.run(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, timeout=120).returncode == 0
+    assert read_whole_lines(answers)
+    assert texts(answers) == texts(tmp_path / "calm.jsonl")
+
+
+def test_full_disk_keeps_what_was_written(tmp_path, monkeypatch):
+    book = journal.Journal(tmp_path / "j.run" / "journal" / "000_0.jsonl")
+    book.append([{"position": 0}])
+    write = os.write
+    room = [7]
+
+    def write_until_full(file, data):
+        if not room[0]:
+            raise OSError(28, "No space left on device")
+        room[0] -= (written := write(file, data[: room[0]]))
+        return written
+
+    monkeypatch.setattr(os, "write", write_until_full)
+    with pytest.raises(OSError, match="answers so far are kept") as raised:
+        book.append([{"position": 1}])
+    assert str(book.path) in str(raised.value)
+    assert journal.read_journals(tmp_path / "j.run") == {0: {"position": 0}}
+
+
+def test_run_that_is_not_complete_does_not_finish(tmp_path):
+    book = journal.Journal(tmp_path / "a.run" / "journal" / "000_0.jsonl")
+    book.append([{"position": 1, "answer": {}, "tokens": None, "seconds": 1.0, "elapsed": 1.0}])
+    with pytest.raises(journal.RunRefused, match="first number 0"):
+        journal.finish(tmp_path / "a.jsonl", tmp_path / "a.run", 2, None, {})
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "questions, chunks, sizes", [(5, 4, [2, 2, 1, 0]), (0, 2, [0, 0]), (6, 2, [3, 3]), (1, 1, [1])]
+)
+def test_chunks(questions, chunks, sizes):
+    slices = journal.chunk_slices(questions, chunks)
+    assert [len(range(questions)[piece]) for piece in slices] == sizes
+
+
+def test_empty_chunk_gets_an_empty_file(tmp_path):
+    answers = tmp_path / "vtn_8" / "merge.jsonl"
+    folder = journal.run_folder(answers)
+    assert folder == tmp_path / "vtn_8.run"
+    book = journal.Journal(folder / "journal" / "000_0.jsonl")
+    row = {"tokens": [1, 0], "seconds": 1.0, "elapsed": 1.0}
+    book.append([{"position": i, "answer": {"question_id": i}, **row} for i in (2, 0, 4, 1, 3)])
+    journal.finish(answers, folder, 5, 4, {})
+    sizes = [len(read_whole_lines(answers.parent / f"4_{i}.jsonl")) for i in range(4)]
+    assert sizes == [2, 2, 1, 0]
+    assert [line["question_id"] for line in read_whole_lines(answers)] == [0, 1, 2, 3, 4]
+
+
+# --- places, tags and prompts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, tag",
+    [
+        ((128, False), "vtn_128"),
+        ((32, True), "vtn_160"),
+        ((None, True), "full"),
+        ((64, False, "random", (), 3), "vtn_64-random-seed3"),
+        ((64, False, "script", ("tau=0.3",)), "vtn_64-script-tau=0.3"),
+        ((0.25, True), "vtn_0.25"),
+    ],
+)
+def test_tags(arguments, tag):
+    assert run_tag(*arguments) == tag
+
+
+def test_places():
+    root, file = Path("playground/data/eval"), Path("x/llava_gqa_testdev_balanced.jsonl")
+    assert str(BENCHMARKS["gqa"].answers_file(root, file, "llava-v1.5-7b", "vtn_64")) == (
+        "playground/data/eval/gqa/answers/llava_gqa_testdev_balanced/llava-v1.5-7b/vtn_64/merge.jsonl"
+    )
+    assert str(BENCHMARKS["mmvet"].answers_file(root, Path("llava-mm-vet.jsonl"), "c", "vtn_160")) == (
+        "playground/data/eval/mm-vet/answers/llava-mm-vet/c/vtn_160.jsonl"
+    )
+
+
+def test_missing_files_are_named_with_their_section(tmp_path, capsys):
+    base = ["--model-path", CHECKPOINT, "--data-root", str(tmp_path), "--output-root", str(tmp_path / "out")]
+    assert run.main(["--benchmark", "gqa", *base]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path / "out/gqa/llava_gqa_testdev_balanced.jsonl") in error
+    assert "EVAL.md, section 'GQA'" in error
+    assert run.main(base) == 2
+    assert "--question-file" in capsys.readouterr().err
+
+
+def test_mmbench_prompts():
+    table = next((GOLDEN / "scorers/mmbench/case1").glob("*.tsv"))
+    recorded = {line["question_id"]: line for line in read_whole_lines(table.parent / "answers.jsonl")}
+    questions = load_questions("mmbench", table, None)
+    for question in questions:
+        line = recorded.get(question.question_id)
+        if line and "None" in line["options"]:  # the recorded prompt is invented; LLaVA stops at such an option
+            assert len(question.extra["options"]) == line["options"].index("None")
+        elif line:
+            assert question.prompt == line["prompt"]
+            assert question.extra == {"round_id": 0, "options": line["options"], "option_char": line["option_char"]}
+            assert (
+                question.text == f"{question.prompt}\nAnswer with the option's letter from the given choices directly."
+            )
+    chinese = next((GOLDEN / "scorers/mmbench/case2").glob("*.tsv"))
+    assert load_questions("mmbench_cn", chinese, None)[0].text.endswith("\n请直接回答选项字母。")
+
+
+@pytest.mark.parametrize(
+    "bench, folder, file",
+    [
+        ("sqa", "scienceqa", "llava_test_CQM-A.json"),
+        ("gqa", "gqa", "llava_gqa_testdev_balanced.jsonl"),
+        ("mme", "mme", "llava_mme.jsonl"),
+        ("textvqa", "textvqa", "llava_textvqa_val_v051_ocr.jsonl"),
+    ],
+)
+def test_recorded_prompts(bench, folder, file):
+    case = GOLDEN / "scorers" / folder / "case1"
+    answers = case / ("answers/merge.jsonl" if bench == "gqa" else "answers.jsonl")
+    recorded = {(line["question_id"], line["prompt"]) for line in read_whole_lines(answers)}
+    ours = {(question.question_id, question.prompt) for question in load_questions(bench, case / file, case)}
+    missing = recorded - ours
+    if bench == "textvqa":  # its fixture also has answers to prompts of other forms
+        assert len(missing) < len(recorded) / 2
+    else:
+        assert not missing
+
+
+def test_prompt_and_query(load):
+    from llava.conversation import clean_question
+    from llava.eval.answering import Answerer
+    from llava.eval.benchmarks import Question
+
+    tokenizer, model, processor, _ = load("llava-v1.5-tiny")
+    answerer = Answerer(tokenizer, model, processor, "vicuna_v1", None, 4)
+    text = "What is it?\nAnswer the question using a single word or phrase."
+    prompt = answerer.prompt(Question(1, text, text, image=Path("x.png")))
+    assert prompt.endswith(f"answers to the user's questions. USER: <image>\n{text} ASSISTANT:")
+    assert "<image>" not in answerer.prompt(Question(1, text, text))
+    assert clean_question(text) == "What is it?"
+
+
+def test_greyscale_pictures_are_converted(own, tmp_path):
+    Image.new("L", (40, 30), 90).save(tmp_path / "pictures" / PICTURES[0])
+    assert ask(own, tmp_path / "a.jsonl", "--limit", "1") == 0
