@@ -6,12 +6,13 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 export HF_HUB_OFFLINE=1
 out=playground/quickstart
+scene=playground/toy/data/eval/pope/val2014/COCO_val2014_000000910001.jpg
 mkdir -p "$out"
 for keep in full 64 16; do
     echo "--- keep-tokens $keep"
-    python -m llava.serve.cli --image-file playground/toy/scene.png --keep-tokens "$keep" \
+    python -m llava.serve.cli --image-file "$scene" --keep-tokens "$keep" \
         --query "What color is the star?" "Is there a yellow cup in the image?" --show-tokens "$out/kept-$keep.png"
 done
-echo "--- accuracy by budget"
+echo "--- accuracy and kept tokens by budget"
 python scripts/toy/results.py --scenes 16 --budgets 64 32 16 --seeds 1 \
     --rows script "random, seed 0" uniform "script, wrong sign" --out "$out/RESULTS.md"

@@ -27,7 +27,7 @@ from llava.eval.benchmarks import BENCHMARKS, OUTPUT_ROOT, Question, find_questi
 from llava.eval.files import require
 from llava.eval.launch import barrier, is_launched, join_processes, run_processes
 from llava.mm_utils import get_model_name_from_path
-from llava.model.builder import check_files, load_pretrained_model, pick_device, read_config
+from llava.model.builder import DEFAULT_CHECKPOINT, check_files, load_pretrained_model, pick_device, read_config
 from llava.model.checkpoint import find_folder
 from llava.pruning import Pruner, get_pruner, list_pruners, parse_budget, parse_options
 
@@ -45,7 +45,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     what.add_argument("--output-root", type=Path, default=OUTPUT_ROOT, help="answers and scores (%(default)s)")
     what.add_argument("--limit", type=int, metavar="K", help="only the first K questions")
     model = parser.add_argument_group("who is asked")
-    model.add_argument("--model-path", required=True, help="LLaVA checkpoint: folder or hub name")
+    model.add_argument("--model-path", default=DEFAULT_CHECKPOINT, help="folder or hub name; default: the toy")
     model.add_argument("--model-base", help="language model that a projector-only --model-path belongs to")
     model.add_argument("--conv-mode", choices=sorted(conv_templates), help="template; default: by the model's name")
     model.add_argument("--keep-tokens", default="full", metavar="N", help="per view: a count, a share, or full")

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from llava.eval.benchmarks import OUTPUT_ROOT
 from llava.eval.files import read_json
+from llava.model.builder import DEFAULT_CHECKPOINT
 
 WAYS = {  # name: (processes, batch size)
     "one process": (1, 1),
@@ -48,7 +49,7 @@ def measure(arguments: Sequence[str], processes: int, batch_size: int) -> dict[s
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m llava.eval.speed", description=__doc__)
-    parser.add_argument("--model-path", required=True)
+    parser.add_argument("--model-path", default=DEFAULT_CHECKPOINT, help="default: the toy")
     parser.add_argument("--benchmark", default="gqa")
     parser.add_argument("--data-root", default=str(OUTPUT_ROOT))
     parser.add_argument("--keep-tokens", default="full")

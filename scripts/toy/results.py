@@ -13,6 +13,7 @@ import json
 import platform
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -333,7 +334,7 @@ def main() -> None:
     tokenizer, model, processor, _ = load_pretrained_model(options.model_path, device="cpu")
     world = build_world(model, processor, options.scenes, options.per_skill)
     configuration = {
-        "command": "python scripts/toy/results.py",
+        "command": " ".join(["python scripts/toy/results.py", *sys.argv[1:]]),
         "model": options.model_path,
         "scenes": options.scenes,
         "questions": len(world.asked),

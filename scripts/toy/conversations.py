@@ -1,0 +1,94 @@
+"""Training examples of the language model: questions about one picture, and the visual tokens it gets to see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from formats import MAKERS, as_asked
+from questions import Question, draw
+from scenes import Layout
+from torch import Tensor
+from views import PADDING, UNSURE
+
+from llava.constants import DEFAULT_IMAGE_TOKEN, IGNORE_INDEX
+from llava.conversation import conv_templates
+from llava.mm_utils import tokenizer_image_token
+
+
+@dataclass
+class Talk:
+    """A conversation about one picture: prompt ids with labels on the answers, and what its questions ask about."""
+
+    ids: list[int]
+    labels: list[int]
+    questions: list[Question]
+
+
+def draw_questions(layout: Layout, rng: np.random.Generator, turns: int, makers=MAKERS) -> list[Question]:
+    """``turns`` different questions, fewer where the scene has no more."""
+    found: dict[str, Question] = {}
+    for _ in range(50 * turns):
+        question = draw(layout, rng, makers)
+        found.setdefault(question.text, question)
+        if len(found) == turns:
+            break
+    return list(found.values())
+
+
+def make_talk(layout: Layout, questions: list[Question], rng: np.random.Generator, tokenizer) -> Talk:
+    """The questions in the ``vicuna_v1`` template, the picture in the first turn."""
+    conversation = conv_templates["vicuna_v1"].copy()
+    for number, question in enumerate(questions):
+        text = "".join(as_asked(question, layout, rng))
+        picture = f"{DEFAULT_IMAGE_TOKEN}\n" if number == 0 else ""
+        conversation.append_message(conversation.roles[0], picture + text)
+        conversation.append_message(conversation.roles[1], question.answer)
+    ids = tokenizer_image_token(conversation.get_prompt(), tokenizer)
+    return Talk(ids, answer_labels(ids, tokenizer), questions)
+
+
+def answer_labels(ids: list[int], tokenizer) -> list[int]:
+    """``ids`` where the assistant speaks, end of turn included; IGNORE_INDEX elsewhere."""
+    assistant = tokenizer(" ASSISTANT:", add_special_tokens=False).input_ids[-2:]
+    labels, speaking = [IGNORE_INDEX] * len(ids), False
+    for position, token in enumerate(ids):
+        if speaking:
+            labels[position] = token
+        if token == tokenizer.eos_token_id:
+            speaking = False
+        elif ids[position - 1 : position + 1] == assistant:
+            speaking = True
+    return labels
+
+
+def pad_batch(talks: list[Talk], pad: int) -> dict[str, Tensor]:
+    """input_ids, labels, attention_mask (B, L), padded on the right."""
+    longest = max(len(talk.ids) for talk in talks)
+    ids = torch.full((len(talks), longest), pad)
+    labels = torch.full((len(talks), longest), IGNORE_INDEX)
+    mask = torch.zeros(len(talks), longest, dtype=torch.bool)
+    for row, talk in enumerate(talks):
+        length = len(talk.ids)
+        ids[row, :length], labels[row, :length] = torch.tensor(talk.ids), torch.tensor(talk.labels)
+        mask[row, :length] = True
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def choose_patches(owner: np.ndarray, targets: list[int], budget: int, rng: np.random.Generator) -> np.ndarray:
+    """A random subset that favours objects: owner (576,) of one view -> ``budget`` ascending patch numbers.
+
+    One or two patches of every object asked about are always among them (while there is room for half the budget), so
+    that the answer can be known; the others are drawn without replacement, objects three times as likely as the rest.
+    """
+    weight = np.ones(owner.size)
+    weight[owner >= 0] = 3.0
+    weight[owner == UNSURE] = 1.5
+    weight[owner == PADDING] = 0.2
+    weight[np.isin(owner, targets)] = 6.0
+    order = np.argsort(-(np.log(weight) + rng.gumbel(size=owner.size)))
+    mine = [order[owner[order] == target] for target in rng.permutation(targets)]
+    forced = [int(patches[turn]) for turn in range(2) for patches in mine if len(patches) > turn][: budget // 2]
+    rest = order[~np.isin(order, forced)]
+    return np.sort(np.concatenate((np.array(forced, dtype=np.int64), rest[: budget - len(forced)])))

@@ -1,0 +1,72 @@
+"""What the benchmarks add to a question before it reaches the model, and what the toy is trained on."""
+
+from __future__ import annotations
+
+import numpy as np
+import questions as q
+from scenes import TEXTS, Layout
+
+SHORT = "\nAnswer the question using a single word or phrase."
+YES_NO = " Please answer yes or no."
+INSUFFICIENT = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+LETTER_CN = "\n请直接回答选项字母。"
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+# How often each kind of question is drawn in training.
+MAKERS = (
+    (q.existence, 5.0),
+    (q.both, 0.7),
+    (q.color_of, 3.0),
+    (q.shape_of, 2.0),
+    (q.color_check, 1.5),
+    (q.written_on, 4.0),
+    (q.text_check, 1.0),
+    (q.color_of_text, 1.0),
+    (q.relation, 1.5),
+    (q.relation_choice, 1.5),
+    (q.half, 1.0),
+    (q.same_color, 0.6),
+    (q.background_check, 0.4),
+    (q.count, 0.6),
+    (q.multiple_choice, 3.0),
+    (q.multiple_choice_cn, 1.5),
+    (q.describe, 0.8),
+    (q.unanswerable, 0.7),
+)
+
+# The first lessons: find the thing that is named, say something about it.
+FIRST_MAKERS = ((q.color_of, 3.0), (q.shape_of, 2.0), (q.written_on, 1.0))
+
+
+def ocr_line(scene: Layout, rng: np.random.Generator) -> str:
+    """TextVQA's line of machine-read tokens. A real reader misses and invents: so does this one, or the line would
+    answer the question without the picture.
+    """
+    read = [thing.text for thing in scene.objects if thing.text and rng.random() < 0.5]
+    read += [str(rng.choice(TEXTS)) for _ in range(rng.integers(0, 3))]
+    return "\nReference OCR token: " + ", ".join(read[k] for k in rng.permutation(len(read)))
+
+
+def as_asked(question: q.Question, scene: Layout, rng: np.random.Generator) -> tuple[str, str]:
+    """A training prompt as one of the benchmarks words it: (what the pruner reads, suffix after it)."""
+    text = question.text
+    if question.kind.endswith("choice"):
+        chinese = any("\u4e00" <= char <= "\u9fff" for char in text)
+        if question.hint and not chinese and rng.random() < 0.5:
+            text = question.with_options().replace(question.hint, f"Context: {question.hint}", 1)
+        else:
+            text = question.with_options()
+        return text, LETTER_CN if chinese else LETTER
+    if question.kind == "free":
+        return text, ""
+    if question.kind == "unanswerable" or rng.random() < 0.1:
+        return text + INSUFFICIENT, SHORT
+    if question.kind == "text" and rng.random() < 0.4:
+        return text + ocr_line(scene, rng), SHORT
+    if question.answer in (q.YES, q.NO) and rng.random() < 0.3:
+        return text + YES_NO, SHORT
+    return text, SHORT

@@ -1,0 +1,194 @@
+"""Stage 1: the tiny CLIP. Resumes from its last whole state."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from files import write_text, write_with
+from formats import MAKERS, as_asked
+from questions import Descriptor, draw
+from scenes import SIGN
+from torch import Tensor, nn
+from tower import (
+    PatchHeads,
+    Queries,
+    contrastive_loss,
+    descriptor_masks,
+    joint_text,
+    joint_vision,
+    new_clip,
+    patch_loss,
+    relevance_auc,
+    vision_features,
+    whiten_patches,
+)
+from tqdm import tqdm
+from transformers import CLIPTokenizer
+from views import Views, descriptor_classes, normalize
+
+NO_DESCRIPTOR = (-2, -2, -2)
+
+
+@dataclass(frozen=True)
+class TowerSettings:
+    """Everything the result depends on besides the data."""
+
+    steps: int = 850
+    batch: int = 16
+    queries: int = 8  # per view
+    rate: float = 1.5e-3
+    warmup: int = 100
+    weight_decay: float = 0.05
+    seed: int = 0
+    save_every: int = 100
+
+
+def _caption(descriptor: Descriptor) -> str:
+    words = f"{descriptor.color or ''} {descriptor.shape or 'object'}".strip()
+    return f"{words} that says {descriptor.text}" if descriptor.text else words
+
+
+def make_queries(views: Views, chosen: np.ndarray, per_view: int, rng: np.random.Generator, tokenizer) -> Queries:
+    """Questions, worded as the pruner gets them, and a few plain captions, about each chosen view."""
+    texts, classes, owners = [], [], []
+    for row, index in enumerate(chosen):
+        layout = views.layouts[index]
+        for _ in range(per_view):
+            question = draw(layout, rng, MAKERS)
+            while not question.asked:
+                question = draw(layout, rng, MAKERS)
+            text, asked = as_asked(question, layout, rng)[0], question.asked
+            if rng.random() < 0.2:
+                thing = layout.objects[rng.integers(len(layout.objects))]
+                asked = (Descriptor(thing.shape, thing.color, thing.text if thing.shape == SIGN else None),)
+                text = f"a {_caption(asked[0])}"
+            texts.append(text)
+            rows = [descriptor_classes(d) for d in asked]
+            classes.append((rows + [NO_DESCRIPTOR])[:2])
+            owners.append(row)
+    tokens = tokenizer(texts, padding=True, truncation=True, max_length=77, return_tensors="pt")
+    tokens = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask}
+    return Queries(tokens, torch.tensor(classes), torch.tensor(owners))
+
+
+class TowerTraining(nn.Module):
+    """The tower, its training heads and the offset of the presence decision."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.clip = new_clip(vocabulary)
+        self.heads = PatchHeads()
+        self.bias = nn.Parameter(torch.tensor(0.3))
+
+    def losses(
+        self, pixels: Tensor, labels: Tensor, owners: Tensor, queries: Queries
+    ) -> tuple[Tensor, dict[str, float]]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            features = vision_features(self.clip, pixels)
+            normed = self.clip.vision_model.post_layernorm(features)
+            patches, texts = joint_vision(self.clip, features), joint_text(self.clip, queries.tokens)
+            patch, seen = patch_loss(self.heads, normed[:, 1:], labels, owners)
+        scale = self.clip.logit_scale.exp().clamp(max=20)
+        find, tell, whole = contrastive_loss(scale, self.bias, patches[:, 1:], patches[:, 0], texts, queries, labels)
+        total = patch + 0.5 * find + tell + 0.2 * whole
+        parts = {"loss": total, "patch": patch, "find": find, "tell": tell, "whole": whole}
+        return total, {**{name: value.item() for name, value in parts.items()}, **seen}
+
+
+def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Parameter groups for AdamW: weight decay on matrices, none on biases and gains."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def cosine_rate(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then half a cosine down to 2 %."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.02 + 0.49 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+@torch.no_grad()
+def validate(model: TowerTraining, views: Views, tokenizer, number: int = 96) -> dict[str, float]:
+    """Read-out accuracies and relevance AUC on padded views that were not trained on."""
+    chosen = np.flatnonzero(views.padded)[:number]
+    rng = np.random.default_rng(1)
+    rows, areas = [], []
+    for part in np.array_split(chosen, max(1, len(chosen) // 16)):
+        pixels, labels = normalize(torch.from_numpy(views.pixels[part])), torch.from_numpy(views.labels[part])
+        queries = make_queries(views, part, 6, rng, tokenizer)
+        rows.append(model.losses(pixels, labels, torch.from_numpy(views.owners[part]), queries)[1])
+        patches = joint_vision(model.clip, vision_features(model.clip, pixels))
+        similarity = torch.einsum("qe,qne->qn", joint_text(model.clip, queries.tokens), patches[queries.views, 1:])
+        asked, _ = descriptor_masks(labels, queries.classes)
+        areas.append(relevance_auc(similarity, asked[torch.arange(len(asked)), queries.views]))
+    mean = {key: float(np.nanmean([row[key] for row in rows])) for key in rows[0]}
+    return {**mean, "auc": torch.cat(areas).nanmean().item()}
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """A small CSV, written whole."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, keys, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    write_text(path, text.getvalue())
+
+
+def train_tower(work: Path, train: Views, held_out: Views, tokenizer_folder: Path, settings: TowerSettings):
+    """Train, or go on training, and return the tower with its heads."""
+    tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
+    torch.manual_seed(settings.seed)
+    model = TowerTraining(len(tokenizer))
+    groups = decayed_groups(model, settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.98))
+    few = slice(0, min(len(train), 300))
+    whiten_patches(model.clip, normalize(torch.from_numpy(train.pixels[few])), torch.from_numpy(train.labels[few]))
+    state_path, start, rows, spent = work / "tower.pt", 0, [], 0.0
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        if state["settings"] != asdict(settings):
+            raise ValueError(f"{state_path} was made with other settings: {state['settings']}")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, rows, spent = state["step"], state["rows"], state["seconds"]
+    began = time.time() - spent
+    progress = tqdm(range(start, settings.steps), initial=start, total=settings.steps, desc="tower", mininterval=5)
+    for step in progress:
+        torch.manual_seed(settings.seed + step)
+        rng = np.random.default_rng([settings.seed, step])
+        chosen = np.sort(rng.choice(len(train), settings.batch, replace=False))
+        queries = make_queries(train, chosen, settings.queries, rng, tokenizer)
+        pixels = normalize(torch.from_numpy(train.pixels[chosen]))
+        for group in optimizer.param_groups:
+            group["lr"] = settings.rate * cosine_rate(step, settings.steps, settings.warmup)
+        labels, owners = torch.from_numpy(train.labels[chosen]), torch.from_numpy(train.owners[chosen])
+        loss, parts = model.losses(pixels, labels, owners, queries)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        progress.set_postfix(loss=f"{parts['loss']:.2f}", shape=f"{parts['shape']:.2f}", color=f"{parts['color']:.2f}")
+        done = step + 1
+        if done % settings.save_every == 0 or done == settings.steps:
+            if done % (5 * settings.save_every) == 0 or done == settings.steps:
+                parts = {**parts, **{f"val_{k}": v for k, v in validate(model, held_out, tokenizer).items()}}
+            rows.append({"step": done, "seconds": round(time.time() - began), **parts})
+            state = {
+                "settings": asdict(settings), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "step": done, "rows": rows, "seconds": time.time() - began,
+            }  # fmt: skip
+            write_with(state_path, lambda file, state=state: torch.save(state, file))
+            write_rows(work / "tower.csv", rows)
+    return model.eval()
