@@ -117,15 +117,20 @@ def test_nightly_full_disk(size, written, tmp_path):
 @pytest.mark.parametrize("family, checkpoint", [("v1_5", "llava-toy-v1.5"), ("v1_6", "llava-toy-v1.6")])
 @pytest.mark.parametrize("benchmark", sorted(BENCHMARKS))
 def test_nightly_scripts_on_the_toy(family, checkpoint, benchmark, tmp_path):
+    """All questions with the toy; where there is no toy of a family, six with random weights in its format."""
+    folder, limit = TOY, []
     if not (TOY / checkpoint).is_dir():
-        pytest.skip(f"no toy at {TOY / checkpoint}")
-    variables = {"CKPT_DIR": str(TOY), "CKPT": checkpoint, "DATA_DIR": str(TOY / "data" / "eval")}
+        folder, checkpoint, limit = GOLDEN / "checkpoints", "llava-v1.6-vicuna-tiny", ["--limit", "6"]
+    variables = {"CKPT_DIR": str(folder), "CKPT": checkpoint, "DATA_DIR": str(TOY / "data" / "eval")}
     script = ROOT / "scripts" / family / "eval" / f"{benchmark}.sh"
-    command = ["bash", str(script), "16", "--output-root", str(tmp_path), "--batch-size", "8"]
+    command = ["bash", str(script), "16", "--output-root", str(tmp_path), "--batch-size", "8", *limit]
+    command += ["--max-new-tokens", "8"] if limit else []  # random weights never stop by themselves
     result = subprocess.run(
         command, env={**ENVIRONMENT, **variables}, capture_output=True, text=True, cwd=ROOT, timeout=600
     )
-    assert result.returncode == 0, result.stderr
-    tag = "vtn_16" if family == "v1_5" else "vtn_80"
-    found = next(tmp_path.glob(f"{BENCHMARKS[benchmark].folder}/answers/*/{checkpoint}/{tag}.run/summary.json"))
-    assert json.loads(found.read_text())["questions"] > 0
+    if not limit:  # six questions are no whole benchmark, and some scorers refuse them
+        assert result.returncode == 0, result.stderr
+    name = ("vtn_16" if family == "v1_5" else "vtn_80") + ("-first6" if limit else "")
+    found = list(tmp_path.glob(f"{BENCHMARKS[benchmark].folder}/answers/*/{checkpoint}/{name}.run/summary.json"))
+    assert found, result.stderr
+    assert json.loads(found[0].read_text())["questions"] > 0
