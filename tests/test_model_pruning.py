@@ -390,6 +390,24 @@ def test_bfloat16_stays_near_float32(load, pixels_of, checkpoint):
     assert (plain - plain_half).square().mean().sqrt() < 0.1 * plain.std()
 
 
+def test_llavas_own_entry_point_returns_what_it_was_given(load, pixels_of):
+    """Mask and positions come back only where they went in, or where rows of different length were padded."""
+    tokenizer, model, _, _ = load(V15)
+    pixels, sizes = pixels_of(V15, "square336", "land640x480")
+    ids, mask = ids_of(tokenizer, *(prompt_of(question) for question in QUESTIONS[:2]), side="right")
+    prepare = model.prepare_inputs_labels_for_multimodal
+    own, count = ids[:1, : int(mask[0].sum())], int(mask[0].sum()) - 1 + 576
+    none, positions, one_mask, past, embeds, labels = prepare(own, None, None, None, None, pixels[:1], sizes[:1])
+    assert none is positions is one_mask is past is labels is None
+    assert embeds.shape == (1, count, 192)
+    _, positions, both_mask, _, embeds, labels = prepare(ids, mask, mask, None, ids, pixels, sizes)
+    assert both_mask.dtype == mask.dtype
+    assert both_mask.sum(-1).tolist() == (mask.sum(-1) - 1 + 576).tolist()
+    assert positions.shape == labels.shape == embeds.shape[:2]
+    pruned = prepare(ids, None, mask, None, None, pixels, sizes, pruner=get_pruner("script", keep_tokens=8))
+    assert pruned[2].sum(-1).tolist() == (mask.sum(-1) - 1 + 8).tolist()
+
+
 # --- images and placeholders ---------------------------------------------------------------------------------------
 
 

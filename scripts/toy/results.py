@@ -357,7 +357,7 @@ def main() -> None:
         partial.write_text(json.dumps({"configuration": configuration, "cells": cells}, indent=1))
         partial.replace(store)
     relevance = relevance_report(model, world, tuple(options.budgets), sign)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()} CPU"
     write_report(options.out, {**configuration, "commit": commit, "machine": machine}, cells, relevance)
     print(options.out.read_text())

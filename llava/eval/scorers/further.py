@@ -11,19 +11,18 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 
-from llava.eval.letters import first_capital, general_letter, letter_before_parenthesis, mvbench_letter
+from llava.eval.letters import (
+    BEST_ANSWER_PHRASES,
+    first_capital,
+    general_letter,
+    letter_before_parenthesis,
+    mvbench_letter,
+)
 
 MLVU_TYPES = ("anomaly_reco", "count", "ego", "needle", "order", "plotQA", "topic_reasoning")
 OPTION_LETTERS = "ABCDEFGH"
-VIDEOMME_PHRASES_0_5 = (
-    "The best answer is",
-    "The correct answer is",
-    "The answer is",
-    "The answer",
-    "The best option is",
-    "The correct option is",
-    "Best answer:Best option:",  # a missing comma in that release
-)
+# A missing comma in that release makes one phrase of the last two.
+VIDEOMME_PHRASES_0_5 = (*BEST_ANSWER_PHRASES[:-2], "".join(BEST_ANSWER_PHRASES[-2:]))
 CHART_TOLERANCE = 0.05
 
 
