@@ -77,8 +77,7 @@ def tiled_pictures(folder: Path, split: str, number: int, clip, image_processor)
         features, owners, layouts = [], [], []
         for index in tqdm(range(number), desc=f"tiles {split}", mininterval=5):
             scene = compressed(make_scene(split, index), scene_rng(split, index, 6))
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                views = vision_features(clip, process_anyres_image(scene.image, image_processor, PINPOINTS))
+            views = vision_features(clip, process_anyres_image(scene.image, image_processor, PINPOINTS))
             features.append(views[:, 1:].half().numpy())
             owners.append(view_owners(scene))
             layouts.append(scene.layout)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import math
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from files import write_text, write_with
 from formats import MAKERS, as_asked
 from questions import Descriptor, draw
 from scenes import SIGN
+from stages import Schedule, Stage
 from torch import Tensor, nn
 from tower import (
     PatchHeads,
@@ -29,7 +25,6 @@ from tower import (
     vision_features,
     whiten_patches,
 )
-from tqdm import tqdm
 from transformers import CLIPTokenizer
 from views import Views, descriptor_classes, normalize
 
@@ -37,17 +32,15 @@ NO_DESCRIPTOR = (-2, -2, -2)
 
 
 @dataclass(frozen=True)
-class TowerSettings:
+class TowerSettings(Schedule):
     """Everything the result depends on besides the data."""
 
-    steps: int = 850
+    steps: int = 1200
+    muon_rate: float = 1e-2
+    adam_rate: float = 1.5e-3
+    warmup: int = 50
     batch: int = 16
     queries: int = 8  # per view
-    rate: float = 1.5e-3
-    warmup: int = 100
-    weight_decay: float = 0.05
-    seed: int = 0
-    save_every: int = 100
 
 
 def _caption(descriptor: Descriptor) -> str:
@@ -90,32 +83,15 @@ class TowerTraining(nn.Module):
     def losses(
         self, pixels: Tensor, labels: Tensor, owners: Tensor, queries: Queries
     ) -> tuple[Tensor, dict[str, float]]:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            features = vision_features(self.clip, pixels)
-            normed = self.clip.vision_model.post_layernorm(features)
-            patches, texts = joint_vision(self.clip, features), joint_text(self.clip, queries.tokens)
-            patch, seen = patch_loss(self.heads, normed[:, 1:], labels, owners)
+        features = vision_features(self.clip, pixels)
+        normed = self.clip.vision_model.post_layernorm(features)
+        patches, texts = joint_vision(self.clip, features), joint_text(self.clip, queries.tokens)
+        patch, seen = patch_loss(self.heads, normed[:, 1:], labels, owners)
         scale = self.clip.logit_scale.exp().clamp(max=20)
         find, tell, whole = contrastive_loss(scale, self.bias, patches[:, 1:], patches[:, 0], texts, queries, labels)
         total = patch + 0.5 * find + tell + 0.2 * whole
-        parts = {"loss": total, "patch": patch, "find": find, "tell": tell, "whole": whole}
+        parts = {"patch": patch, "find": find, "tell": tell, "whole": whole}
         return total, {**{name: value.item() for name, value in parts.items()}, **seen}
-
-
-def decayed_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Parameter groups for AdamW: weight decay on matrices, none on biases and gains."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-
-
-def cosine_rate(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, then half a cosine down to 2 %."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.02 + 0.49 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 @torch.no_grad()
@@ -136,59 +112,26 @@ def validate(model: TowerTraining, views: Views, tokenizer, number: int = 96) ->
     return {**mean, "auc": torch.cat(areas).nanmean().item()}
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """A small CSV, written whole."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, keys, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    write_text(path, text.getvalue())
-
-
-def train_tower(work: Path, train: Views, held_out: Views, tokenizer_folder: Path, settings: TowerSettings):
+def train_tower(
+    work: Path, train: Views, held_out: Views, tokenizer_folder: Path, settings: TowerSettings
+) -> TowerTraining:
     """Train, or go on training, and return the tower with its heads."""
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
     torch.manual_seed(settings.seed)
     model = TowerTraining(len(tokenizer))
-    groups = decayed_groups(model, settings.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=(0.9, 0.98))
     few = slice(0, min(len(train), 300))
     whiten_patches(model.clip, normalize(torch.from_numpy(train.pixels[few])), torch.from_numpy(train.labels[few]))
-    state_path, start, rows, spent = work / "tower.pt", 0, [], 0.0
-    if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
-        if state["settings"] != asdict(settings):
-            raise ValueError(f"{state_path} was made with other settings: {state['settings']}")
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start, rows, spent = state["step"], state["rows"], state["seconds"]
-    began = time.time() - spent
-    progress = tqdm(range(start, settings.steps), initial=start, total=settings.steps, desc="tower", mininterval=5)
-    for step in progress:
-        torch.manual_seed(settings.seed + step)
+    stage = Stage(work, "tower", model, settings)
+    for step in stage.steps():
         rng = np.random.default_rng([settings.seed, step])
         chosen = np.sort(rng.choice(len(train), settings.batch, replace=False))
         queries = make_queries(train, chosen, settings.queries, rng, tokenizer)
         pixels = normalize(torch.from_numpy(train.pixels[chosen]))
-        for group in optimizer.param_groups:
-            group["lr"] = settings.rate * cosine_rate(step, settings.steps, settings.warmup)
         labels, owners = torch.from_numpy(train.labels[chosen]), torch.from_numpy(train.owners[chosen])
         loss, parts = model.losses(pixels, labels, owners, queries)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        progress.set_postfix(loss=f"{parts['loss']:.2f}", shape=f"{parts['shape']:.2f}", color=f"{parts['color']:.2f}")
-        done = step + 1
-        if done % settings.save_every == 0 or done == settings.steps:
-            if done % (5 * settings.save_every) == 0 or done == settings.steps:
-                parts = {**parts, **{f"val_{k}": v for k, v in validate(model, held_out, tokenizer).items()}}
-            rows.append({"step": done, "seconds": round(time.time() - began), **parts})
-            state = {
-                "settings": asdict(settings), "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "step": done, "rows": rows, "seconds": time.time() - began,
-            }  # fmt: skip
-            write_with(state_path, lambda file, state=state: torch.save(state, file))
-            write_rows(work / "tower.csv", rows)
+        stage.update(loss)
+        if stage.is_due(step):
+            if stage.is_due(step, every=5):
+                parts |= {f"val_{k}": v for k, v in validate(model, held_out, tokenizer).items()}
+            stage.save(step, parts)
     return model.eval()
