@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from formats import MAKERS, as_asked
-from questions import Question, draw
+from formats import MAKERS, SHORT, as_asked, caption, checklist
+from questions import NO, YES, Question, draw
 from scenes import Layout
 from torch import Tensor
 from views import PADDING, UNSURE
@@ -38,15 +38,42 @@ def draw_questions(layout: Layout, rng: np.random.Generator, turns: int, makers=
 
 
 def make_talk(layout: Layout, questions: list[Question], rng: np.random.Generator, tokenizer) -> Talk:
-    """The questions in the ``vicuna_v1`` template, the picture in the first turn."""
+    """The questions in the ``vicuna_v1`` template, the picture in the first turn; the request for a short answer is
+    made every other time, as people who chat do not make it.
+    """
     conversation = conv_templates["vicuna_v1"].copy()
     for number, question in enumerate(questions):
-        text = "".join(as_asked(question, layout, rng))
+        text, suffix = as_asked(question, layout, rng)
+        if suffix != SHORT or rng.random() < 0.5:
+            text += suffix
         picture = f"{DEFAULT_IMAGE_TOKEN}\n" if number == 0 else ""
         conversation.append_message(conversation.roles[0], picture + text)
         conversation.append_message(conversation.roles[1], question.answer)
     ids = tokenizer_image_token(conversation.get_prompt(), tokenizer)
     return Talk(ids, answer_labels(ids, tokenizer), questions)
+
+
+def make_caption(layout: Layout, seen: set[int], rng: np.random.Generator, tokenizer) -> Talk:
+    """A picture and what can be seen of it: objects ``seen``."""
+    things = [layout.objects[number] for number in rng.permutation(sorted(seen))]
+    return _plain_talk(caption(things, rng), tokenizer)
+
+
+def make_checklist(layout: Layout, seen: set[int], rng: np.random.Generator, tokenizer) -> Talk:
+    """A picture and twelve things to be found or not; what is learned is whether they are there."""
+    talk = _plain_talk(checklist(layout, seen, 12, rng), tokenizer)
+    answers = {tokenizer(word, add_special_tokens=False).input_ids[-1] for word in (YES, NO)}
+    return replace(talk, labels=[label if label in answers else IGNORE_INDEX for label in talk.labels])
+
+
+def _plain_talk(text: str, tokenizer) -> Talk:
+    """A picture and a text about it in LLaVA's template for pretraining, ``plain``; the text is learned."""
+    conversation = conv_templates["plain"].copy()
+    conversation.append_message(conversation.roles[0], DEFAULT_IMAGE_TOKEN)
+    shown = len(tokenizer_image_token(conversation.get_prompt(), tokenizer))
+    conversation.append_message(conversation.roles[1], text)
+    ids = tokenizer_image_token(conversation.get_prompt(), tokenizer)
+    return Talk(ids, [IGNORE_INDEX] * shown + ids[shown:], [])
 
 
 def answer_labels(ids: list[int], tokenizer) -> list[int]:
@@ -79,8 +106,9 @@ def pad_batch(talks: list[Talk], pad: int) -> dict[str, Tensor]:
 def choose_patches(owner: np.ndarray, targets: list[int], budget: int, rng: np.random.Generator) -> np.ndarray:
     """A random subset that favours objects: owner (576,) of one view -> ``budget`` ascending patch numbers.
 
-    One or two patches of every object asked about are always among them (while there is room for half the budget), so
-    that the answer can be known; the others are drawn without replacement, objects three times as likely as the rest.
+    One or two patches of every object asked about are always among them (while there is room in three quarters of the
+    budget), so that the answer can be known; the others are drawn without replacement, objects three times as likely
+    as the rest.
     """
     weight = np.ones(owner.size)
     weight[owner >= 0] = 3.0
@@ -89,6 +117,6 @@ def choose_patches(owner: np.ndarray, targets: list[int], budget: int, rng: np.r
     weight[np.isin(owner, targets)] = 6.0
     order = np.argsort(-(np.log(weight) + rng.gumbel(size=owner.size)))
     mine = [order[owner[order] == target] for target in rng.permutation(targets)]
-    forced = [int(patches[turn]) for turn in range(2) for patches in mine if len(patches) > turn][: budget // 2]
+    forced = [int(patches[turn]) for turn in range(2) for patches in mine if len(patches) > turn][: 3 * budget // 4]
     rest = order[~np.isin(order, forced)]
     return np.sort(np.concatenate((np.array(forced, dtype=np.int64), rest[: budget - len(forced)])))

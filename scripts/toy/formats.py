@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import questions as q
-from scenes import TEXTS, Layout
+from scenes import TEXTS, Layout, SceneObject
 
 SHORT = "\nAnswer the question using a single word or phrase."
 YES_NO = " Please answer yes or no."
@@ -38,8 +38,48 @@ MAKERS = (
     (q.unanswerable, 0.7),
 )
 
-# The first lessons: find the thing that is named, say something about it.
-FIRST_MAKERS = ((q.color_of, 3.0), (q.shape_of, 2.0), (q.written_on, 1.0))
+# What the language model is asked first, and every third time later on: about one thing, once.
+FIRST_MAKERS = (
+    (q.existence, 7.0),
+    (q.color_of, 3.0),
+    (q.shape_of, 2.0),
+    (q.color_check, 1.5),
+    (q.written_on, 3.0),
+    (q.text_check, 1.0),
+)
+
+
+def caption(things: list[SceneObject], rng: np.random.Generator) -> str:
+    """What is there, in the order given: "red star, green sign EXIT", or with the shape first "star red"."""
+    shape_first = rng.random() < 0.5
+    phrases = []
+    for thing in things:
+        words = [thing.shape, thing.color] if shape_first else [thing.color, thing.shape]
+        phrases.append(" ".join([*words, thing.text] if thing.text else words))
+    return ", ".join(phrases)
+
+
+def checklist(layout: Layout, seen: set[int], number: int, rng: np.random.Generator) -> str:
+    """``number`` things that are there or not, each with its answer: "red star Yes, blue cup No"; of those that are
+    there, only objects ``seen``.
+    """
+    shown = [layout.objects[index] for index in sorted(seen)]
+    shapes = {thing.shape for thing in layout.objects}
+    lines = []
+    for _ in range(number):
+        there = bool(shown) and rng.random() < 0.5
+        if there:
+            thing = shown[rng.integers(len(shown))]
+            words = [thing.color, thing.shape]
+        else:
+            how = ("adversarial", "adversarial", "popular", "random")[rng.integers(4)]
+            shape, color = q.absent_pairs(layout, how, rng)[0]
+            words = [color, shape]
+        if (there or words[1] not in shapes) and rng.random() < 0.2:
+            words = words[1:]
+        order = words if rng.random() < 0.7 else words[::-1]
+        lines.append(" ".join([*order, q.YES if there else q.NO]))
+    return ", ".join(lines)
 
 
 def ocr_line(scene: Layout, rng: np.random.Generator) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from anyres import tiled_pictures
@@ -18,12 +19,14 @@ from checkpoints import CLIP_NAME, llava_config, save_clip, save_llama_tokenizer
 from plot import plot_log
 from tokenizers_toy import corpus, train_clip_tokenizer, train_llama_tokenizer
 from train_language import (
+    CAPTIONS,
+    QUESTIONS,
     Budget,
-    LanguageSettings,
     align_projector,
     new_language_model,
     padded_pictures,
-    train_language,
+    train_captions,
+    train_questions,
 )
 from train_tower import TowerSettings, train_tower
 from transformers import AutoTokenizer, CLIPTokenizer
@@ -32,21 +35,21 @@ from views import build_views
 from llava.model.multimodal_encoder.clip_encoder import CLIPImageProcessor
 
 TRAIN_SCENES, HELD_OUT_SCENES = 5000, 320
-TILED_SCENES, TILED_HELD_OUT = 400, 32
+TILED_SCENES, TILED_HELD_OUT = 600, 32
 TOWER = TowerSettings()
-LANGUAGE = LanguageSettings()
-TILED_LANGUAGE = LanguageSettings(
-    steps=360,
-    rate=5e-4,
-    warmup=40,
-    lessons=(),
-    save_every=40,
+TILED_QUESTIONS = replace(
+    QUESTIONS,
+    steps=500,
+    muon_rate=1e-3,
+    adam_rate=7e-4,
+    first=0,
+    save_every=50,
     budgets=(
-        Budget(16, 0.2, 24, 4),
-        Budget(32, 0.25, 18, 5),
-        Budget(64, 0.2, 12, 5),
-        Budget(128, 0.15, 8, 5),
-        Budget(None, 0.2, 3, 6),
+        Budget(16, 0.25, 14, 6),
+        Budget(32, 0.25, 10, 8),
+        Budget(64, 0.20, 6, 8),
+        Budget(128, 0.15, 4, 10),
+        Budget(None, 0.15, 2, 10),
     ),
 )
 
@@ -92,22 +95,23 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.work / "tokenizers" / "llama")
     pictures = [padded_pictures(args.work, name, clip, s) for name, s in (("train", views), ("val", held_out))]
     config = llava_config(len(tokenizer), anyres=False)
-    model = new_language_model(config, seed=LANGUAGE.seed)
-    if not (args.work / "llava-toy-v1.5.pt").exists():
+    model = new_language_model(config, seed=CAPTIONS.seed)
+    if not (args.work / "captions.pt").exists():
         align_projector(model, tokenizer, pictures[0])
-    model = train_language(args.work, "llava-toy-v1.5", model, tokenizer, *pictures, LANGUAGE)
+    train_captions(args.work, model, tokenizer, pictures[0], CAPTIONS)
+    train_questions(args.work, "llava-toy-v1.5", model, tokenizer, *pictures, QUESTIONS)
     save_llava(model, config, llama_tokenizer, args.out / "llava-toy-v1.5")
 
     processor = CLIPImageProcessor.from_pretrained(args.out / CLIP_NAME)
     sets = (("train", TILED_SCENES), ("val", TILED_HELD_OUT))
     pictures = [tiled_pictures(args.work, split, number, clip, processor) for split, number in sets]
     config = llava_config(len(tokenizer), anyres=True)
-    tiled = new_language_model(config, seed=LANGUAGE.seed)
+    tiled = new_language_model(config, seed=TILED_QUESTIONS.seed)
     tiled.load_state_dict(model.state_dict(), strict=False)
-    tiled = train_language(args.work, "llava-toy-v1.6", tiled, tokenizer, *pictures, TILED_LANGUAGE)
+    train_questions(args.work, "llava-toy-v1.6", tiled, tokenizer, *pictures, TILED_QUESTIONS)
     save_llava(tiled, config, llama_tokenizer, args.out / "llava-toy-v1.6", tower=clip)
 
-    for name in ("tower", "llava-toy-v1.5", "llava-toy-v1.6"):
+    for name in ("tower", "captions", "llava-toy-v1.5", "llava-toy-v1.6"):
         shutil.copy(args.work / f"{name}.csv", args.out / f"training-{name}.csv")
     plot_log(args.out)
 
