@@ -264,6 +264,12 @@ def test_uniform_is_the_formula():
         assert get_pruner("uniform", keep_tokens=keep).select(make_inputs()).indices[0].tolist() == expected
 
 
+def test_first_takes_the_first_that_are_valid():
+    assert get_pruner("first", keep_tokens=9).select(make_inputs()).indices.tolist() == [list(range(9))] * 3
+    valid = torch.arange(TOKENS).ge(5).expand(3, -1)
+    assert get_pruner("first", keep_tokens=9).select(make_inputs(valid=valid)).indices[0].tolist() == [*range(5, 14)]
+
+
 def test_grid_is_a_grid_where_one_fits():
     points = grid_points(576, 64)
     rows, columns = sorted({p // 24 for p in points}), sorted({p % 24 for p in points})
