@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.mm_utils import encode_text
-from llava.model.view_layout import NEWLINE, ViewLayout, kept_places, with_made_tokens
+from llava.model.view_layout import NEWLINE, ViewLayout, kept_places, kept_sequence, with_made_tokens
 from llava.pruning import Pruner, PruningInputs, Selection
 
 if TYPE_CHECKING:
@@ -131,9 +131,12 @@ def _keep(
     if not pruner.count_is_exact:  # only the data tell
         numbers = numbers[selection.eligible]
         kept_count = len(numbers)
-    places = kept_places(layout, numbers.flatten(), kept_count, pruner.newlines == "keep")
-    width = 0 if made is None else made.shape[1]
-    sequence = with_made_tokens(layout, places, made_counts, width, selection.leading)
+    numbers, keep_newlines = numbers.flatten(), pruner.newlines == "keep"
+    if made is None:
+        sequence = kept_sequence(layout, numbers, kept_count, keep_newlines)
+    else:
+        places = kept_places(layout, numbers, kept_count, keep_newlines)
+        sequence = with_made_tokens(layout, places, made_counts, made.shape[1], selection.leading)
     return KeptTokens(sequence, layout, kept_count + sum(made_counts), selection, made)
 
 
