@@ -144,7 +144,9 @@ def test_a_downsampled_picture_is_encoded_anew_without_its_border(embed, load, p
     shown = prompts.kept[0].layout.eligible.reshape(24, 24).any(1).nonzero().flatten()
     top, bottom = int(shown[0]) * 14, (int(shown[-1]) + 1) * 14
     small = torch.nn.functional.interpolate(pixels[:, :, top:bottom], size=(3 * 14, 5 * 14), mode="area")
-    assert torch.allclose(rows, model.encode_images(small)[0], atol=1e-5)
+    assert torch.allclose(rows, model.encode_images(small, any_size=True)[0], atol=1e-5)
+    with pytest.raises(ValueError, match="doesn't match model"):
+        model.encode_images(small)
     assert not prompts.kept[0].mask().any()
     _, _, prompts, rows = embed(V15, get_pruner("downsample", keep_tokens=16, exclude_padding=False), "wide1000x400")
     assert prompts.kept[0].patches == 16

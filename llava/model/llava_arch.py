@@ -62,22 +62,15 @@ class EncodedImages:
         pixels: Tensor | None = None,
     ) -> None:
         self.features = features
+        self.encoder_features = encoder_features
         self.layouts = layouts
         self.layouts_with_padding = layouts_with_padding
-        given = {
-            "encoder_features": encoder_features,
-            "class_features": class_features,
-            "layer_input": layer_input,
-            "pixels": pixels,
-        }
+        given = {"class_features": class_features, "layer_input": layer_input, "pixels": pixels}
         self._fields = {name: value for name, value in given.items() if value is not None}
+        self._picked_from: tuple[EncodedImages, list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.layouts)
-
-    @property
-    def encoder_features(self) -> Tensor:
-        return self._fields["encoder_features"]
 
     def pick(self, pictures: Sequence[int]) -> EncodedImages:
         """Some of the pictures, in the given order; a picture asked about twice may be named twice."""
@@ -91,21 +84,29 @@ class EncodedImages:
             [self.layouts[picture] for picture in pictures],
             [self.layouts_with_padding[picture] for picture in pictures],
         )
-        picked._fields = {name: value[views] for name, value in self._fields.items()}
+        picked._picked_from = (self, views)
         return picked
 
     @classmethod
     def join(cls, parts: Sequence[EncodedImages]) -> EncodedImages:
         """The pictures of all parts, one after another."""
-        joined = cls(
+        raw = [[part._stored(name) for part in parts] for name in ("class_features", "layer_input", "pixels")]
+        return cls(
             torch.cat([part.features for part in parts]),
             torch.cat([part.encoder_features for part in parts]),
             [layout for part in parts for layout in part.layouts],
             [layout for part in parts for layout in part.layouts_with_padding],
+            *(None if any(value is None for value in values) else torch.cat(values) for values in raw),
         )
-        shared = set.intersection(*(set(part._fields) for part in parts))
-        joined._fields = {name: torch.cat([part._fields[name] for part in parts]) for name in shared}
-        return joined
+
+    def _stored(self, name: str) -> Tensor | None:
+        """A field that is there already, here or where these pictures were picked from: only then is it copied."""
+        if name not in self._fields and self._picked_from is not None:
+            whole, views = self._picked_from
+            value = whole._stored(name)
+            if value is not None:
+                self._fields[name] = value[views]
+        return self._fields.get(name)
 
     def field(self, name: str, tower: CLIPVisionTower) -> Tensor:
         """What `PruningInputs` calls ``name``, for all views: (V, ...), computed at the first call.
@@ -113,11 +114,13 @@ class EncodedImages:
         Raises:
             ValueError: the tower's part of it was not kept.
         """
-        if name not in self._fields:
-            source = {"image_embeds": "encoder_features"}.get(name, "layer_input")
-            if name in ("class_features", "layer_input", "pixels") or source not in self._fields:
-                raise ValueError(f"these encoded images hold nothing for {name}: make them with encode_pictures")
-            self._fields[name] = getattr(tower, name)(self._fields[source])
+        stored = self._stored(name)
+        if stored is not None:
+            return stored
+        source = self.encoder_features if name == "image_embeds" else self._stored("layer_input")
+        if name in ("class_features", "pixels") or source is None:
+            raise ValueError(f"these encoded images hold nothing for {name}: make them with encode_pictures")
+        self._fields[name] = getattr(tower, name)(source)
         return self._fields[name]
 
     def image_embeds(self, tower: CLIPVisionTower) -> Tensor:
@@ -181,10 +184,10 @@ class LlavaMetaForCausalLM(ABC):
 
     # --- pictures --------------------------------------------------------------------------------------------------
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """Pixels (V, 3, s, s) -> projected features (V, n, d); other sizes give other n."""
+    def encode_images(self, pixels: Tensor, any_size: bool = False) -> Tensor:
+        """Pixels (V, 3, s, s) -> projected features (V, n, d); ``any_size`` takes other sizes, which give other n."""
         with torch.no_grad():
-            features = self.get_vision_tower()(pixels)
+            features = self.get_vision_tower()(pixels, any_size)
         return self.project(features)
 
     def project(self, features: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,15 +17,8 @@ from llava.pruning import Pruner, PruningInputs, Selection
 if TYPE_CHECKING:
     from llava.model.llava_arch import EncodedImages, LlavaMetaForCausalLM
 
-ENCODER_FIELDS = (
-    "encoder_features",
-    "image_embeds",
-    "class_attention",
-    "mean_attention",
-    "key_metric",
-    "class_features",
-)
 BESIDE_PATCHES = {"class_attention", "mean_attention", "key_metric", "class_features"}
+TOWER_FIELDS = BESIDE_PATCHES | {"image_embeds", "pixels"}
 
 
 @dataclass(frozen=True)
@@ -218,10 +212,12 @@ def gather_inputs(
             f"pruner '{pruner.name}' needs {', '.join(beside)} beside the patches, but this checkpoint's features "
             "count the class token among them (mm_vision_select_feature: cls_patch)"
         )
-    for name in pruner.needs.intersection(ENCODER_FIELDS):
+    if "encoder_features" in pruner.needs:
+        fields["encoder_features"] = encoded.encoder_features
+    for name in sorted(pruner.needs & TOWER_FIELDS):
         fields[name] = encoded.field(name, tower).to(device)
-    if "pixels" in pruner.needs:
-        fields["pixels"], fields["encode"] = encoded.field("pixels", tower), model.encode_images
+    if "encode" in pruner.needs:
+        fields["encode"] = partial(model.encode_images, any_size=True)
     if pruner.needs & {"text_embeds", "query_embeds"}:
         distinct = list(dict.fromkeys(queries))
         if None in distinct:

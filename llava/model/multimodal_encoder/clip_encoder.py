@@ -104,25 +104,25 @@ class CLIPVisionTower(nn.Module):
         _fill(tower, weights or read_tensors(self.folder, (VISION_PREFIX,)), self.folder, dtype)
         self.vision_tower = tower.to(device).requires_grad_(False).eval()
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, any_size: bool = False) -> Tensor:
         """Pixels (V, 3, s, s) -> patch features (V, n, c) in the tower's dtype."""
-        return self.observe(pixels).features
+        return self.observe(pixels, any_size).features
 
-    def observe(self, pixels: Tensor) -> TowerOutput:
+    def observe(self, pixels: Tensor, any_size: bool = False) -> TowerOutput:
         """Pixels (V, 3, s, s) -> features, and what methods may ask for later.
 
-        Other sizes than the tower's own are read with interpolated positions.
+        Args:
+            any_size: read pictures that are not of the tower's own size (V, 3, h, w), with interpolated positions.
         """
         vision = self.vision_tower.vision_model
-        own_size = tuple(pixels.shape[-2:]) == (self.config.image_size, self.config.image_size)
         layer_inputs: list[Tensor] = []
-        hook = vision.encoder.layers[-1].register_forward_pre_hook(
-            lambda _, arguments: layer_inputs.append(arguments[0])
-        )
+
+        def remember(_: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+            layer_inputs.append(arguments[0] if arguments else keywords["hidden_states"])
+
+        hook = vision.encoder.layers[-1].register_forward_pre_hook(remember, with_kwargs=True)
         try:
-            hidden = vision(
-                pixels.to(self.device, self.dtype), interpolate_pos_encoding=not own_size
-            ).last_hidden_state
+            hidden = vision(pixels.to(self.device, self.dtype), interpolate_pos_encoding=any_size).last_hidden_state
         finally:
             hook.remove()
         features = hidden[:, 1:] if self.select_feature == "patch" else hidden
