@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -17,6 +18,12 @@ PIXELS = {"default": 1e-6, "rowmean": 1e-6}
 def load_picture(name):
     """A golden picture by name."""
     return Image.open(GOLDEN / "images" / f"{name}.png")
+
+
+def selection_cases(method):
+    """(case, tensors) of every recorded selection of a method, as parameters of a test."""
+    cases = json.loads((GOLDEN / "selection" / method / "cases.json").read_text())["cases"]
+    return [pytest.param(case, load_file(GOLDEN / "selection" / case["file"]), id=case["case"]) for case in cases]
 
 
 class Records:

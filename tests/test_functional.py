@@ -1,13 +1,11 @@
 """The shared mathematics against recorded values, slow references and its own laws."""
 
 import itertools
-import json
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from llava.pruning.functional import (
     conditional_kernel,
@@ -19,13 +17,7 @@ from llava.pruning.functional import (
     relevance_scores,
     stable_rank,
 )
-from records import GOLDEN
-
-
-def recorded(method):
-    cases = json.loads((GOLDEN / "selection" / method / "cases.json").read_text())["cases"]
-    return [pytest.param(case, load_file(GOLDEN / "selection" / case["file"]), id=case["case"]) for case in cases]
-
+from records import selection_cases
 
 seeds = st.integers(0, 2**16)
 
@@ -45,7 +37,7 @@ def features(seed, views, tokens, width, kind="iid"):
 # --- recorded values -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case, tensors", recorded("fast_map_dpp"))
+@pytest.mark.parametrize("case, tensors", selection_cases("fast_map_dpp"))
 def test_greedy_map_is_the_official_fast_greedy(case, tensors):
     kernel = tensors["kernel"][None]
     order = greedy_map(kernel, case["max_length"], epsilon=0.0, stop=case["epsilon"])[0]
@@ -54,7 +46,7 @@ def test_greedy_map_is_the_official_fast_greedy(case, tensors):
     assert len(set(order.tolist())) == case["max_length"]  # filled up where the official routine returns fewer
 
 
-@pytest.mark.parametrize("case, tensors", recorded("map_bruteforce"))
+@pytest.mark.parametrize("case, tensors", selection_cases("map_bruteforce"))
 def test_greedy_map_on_enumerated_kernels(case, tensors):
     kernel = tensors["kernel"]
     order = greedy_map(kernel[None], case["k"], epsilon=0.0, stop=1e-10)[0]
@@ -67,7 +59,7 @@ def test_greedy_map_on_enumerated_kernels(case, tensors):
     assert torch.linalg.det(kernel[order][:, order]).item() == pytest.approx(case["det_greedy"], rel=1e-9)
 
 
-@pytest.mark.parametrize("case, tensors", recorded("tome"))
+@pytest.mark.parametrize("case, tensors", selection_cases("tome"))
 def test_even_odd_block_is_tomes(case, tensors):
     """ToMe's bipartite matching looks at the same block of similarities as the redundancy graph."""
     similarity = cosine_similarity(tensors["metric"])

@@ -7,9 +7,10 @@ from llava.mm_utils import anyres_grid, process_images, tokenizer_image_token
 from llava.model.llava_arch import EncodedImages
 from llava.model.token_selection import count_kept
 from llava.model.view_layout import NEWLINE, kept_sequence, padded_square_layout, tiled_layout
-from llava.pruning import get_pruner, list_pruners
+from llava.pruning import get_pruner, list_pruners, pruner_class
 from records import load_picture
 
+BEFORE_DECODER = [name for name in list_pruners() if pruner_class(name).place != "decoder"]
 V15, V16 = "llava-v1.5-tiny-wide", "llava-v1.6-vicuna-tiny-wide"
 QUESTIONS = ["What is shown in this image?", "Is the red circle next to the blue square?", "How many dogs are there?"]
 
@@ -34,7 +35,7 @@ def answer(model, ids, mask=None, **options):
 
 
 @pytest.mark.parametrize("checkpoint", [V15, V16])
-@pytest.mark.parametrize("name", list_pruners())
+@pytest.mark.parametrize("name", BEFORE_DECODER)
 def test_keeping_all_equals_unpruned_bit_for_bit(load, pixels_of, checkpoint, name):
     tokenizer, model, _, _ = load(checkpoint)
     pixels, sizes = pixels_of(checkpoint, "land640x480")
@@ -47,7 +48,7 @@ def test_keeping_all_equals_unpruned_bit_for_bit(load, pixels_of, checkpoint, na
 
 
 @pytest.mark.parametrize("checkpoint", [V15, V16])
-@pytest.mark.parametrize("name", list_pruners())
+@pytest.mark.parametrize("name", BEFORE_DECODER)
 @pytest.mark.parametrize("picture", ["square336", "wide1000x400", "small97x61"])
 def test_the_count_is_kept_in_every_view(load, pixels_of, checkpoint, name, picture):
     tokenizer, model, _, _ = load(checkpoint)
@@ -59,11 +60,15 @@ def test_the_count_is_kept_in_every_view(load, pixels_of, checkpoint, name, pict
         with torch.no_grad():
             prompts = model.embed_prompts(ids, images=pixels, image_sizes=sizes, pruner=pruner)
         kept = prompts.kept[0]
-        assert kept.per_view() == [count] * views
+        if name in ("pool", "downsample"):  # the grid that is closest
+            assert all(abs(given - count) <= 3 for given in kept.per_view())
+        else:
+            assert kept.per_view() == [count] * views
         assert kept.newlines == 0
-        assert len(kept.sequence) == count_kept(pruner, kept.layout)
-        assert prompts.inputs_embeds.shape[1] == ids.shape[1] - 1 + count * views
+        assert len(kept.sequence) == kept.patches == sum(kept.per_view()) == count_kept(pruner, kept.layout)
+        assert prompts.inputs_embeds.shape[1] == ids.shape[1] - 1 + kept.patches
         assert not (kept.mask() & ~kept.layout.eligible).any()
+        assert int(kept.mask().sum()) == (kept.sequence < kept.layout.eligible.numel()).sum()
 
 
 def test_kept_tokens_are_the_features_in_reading_order(load, pixels_of):
@@ -87,7 +92,7 @@ def test_kept_tokens_are_the_features_in_reading_order(load, pixels_of):
 
 @pytest.mark.parametrize("checkpoint", [V15, V16])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", ["script", "random"])
+@pytest.mark.parametrize("name", BEFORE_DECODER)
 def test_a_batch_equals_its_members(load, checkpoint, side, name):
     """Prompts of different length, one with two pictures and one without any, in one batch and alone."""
     tokenizer, model, processor, _ = load(checkpoint)
@@ -98,12 +103,17 @@ def test_a_batch_equals_its_members(load, checkpoint, side, name):
     sizes = [picture.size for picture in pictures]
     pruner = get_pruner(name, keep_tokens=24)
     ids, mask = ids_of(tokenizer, *prompts, side=side)
+    encoded = model.encode_pictures(pixels, sizes)
     together = answer(model, ids, mask, images=pixels, image_sizes=sizes, pruner=pruner)
+    assert answer(model, ids, mask, images=encoded, pruner=pruner) == together
+    assert answer(model, ids, mask, images=encoded, pruner=pruner) == together  # what the first call left behind
     for row, (first, last) in enumerate([(0, 1), (1, 3), (3, 3)]):
         own, _ = ids_of(tokenizer, prompts[row])
         images = pixels[first:last] if last > first else None
         alone = answer(model, own, images=images, image_sizes=sizes[first:last], pruner=pruner)
         assert together[row] == alone[0]
+        if last > first:
+            assert answer(model, own, images=encoded.pick(range(first, last)), pruner=pruner)[0] == together[row]
 
 
 def test_sampling_ids_seed_random_methods(load, pixels_of):
@@ -135,7 +145,7 @@ def test_another_question_selects_other_tokens_from_cached_features(load, pixels
         fresh.append(answer(model, row, images=pixels, image_sizes=sizes, pruner=pruner))
     encoded = model.encode_pictures(pixels, sizes)
     assert isinstance(encoded, EncodedImages)
-    monkeypatch.setattr(model.get_vision_tower(), "forward", None)  # the tower must not run again
+    monkeypatch.setattr(model.get_vision_tower(), "observe", None)  # the tower must not run again
     for row in ids:
         cached.append(answer(model, row, images=encoded, pruner=pruner))
         masks.append(model.embed_prompts(row, images=encoded, pruner=pruner).kept[0].mask())
@@ -426,7 +436,7 @@ def test_prompt_over_the_context_is_refused_before_the_tower_runs(load, pixels_o
     pixels, sizes = pixels_of(V15, *["square336"] * 8)
     ids, _ = ids_of(tokenizer, prompt_of(QUESTIONS[0], images=8))
     with monkeypatch.context() as patch:
-        patch.setattr(model.get_vision_tower(), "forward", None)
+        patch.setattr(model.get_vision_tower(), "observe", None)
         with pytest.raises(ValueError, match="longer than the model's context of 4096"):
             model.generate(ids, images=pixels, image_sizes=sizes, max_new_tokens=1)
         with pytest.raises(ValueError, match="longer than the model's context of 4096"):

@@ -1,14 +1,27 @@
 """What every method promises, over all methods that are registered."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava.pruning import PruningInputs, Selection, get_pruner, list_pruners, parse_budget, parse_options
-from llava.pruning.grid import grid_points
+from llava.pruning import (
+    PruningInputs,
+    Selection,
+    get_pruner,
+    list_pruners,
+    parse_budget,
+    parse_options,
+    pruner_class,
+)
+from llava.pruning.grid import grid_points, grid_shape
 
 TOKENS = 49
+BEFORE_DECODER = [name for name in list_pruners() if pruner_class(name).place != "decoder"]
+CHOOSERS = [name for name in BEFORE_DECODER if not pruner_class(name)().makes_tokens]
+pytestmark = pytest.mark.filterwarnings("ignore:.* tokens per view; with")  # budgets below a method's floor
 
 
 def make_inputs(seed=0, views=3, tokens=TOKENS, kind="iid", valid=None, dtype=torch.float32):
@@ -18,6 +31,7 @@ def make_inputs(seed=0, views=3, tokens=TOKENS, kind="iid", valid=None, dtype=to
         return torch.randn(*shape, generator=generator).to(dtype)
 
     features, image = draw(views, tokens, 24), draw(views, tokens, 10)
+    side = max(int(tokens**0.5), 1)
     if kind == "duplicated":
         features[:, tokens // 2 :] = features[:, : tokens - tokens // 2].clone()
     elif kind == "zero":
@@ -33,72 +47,205 @@ def make_inputs(seed=0, views=3, tokens=TOKENS, kind="iid", valid=None, dtype=to
         text_embeds=draw(views, 2, 10),
         query_embeds=draw(views, 4, 24),
         valid=valid,
+        class_attention=draw(views, 3, tokens).float().softmax(-1),
+        mean_attention=draw(views, 3, tokens).float().softmax(-1),
+        key_metric=draw(views, tokens, 6),
+        class_features=draw(views, 12),
+        pixels=draw(views, 3, 2 * side, 2 * side),
+        encode=encode_patches,
+        pictures=torch.arange(views),
         view_ids=torch.arange(views) + 7,
     )
 
 
-@pytest.mark.parametrize("name", list_pruners())
+def encode_patches(pixels):
+    """A tower and projector of patches of 2 x 2 pixels: (V, 3, 2 h, 2 w) -> (V, h w, 24)."""
+    return torch.nn.functional.avg_pool2d(pixels.float(), 2).flatten(2).mT.repeat(1, 1, 8).to(pixels.dtype)
+
+
+def split_of(pruner, valid=None, views=3):
+    """Kept and made tokens that a pruner promises for each view."""
+    shown = torch.ones(views, TOKENS, dtype=torch.bool) if valid is None else valid
+    kept, made = pruner.stand(pruner.count(TOKENS), shown)
+    return kept.tolist(), made.tolist()
+
+
+@pytest.mark.parametrize("name", BEFORE_DECODER)
 @pytest.mark.parametrize("keep", [1, 2, 17, TOKENS - 1, TOKENS])
 @pytest.mark.parametrize("kind", ["iid", "duplicated", "zero", "constant", "not finite"])
 def test_exactly_m_distinct_ascending_indices(name, keep, kind):
-    selection = get_pruner(name, keep_tokens=keep).select(make_inputs(kind=kind))
-    assert selection.indices.shape == (3, keep)
+    pruner = get_pruner(name, keep_tokens=keep)
+    inputs = make_inputs(kind=kind)
+    selection = pruner.select(inputs)
     assert selection.indices.dtype == torch.int64
-    assert selection.indices.min() >= 0
-    assert selection.indices.max() < TOKENS
     assert (selection.indices.diff(dim=1) > 0).all()
-    assert selection.mask.sum(-1).tolist() == [keep] * 3
+    assert ((selection.indices >= 0) & (selection.indices < TOKENS)).all()
+    kept, made = ([TOKENS] * 3, [0] * 3) if selection.is_identity else split_of(pruner)
+    assert selection.mask.sum(-1).tolist() == kept
+    assert (0 if selection.made is None else selection.made.shape[1]) == made[0]
+    total = kept[0] + made[0]
+    assert total == pruner.count(TOKENS)
+    if name in ("pool", "downsample"):
+        assert abs(total - keep) <= 4  # the grid that is closest
+    else:
+        assert total == keep
+    if selection.made is not None and kind != "not finite":
+        assert selection.made.isfinite().all()
 
 
-@pytest.mark.parametrize("name", list_pruners())
+@pytest.mark.parametrize("name", BEFORE_DECODER)
 @given(seed=st.integers(0, 1000), keep=st.integers(1, TOKENS - 1), share=st.floats(0.0, 1.0))
 @settings(max_examples=25, deadline=None)
 def test_padding_only_fills_what_valid_tokens_cannot(name, seed, keep, share):
     valid = torch.rand(3, TOKENS, generator=torch.Generator().manual_seed(seed)) < share
-    selection = get_pruner(name, keep_tokens=keep).select(make_inputs(seed, valid=valid))
-    assert selection.indices.shape == (3, keep)
+    pruner = get_pruner(name, keep_tokens=keep)
+    selection = pruner.select(make_inputs(seed, valid=valid))
+    if selection.is_identity:  # the closest grid is the whole
+        return
+    kept, made = split_of(pruner, valid)
     assert (selection.indices.diff(dim=1) > 0).all()
-    assert selection.eligible.sum(-1).tolist() == valid.sum(-1).clamp_max(keep).tolist()
+    assert selection.eligible.sum(-1).tolist() == kept
     assert (selection.mask & ~valid).sum() == 0
+    assert max(made) <= (0 if selection.made is None else selection.made.shape[1])
+    assert all(count == 0 for count, patches in zip(made, valid.sum(-1).tolist(), strict=True) if patches == 0)
 
 
-@pytest.mark.parametrize("name", list_pruners())
+@pytest.mark.parametrize("name", [name for name in BEFORE_DECODER if name not in CHOOSERS])
+def test_padding_does_not_reach_made_tokens(name):
+    """Other values at padding patches, and other keys and attention to them, change no made token."""
+    valid = torch.zeros(3, 7, 7, dtype=torch.bool)
+    valid[0, 1:5], valid[1, :, 2:6], valid[2] = True, True, True
+    valid = valid.flatten(1)
+    pruner = get_pruner(name, keep_tokens=12)
+    inputs = make_inputs(valid=valid)
+    other = {}
+    for field, value in vars(make_inputs(seed=1, valid=valid)).items():
+        own = getattr(inputs, field)
+        if field in ("features", "encoder_features", "image_embeds", "key_metric"):
+            other[field] = torch.where(valid[:, :, None], own, value)
+        elif field == "class_attention":
+            other[field] = torch.where(valid[:, None], own, value)
+        elif field == "pixels":
+            shown = torch.nn.functional.interpolate(valid.unflatten(1, (7, 7))[:, None].float(), scale_factor=2) > 0
+            other[field] = torch.where(shown, own, value)
+        else:
+            other[field] = own
+    first, second = pruner.select(inputs), pruner.select(PruningInputs(**other))
+    for view, (kept, made) in enumerate(zip(*split_of(pruner, valid), strict=True)):
+        assert torch.allclose(first.made[view, :made], second.made[view, :made], atol=1e-6)
+        assert first.mask[view].sum() == kept
+
+
+@pytest.mark.parametrize("name", BEFORE_DECODER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_batch_gives_what_its_members_give(name, dtype):
     inputs = make_inputs(views=5, dtype=dtype)
     pruner = get_pruner(name, keep_tokens=9)
-    together = pruner.select(inputs).indices
+    together = pruner.select(inputs)
     for view in range(5):
         fields = {k: v[view : view + 1] for k, v in vars(inputs).items() if isinstance(v, torch.Tensor)}
-        assert torch.equal(pruner.select(PruningInputs(**fields)).indices[0], together[view])
+        alone = pruner.select(PruningInputs(**fields, encode=inputs.encode))
+        assert torch.equal(alone.indices[0], together.indices[view])
+        if together.made is not None:
+            assert torch.allclose(alone.made[0].float(), together.made[view].float(), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", list_pruners())
+@pytest.mark.parametrize("name", BEFORE_DECODER)
 def test_same_answer_twice(name):
     pruner = get_pruner(name, keep_tokens=9)
-    assert torch.equal(pruner.select(make_inputs()).indices, pruner.select(make_inputs()).indices)
+    first, second = pruner.select(make_inputs()), pruner.select(make_inputs())
+    assert torch.equal(first.indices, second.indices)
+    assert (first.made is None and second.made is None) or torch.equal(first.made, second.made)
 
 
-@pytest.mark.parametrize("name", list_pruners())
+@pytest.mark.parametrize("name", BEFORE_DECODER)
 @pytest.mark.parametrize("keep", [TOKENS, TOKENS + 1, 10**6])
 def test_keeping_everything_is_the_identity(name, keep):
     inputs = make_inputs()
     selection = get_pruner(name, keep_tokens=keep).select(inputs)
     assert selection.is_identity
+    assert selection.made is None
     assert selection.gather(inputs.features) is inputs.features
 
 
-@pytest.mark.parametrize("name", list_pruners())
+@pytest.mark.parametrize("name", BEFORE_DECODER)
 def test_gather_keeps_dtype_and_rows(name):
     inputs = make_inputs(dtype=torch.bfloat16)
     selection = get_pruner(name, keep_tokens=5).select(inputs)
     kept = selection.gather(inputs.features)
     assert kept.dtype == torch.bfloat16
+    assert selection.made is None or selection.made.dtype == torch.bfloat16
     for view in range(3):
         assert torch.equal(kept[view], inputs.features[view, selection.indices[view]])
 
 
-def test_permuted_tokens_permute_a_selection_that_ignores_order():
+@pytest.mark.parametrize("name", BEFORE_DECODER)
+def test_what_a_host_lacks_is_named(name):
+    pruner = get_pruner(name, keep_tokens=5)
+    inputs = make_inputs()
+    for field in pruner.needs:
+        lacking = PruningInputs(**{**vars(inputs), field: None})
+        with pytest.raises(ValueError, match=f"pruner '{name}' needs {field}, which this host did not give"):
+            pruner.select(lacking)
+
+
+@pytest.mark.parametrize("name", BEFORE_DECODER)
+def test_needs_are_all_that_is_read(name):
+    pruner = get_pruner(name, keep_tokens=9)
+    inputs = make_inputs()
+    told = pruner.needs | {"view_ids", "pictures"}
+    given = {"features": inputs.features} | {field: getattr(inputs, field) for field in told}
+    first, second = pruner.select(inputs), pruner.select(PruningInputs(**given))
+    assert torch.equal(first.indices, second.indices)
+    assert first.made is None or torch.equal(first.made, second.made)
+
+
+@pytest.mark.parametrize("name", [n for n in BEFORE_DECODER if pruner_class(n)().floor > 1])
+def test_a_budget_below_the_floor_says_what_will_be_done(name):
+    floor = pruner_class(name).floor
+    with pytest.warns(UserWarning, match=f"'{name}' needs {floor} tokens per view; with {floor - 1} it gives "):
+        get_pruner(name, keep_tokens=floor - 1)
+    with pytest.warns(UserWarning, match=f"with {floor - 1} it gives "):
+        get_pruner(name, keep_tokens=(floor - 0.9) / TOKENS).select(make_inputs())
+
+
+@pytest.mark.parametrize("name", [name for name in BEFORE_DECODER if name not in CHOOSERS])
+def test_made_tokens_belong_to_a_view(name):
+    with pytest.raises(ValueError, match="scope must be view, got 'global'"):
+        get_pruner(name, scope="global")
+
+
+# Methods whose choice rests on similarities and scores alone, whatever the order of tokens.
+@pytest.mark.parametrize("name", ["cdpruner", "divprune", "trim", "script_release"])
+def test_permuted_tokens_permute_the_selection(name):
+    inputs = make_inputs()
+    pruner = get_pruner(name, keep_tokens=9)
+    order = torch.randperm(TOKENS)
+    fields = {k: getattr(inputs, k)[:, order] for k in ("features", "encoder_features", "image_embeds")}
+    moved = pruner.select(PruningInputs(**fields, text_embeds=inputs.text_embeds))
+    still = pruner.select(inputs)
+    assert torch.equal(moved.mask, still.mask[:, order])
+    if still.made is not None:
+        assert torch.allclose(moved.made, still.made, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cdpruner", "divprune", "trim", "first"])
+def test_more_tokens_keep_those_of_fewer(name):
+    inputs = make_inputs()
+    masks = [get_pruner(name, keep_tokens=keep).select(inputs).mask for keep in range(2, TOKENS - 1)]
+    for fewer, more in itertools.pairwise(masks):
+        assert not (fewer & ~more).any()
+
+
+@pytest.mark.parametrize("name", ["cdpruner", "divprune"])
+def test_lengths_of_rows_do_not_count(name):
+    inputs = make_inputs()
+    longer = {**vars(inputs), "features": inputs.features * torch.rand(3, TOKENS, 1).add(0.5)}
+    pruner = get_pruner(name, keep_tokens=9)
+    assert torch.equal(pruner.select(inputs).indices, pruner.select(PruningInputs(**longer)).indices)
+
+
+def test_script_without_the_graph_ignores_order():
     inputs = make_inputs()
     pruner = get_pruner("script", keep_tokens=9, gsp=False)
     order = torch.randperm(TOKENS)
@@ -117,6 +264,12 @@ def test_uniform_is_the_formula():
         assert get_pruner("uniform", keep_tokens=keep).select(make_inputs()).indices[0].tolist() == expected
 
 
+def test_first_takes_the_first_that_are_valid():
+    assert get_pruner("first", keep_tokens=9).select(make_inputs()).indices.tolist() == [list(range(9))] * 3
+    valid = torch.arange(TOKENS).ge(5).expand(3, -1)
+    assert get_pruner("first", keep_tokens=9).select(make_inputs(valid=valid)).indices[0].tolist() == [*range(5, 14)]
+
+
 def test_grid_is_a_grid_where_one_fits():
     points = grid_points(576, 64)
     rows, columns = sorted({p // 24 for p in points}), sorted({p % 24 for p in points})
@@ -126,9 +279,44 @@ def test_grid_is_a_grid_where_one_fits():
     assert {len(grid_points(576, keep)) == keep for keep in range(1, 577)} == {True}
 
 
-def test_grid_needs_a_square():
-    with pytest.raises(ValueError, match="square layout of tokens, got 50"):
-        get_pruner("grid", keep_tokens=4).select(make_inputs(tokens=50))
+@pytest.mark.parametrize("name", ["grid", "pool", "downsample"])
+def test_grids_need_a_square(name):
+    with pytest.raises(ValueError, match=f"pruner '{name}' needs a square layout of tokens, got 50"):
+        get_pruner(name, keep_tokens=4).select(make_inputs(tokens=50))
+
+
+@pytest.mark.parametrize("keep", [1, 4, 16, 64, 128, 192, 500])
+def test_pool_is_adaptive_average_pooling(keep):
+    inputs = PruningInputs(torch.randn(2, 576, 5))
+    pruner = get_pruner("pool", keep_tokens=keep)
+    rows, columns = grid_shape(24, keep)
+    planes = inputs.features.mT.unflatten(-1, (24, 24))
+    expected = torch.nn.functional.adaptive_avg_pool2d(planes, (rows, columns)).flatten(2).mT
+    assert pruner.count(576) == rows * columns
+    assert torch.allclose(pruner.select(inputs).made, expected, atol=1e-5)
+
+
+def test_pool_covers_the_box_of_valid_tokens():
+    valid = torch.zeros(2, 24, 24, dtype=torch.bool)
+    valid[0, 5:17], valid[1, :, 3:20] = True, True
+    planes = torch.randn(2, 24, 24, 5)
+    made = get_pruner("pool", keep_tokens=16).select(PruningInputs(planes.flatten(1, 2), valid=valid.flatten(1))).made
+    for view, box in enumerate((planes[0, 5:17], planes[1, :, 3:20])):
+        expected = torch.nn.functional.adaptive_avg_pool2d(box.permute(2, 0, 1), (4, 4)).flatten(1).mT
+        assert torch.allclose(made[view], expected, atol=1e-5)
+
+
+def test_downsample_cuts_out_what_is_not_padding():
+    valid = torch.zeros(3, 7, 7, dtype=torch.bool)
+    valid[0, 1:5], valid[1] = True, True  # the third view shows nothing
+    inputs = make_inputs(valid=valid.flatten(1))
+    pruner = get_pruner("downsample", keep_tokens=8)
+    assert split_of(pruner, inputs.valid) == ([0, 0, 0], [2 * 4, 3 * 3, 0])
+    made = pruner.select(inputs).made
+    assert made.shape == (3, 9, 24)
+    small = torch.nn.functional.interpolate(inputs.pixels[:1, :, 2:10], size=(4, 8), mode="area")
+    assert torch.allclose(made[0, :8], encode_patches(small)[0], atol=1e-6)
+    assert not made[2].any()
 
 
 def test_random_is_uniform_and_differs_by_view_and_seed():
@@ -207,6 +395,9 @@ def test_pruners_are_values():
     [
         ({"features": torch.zeros(3, 4)}, "features must be"),
         ({"features": torch.zeros(2, 3, 4), "image_embeds": torch.zeros(2, 4, 4)}, "image_embeds must start with"),
+        ({"features": torch.zeros(2, 3, 4), "key_metric": torch.zeros(2, 4, 4)}, "key_metric must start with"),
+        ({"features": torch.zeros(2, 3, 4), "class_attention": torch.zeros(2, 3)}, "class_attention must be"),
+        ({"features": torch.zeros(2, 3, 4), "class_features": torch.zeros(3, 4)}, "class_features must have 2 rows"),
         ({"features": torch.zeros(2, 3, 4), "text_embeds": torch.zeros(3, 1, 4)}, "text_embeds must have 1 or 2 rows"),
     ],
 )

@@ -1,19 +1,13 @@
 """The method of the paper: recorded reference values, ablations, options and limits."""
 
-import json
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from llava.pruning import PruningInputs, get_pruner
 from llava.pruning.functional import conditional_kernel, cosine_similarity, greedy_map
-from records import GOLDEN
+from records import selection_cases
 
-CASES = [
-    pytest.param(case, load_file(GOLDEN / "selection" / case["file"]), id=case["case"])
-    for case in json.loads((GOLDEN / "selection/script_reference/cases.json").read_text())["cases"]
-]
+CASES = selection_cases("script_reference")
 
 
 def reference_inputs(tensors, dtype):

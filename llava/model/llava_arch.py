@@ -44,6 +44,11 @@ class EncodedImages:
         encoder_features: (V, n, c) the same before the projector.
         layouts: one per picture; their views add up to V.
         layouts_with_padding: the same if padding were not left out.
+        class_features: (V, c) class tokens beside ``encoder_features``.
+        layer_input: (V, 1 + n, c) what went into the tower's last layer.
+        pixels: (V, 3, s, s).
+
+    The last three are for methods that ask for them; without them those methods cannot be used.
     """
 
     def __init__(
@@ -52,12 +57,17 @@ class EncodedImages:
         encoder_features: Tensor,
         layouts: list[ViewLayout],
         layouts_with_padding: list[ViewLayout],
+        class_features: Tensor | None = None,
+        layer_input: Tensor | None = None,
+        pixels: Tensor | None = None,
     ) -> None:
         self.features = features
         self.encoder_features = encoder_features
         self.layouts = layouts
         self.layouts_with_padding = layouts_with_padding
-        self._image_embeds: Tensor | None = None
+        given = {"class_features": class_features, "layer_input": layer_input, "pixels": pixels}
+        self._fields = {name: value for name, value in given.items() if value is not None}
+        self._picked_from: tuple[EncodedImages, list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.layouts)
@@ -74,15 +84,48 @@ class EncodedImages:
             [self.layouts[picture] for picture in pictures],
             [self.layouts_with_padding[picture] for picture in pictures],
         )
-        if self._image_embeds is not None:
-            picked._image_embeds = self._image_embeds[views]
+        picked._picked_from = (self, views)
         return picked
+
+    @classmethod
+    def join(cls, parts: Sequence[EncodedImages]) -> EncodedImages:
+        """The pictures of all parts, one after another."""
+        raw = [[part._stored(name) for part in parts] for name in ("class_features", "layer_input", "pixels")]
+        return cls(
+            torch.cat([part.features for part in parts]),
+            torch.cat([part.encoder_features for part in parts]),
+            [layout for part in parts for layout in part.layouts],
+            [layout for part in parts for layout in part.layouts_with_padding],
+            *(None if any(value is None for value in values) else torch.cat(values) for values in raw),
+        )
+
+    def _stored(self, name: str) -> Tensor | None:
+        """A field that is there already, here or where these pictures were picked from: only then is it copied."""
+        if name not in self._fields and self._picked_from is not None:
+            whole, views = self._picked_from
+            value = whole._stored(name)
+            if value is not None:
+                self._fields[name] = value[views]
+        return self._fields.get(name)
+
+    def field(self, name: str, tower: CLIPVisionTower) -> Tensor:
+        """What `PruningInputs` calls ``name``, for all views: (V, ...), computed at the first call.
+
+        Raises:
+            ValueError: the tower's part of it was not kept.
+        """
+        stored = self._stored(name)
+        if stored is not None:
+            return stored
+        source = self.encoder_features if name == "image_embeds" else self._stored("layer_input")
+        if name in ("class_features", "pixels") or source is None:
+            raise ValueError(f"these encoded images hold nothing for {name}: make them with encode_pictures")
+        self._fields[name] = getattr(tower, name)(source)
+        return self._fields[name]
 
     def image_embeds(self, tower: CLIPVisionTower) -> Tensor:
         """(V, n, e) patches in the joint image-text space, computed at the first call."""
-        if self._image_embeds is None:
-            self._image_embeds = tower.image_embeds(self.encoder_features)
-        return self._image_embeds
+        return self.field("image_embeds", tower)
 
 
 @dataclass
@@ -141,15 +184,16 @@ class LlavaMetaForCausalLM(ABC):
 
     # --- pictures --------------------------------------------------------------------------------------------------
 
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """Pixels (V, 3, s, s) -> projected features (V, n, d)."""
-        return self._encode(pixels)[1]
-
-    def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_images(self, pixels: Tensor, any_size: bool = False) -> Tensor:
+        """Pixels (V, 3, s, s) -> projected features (V, n, d); ``any_size`` takes other sizes, which give other n."""
         with torch.no_grad():
-            features = self.get_vision_tower()(pixels)
+            features = self.get_vision_tower()(pixels, any_size)
+        return self.project(features)
+
+    def project(self, features: Tensor) -> Tensor:
+        """Encoder features (..., c) -> the language model's space (..., d)."""
         parameter = next(self.get_model().mm_projector.parameters(), features)
-        return features, self.get_model().mm_projector(features.to(parameter.device, parameter.dtype))
+        return self.get_model().mm_projector(features.to(parameter.device, parameter.dtype))
 
     def encode_pictures(
         self, images: Tensor | Sequence[Tensor], image_sizes: Sequence[tuple[int, int]] | None = None
@@ -162,8 +206,18 @@ class LlavaMetaForCausalLM(ABC):
         """
         pictures = _as_views(images)
         layouts = self.layouts_of(images, image_sizes)
-        encoder_features, features = self._encode(torch.cat(pictures))
-        return EncodedImages(features, encoder_features, [pair[0] for pair in layouts], [pair[1] for pair in layouts])
+        pixels = torch.cat(pictures)
+        with torch.no_grad():
+            seen = self.get_vision_tower().observe(pixels)
+        return EncodedImages(
+            self.project(seen.features),
+            seen.features,
+            [pair[0] for pair in layouts],
+            [pair[1] for pair in layouts],
+            seen.class_features,
+            seen.layer_input,
+            pixels,
+        )
 
     def layouts_of(
         self, images: Tensor | Sequence[Tensor] | EncodedImages, image_sizes: Sequence[tuple[int, int]] | None = None
@@ -267,7 +321,7 @@ class LlavaMetaForCausalLM(ABC):
             owners = [row for row, pictures in enumerate(of_row) for _ in pictures]
             ids = None if sample_ids is None else [sample_ids[row] for row in owners]
             kept = select_tokens(self, pruner, images, [queries[row] for row in owners], ids)
-            features = self._gather(images, kept)
+            features = self.gather_tokens(images, kept)
         embed = self.get_input_embeddings()
         texts = embed(torch.cat(rows).clamp_min(0).to(embed.weight.device)).split([len(row) for row in rows])
         spliced = [
@@ -276,16 +330,18 @@ class LlavaMetaForCausalLM(ABC):
         ]
         return self._pad(spliced, labels is not None, kept, padding_side, truncate)
 
-    def _gather(self, encoded: EncodedImages, kept: list[KeptTokens]) -> list[Tensor]:
-        """Visual tokens (t, d) of every picture in reading order, newline embeddings in place."""
+    def gather_tokens(self, encoded: EncodedImages, kept: Sequence[KeptTokens]) -> list[Tensor]:
+        """Visual tokens (t, d) of every picture in reading order: kept ones, made ones, newline embeddings."""
         rows, first = [], 0
         for tokens in kept:
-            views = encoded.features[first : first + tokens.layout.views].flatten(0, 1)
+            table = encoded.features[first : first + tokens.layout.views].flatten(0, 1)
             first += tokens.layout.views
-            sequence = tokens.sequence.to(views.device)
-            picture = views[sequence.clamp_min(0)]
+            if tokens.made is not None:
+                table = torch.cat([table, tokens.made.flatten(0, 1).to(table.device, table.dtype)])
+            sequence = tokens.sequence.to(table.device)
+            picture = table[sequence.clamp_min(0)]
             if tokens.newlines:
-                newline = self.get_model().image_newline.to(views.device, views.dtype)
+                newline = self.get_model().image_newline.to(table.device, table.dtype)
                 picture = torch.where((sequence == NEWLINE)[:, None], newline, picture)
             rows.append(picture)
         return rows

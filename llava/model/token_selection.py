@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from llava.mm_utils import encode_text
-from llava.model.view_layout import NEWLINE, ViewLayout, kept_sequence
+from llava.model.view_layout import NEWLINE, ViewLayout, kept_places, kept_sequence, with_made_tokens
 from llava.pruning import Pruner, PruningInputs, Selection
 
 if TYPE_CHECKING:
     from llava.model.llava_arch import EncodedImages, LlavaMetaForCausalLM
+
+BESIDE_PATCHES = {"class_attention", "mean_attention", "key_metric", "class_features"}
+TOWER_FIELDS = BESIDE_PATCHES | {"image_embeds", "pixels"}
 
 
 @dataclass(frozen=True)
@@ -22,31 +26,38 @@ class KeptTokens:
     """What one picture gives to the language model.
 
     Args:
-        sequence: (t,) int64 flat patch numbers in reading order, `NEWLINE` at newline tokens.
+        sequence: (t,) int64 flat patch numbers in reading order, `NEWLINE` at newline tokens; numbers from V * n on
+            are tokens that the method made (see view_layout.py).
         layout: the picture's unpruned layout.
-        patches: number of visual tokens in ``sequence``, newlines not counted.
+        patches: number of visual tokens in ``sequence``, kept and made, newlines not counted.
         selection: the pruner's answer for this picture's views, with what it computed; ``None`` if nothing was pruned.
+        made: (V, k, d) the method's own tokens, projected; ``None`` if it makes none.
     """
 
     sequence: Tensor
     layout: ViewLayout
     patches: int
     selection: Selection | None = None
+    made: Tensor | None = None
 
     @property
     def newlines(self) -> int:
         return len(self.sequence) - self.patches
 
     def per_view(self) -> list[int]:
-        """How many patches of each view are kept."""
-        patches = self.sequence[self.sequence != NEWLINE].cpu()
-        tokens = self.layout.eligible.shape[1]
-        return torch.bincount(patches // tokens, minlength=self.layout.views).tolist()
+        """How many tokens each view gives, kept and made."""
+        views, tokens = self.layout.eligible.shape
+        numbers = self.sequence.cpu()
+        kept = numbers[(numbers != NEWLINE) & (numbers < views * tokens)] // tokens
+        if self.made is not None:
+            kept = torch.cat([kept, (numbers[numbers >= views * tokens] - views * tokens) // self.made.shape[1]])
+        return torch.bincount(kept, minlength=views).tolist()
 
     def mask(self) -> Tensor:
-        """(V, n) bool on the CPU, True at kept patches."""
+        """(V, n) bool on the CPU, True at kept patches; made tokens are none."""
+        numbers = self.sequence.cpu()
         mask = torch.zeros(self.layout.eligible.numel(), dtype=torch.bool)
-        mask[self.sequence[self.sequence != NEWLINE].cpu()] = True
+        mask[numbers[(numbers != NEWLINE) & (numbers < mask.numel())]] = True
         return mask.reshape(self.layout.eligible.shape)
 
 
@@ -70,53 +81,105 @@ def select_tokens(
         sample_ids: a number per picture that seeds random methods; 0 for each where not given.
     """
     tokens = encoded.features.shape[1]
-    if pruner is None or pruner.count(tokens) >= tokens:
+    if pruner is None or keeps_everything(pruner, tokens):
         return keep_everything(encoded)
+    if pruner.scope == "official":
+        return [select_from_sequence(model, pruner, encoded.pick([picture])) for picture in range(len(encoded))]
     inputs = gather_inputs(model, pruner, encoded, queries, sample_ids)
     first_view = 0
     if pruner.scope == "view":
         whole = pruner.select(inputs)
+        made = whole.made
+        if made is not None and pruner.place == "encoder":
+            made = model.project(made)
     kept = []
     for picture, layout in enumerate(encoded.layouts):
         views = slice(first_view, first_view + layout.views)
+        first_view += layout.views
         if pruner.scope == "view":
             selection = Selection(
                 whole.indices[views],
                 tokens,
                 None if whole.eligible is None else whole.eligible[views],
                 {name: value[views] for name, value in whole.details.items()},
+                None if whole.made is None else whole.made[views],
+                whole.leading,
             )
+            own = None if made is None else made[views]
             offsets = torch.arange(layout.views, device=selection.indices.device)[:, None] * tokens
-            numbers = (selection.indices + offsets).flatten()
+            numbers = selection.indices + offsets
         else:
             joined = join_views(inputs, views)
             selection = pruner.select(joined, keep=min(pruner.count(tokens) * layout.views, joined.tokens))
-            numbers = selection.indices.flatten()
-        kept.append(_keep(pruner, encoded, picture, numbers, selection))
-        first_view += layout.views
+            own, numbers = None, selection.indices
+        layout = eligible_layout(pruner, layout, encoded.layouts_with_padding[picture])
+        kept.append(_keep(pruner, layout, numbers, selection, own))
     return kept
 
 
-def _keep(pruner: Pruner, encoded: EncodedImages, picture: int, numbers: Tensor, selection: Selection) -> KeptTokens:
-    layout = eligible_layout(pruner, encoded.layouts[picture], encoded.layouts_with_padding[picture])
-    count = count_kept(pruner, layout)
-    sequence = kept_sequence(layout, numbers, count, pruner.newlines == "keep")
-    return KeptTokens(sequence, layout, count, selection)
+def _keep(
+    pruner: Pruner, layout: ViewLayout, numbers: Tensor, selection: Selection, made: Tensor | None
+) -> KeptTokens:
+    """Put the chosen patches (flat ``numbers``) and the made tokens (V, k, d) of a picture in reading order."""
+    kept_count, made_counts = count_parts(pruner, layout)
+    if not pruner.count_is_exact:  # only the data tell
+        numbers = numbers[selection.eligible]
+        kept_count = len(numbers)
+    numbers, keep_newlines = numbers.flatten(), pruner.newlines == "keep"
+    if made is None:
+        sequence = kept_sequence(layout, numbers, kept_count, keep_newlines)
+    else:
+        places = kept_places(layout, numbers, kept_count, keep_newlines)
+        sequence = with_made_tokens(layout, places, made_counts, made.shape[1], selection.leading)
+    return KeptTokens(sequence, layout, kept_count + sum(made_counts), selection, made)
+
+
+def select_from_sequence(model: LlavaMetaForCausalLM, pruner: Pruner, picture: EncodedImages) -> KeptTokens:
+    """Select among all that the language model would read of one picture, newline tokens included."""
+    everything = keep_everything(picture)
+    layout = picture.layouts[0]
+    inputs = PruningInputs(model.gather_tokens(picture, everything)[0][None])
+    selection = pruner.select(inputs, keep=count_kept(pruner, layout))
+    sequence = layout.sequence.to(selection.indices.device)[selection.indices[0]]
+    return KeptTokens(sequence, layout, int((sequence != NEWLINE).sum()), selection)
+
+
+def keeps_everything(pruner: Pruner, tokens: int) -> bool:
+    """Whether the budget reaches all ``tokens`` of a view."""
+    return pruner.count(tokens) >= tokens
 
 
 def eligible_layout(pruner: Pruner | None, layout: ViewLayout, with_padding: ViewLayout) -> ViewLayout:
     """The layout that a pruner reads: padding takes part only if it is told so."""
-    return with_padding if pruner is not None and not pruner.exclude_padding else layout
+    if pruner is None or pruner.exclude_padding or pruner.scope == "official":
+        return layout
+    return with_padding
 
 
 def count_kept(pruner: Pruner | None, layout: ViewLayout) -> int:
-    """Positions that a picture will take in the prompt, known beforehand; newlines kept by option come on top."""
+    """Positions that a picture will take in the prompt, known beforehand; newlines kept by option come on top.
+
+    The most that it may take where a method's count is not exact.
+    """
     views, tokens = layout.eligible.shape
-    if pruner is None or pruner.count(tokens) >= tokens:
+    if pruner is None or keeps_everything(pruner, tokens):
         return len(layout.sequence)
+    if pruner.scope == "official":
+        length = len(layout.sequence)
+        is_share = isinstance(pruner.keep_tokens, float)
+        return pruner.count(length) if is_share else min(pruner.keep_tokens * views, length)
+    kept, made = count_parts(pruner, layout)
+    return kept + sum(made)
+
+
+def count_parts(pruner: Pruner, layout: ViewLayout) -> tuple[int, list[int]]:
+    """Kept patches of a picture, and made tokens of each of its views."""
+    views, tokens = layout.eligible.shape
+    count = pruner.count(tokens)
     if pruner.scope == "global":
-        return min(pruner.count(tokens) * views, int(layout.eligible.sum()))
-    return int(layout.eligible.sum(-1).clamp_max(pruner.count(tokens)).sum())
+        return min(count * views, int(layout.eligible.sum())), [0] * views
+    kept, made = pruner.stand(count, layout.eligible)
+    return int(kept.sum()), made.tolist()
 
 
 def gather_inputs(
@@ -133,25 +196,35 @@ def gather_inputs(
     picture_of_view = torch.repeat_interleave(torch.arange(len(counts)), counts)
     view_in_picture = torch.cat([torch.arange(count) for count in counts])
     ids = torch.tensor(sample_ids if sample_ids is not None else [0] * len(counts), dtype=torch.int64)
-    fields: dict[str, Tensor | int | None] = {
+    fields: dict[str, Any] = {
         "view_ids": (ids[picture_of_view] * 4096 + view_in_picture).to(device, non_blocking=True),
         "relevance_sign": model.relevance_sign,
+        "pictures": picture_of_view.to(device, non_blocking=True),
     }
     if pruner.exclude_padding:
         valid = torch.cat([layout.eligible for layout in encoded.layouts])
         if not bool(valid.all()):  # on the CPU: nothing waits for a GPU
             fields["valid"] = valid.to(device, non_blocking=True)
+    tower = model.get_vision_tower()
+    beside = sorted(pruner.needs & BESIDE_PATCHES)
+    if beside and tower.select_feature == "cls_patch":
+        raise ValueError(
+            f"pruner '{pruner.name}' needs {', '.join(beside)} beside the patches, but this checkpoint's features "
+            "count the class token among them (mm_vision_select_feature: cls_patch)"
+        )
     if "encoder_features" in pruner.needs:
         fields["encoder_features"] = encoded.encoder_features
-    if "image_embeds" in pruner.needs:
-        fields["image_embeds"] = encoded.image_embeds(model.get_vision_tower()).to(device)
+    for name in sorted(pruner.needs & TOWER_FIELDS):
+        fields[name] = encoded.field(name, tower).to(device)
+    if "encode" in pruner.needs:
+        fields["encode"] = partial(model.encode_images, any_size=True)
     if pruner.needs & {"text_embeds", "query_embeds"}:
         distinct = list(dict.fromkeys(queries))
         if None in distinct:
             raise ValueError(f"pruner '{pruner.name}' selects by the question: pass query=, or load a tokenizer")
         row = torch.tensor([distinct.index(query) for query in queries])[picture_of_view].to(device)
         if "text_embeds" in pruner.needs:
-            embeds, mask = model.get_vision_tower().text_embeds(distinct)
+            embeds, mask = tower.text_embeds(distinct)
             fields["text_embeds"], fields["text_mask"] = embeds.to(device)[row], mask.to(device)[row]
         if "query_embeds" in pruner.needs:
             embeds, mask = embed_queries(model, distinct)
@@ -189,6 +262,7 @@ def join_views(inputs: PruningInputs, views: slice) -> PruningInputs:
         query_embeds=first(inputs.query_embeds),
         query_mask=first(inputs.query_mask),
         valid=join(inputs.valid),
+        pictures=first(inputs.pictures),
         relevance_sign=inputs.relevance_sign,
         view_ids=first(inputs.view_ids),
     )

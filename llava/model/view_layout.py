@@ -2,11 +2,13 @@
 
 A picture gives V views of n patches each; patch p of view v has the flat number v * n + p. A layout is the sequence of
 flat numbers in the order in which the language model reads them, with `NEWLINE` where LLaVA-NeXT ends a grid row.
-Unpruned and pruned prompts are both read off this sequence.
+Unpruned and pruned prompts are both read off this sequence. Tokens that a method made itself, k for each view, have
+the numbers after the patches: token j of view v is V * n + v * k + j.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -34,6 +36,18 @@ class ViewLayout:
     @property
     def views(self) -> int:
         return self.eligible.shape[0]
+
+    def groups(self) -> list[tuple[range, int, int]]:
+        """Views that are read together, with the start and end of their part of the sequence.
+
+        The tiles of a grid are one group, any other view is one by itself.
+        """
+        tokens, end = self.eligible.shape[1], len(self.sequence)
+        if self.views == 1:
+            return [(range(1), 0, end)]
+        if self.grid is not None:
+            return [(range(1), 0, tokens), (range(1, self.views), tokens, end)]
+        return [(range(view, view + 1), view * tokens, (view + 1) * tokens) for view in range(self.views)]
 
 
 def flat_layout(views: int, tokens: int) -> ViewLayout:
@@ -112,6 +126,11 @@ def kept_sequence(layout: ViewLayout, kept: Tensor, count: int, keep_newlines: b
     Returns:
         (count,) flat patch numbers in the layout's order, on ``kept``'s device; with newlines, more.
     """
+    return layout.sequence.to(kept.device)[kept_places(layout, kept, count, keep_newlines)]
+
+
+def kept_places(layout: ViewLayout, kept: Tensor, count: int, keep_newlines: bool) -> Tensor:
+    """Where in a layout's sequence the tokens of `kept_sequence` stand, ascending."""
     place = torch.full((layout.eligible.numel(),), layout.sequence.numel())
     patches = layout.sequence != NEWLINE
     place[layout.sequence[patches]] = torch.arange(layout.sequence.numel())[patches]
@@ -124,4 +143,33 @@ def kept_sequence(layout: ViewLayout, kept: Tensor, count: int, keep_newlines: b
         starts, ends = starts.to(kept.device), ends.to(kept.device)
         has_token = torch.searchsorted(places, ends) > torch.searchsorted(places, starts)
         places = torch.cat([places, ends[has_token]]).sort().values
-    return layout.sequence.to(kept.device)[places]
+    return places
+
+
+def with_made_tokens(layout: ViewLayout, places: Tensor, made: Sequence[int], width: int, leading: int) -> Tensor:
+    """Put made tokens between kept ones.
+
+    Those of a group of views stand after its kept tokens, view by view; the ``leading`` ones stand before the kept
+    tokens where the group is one view, and before the other made tokens where it is the tiles of a grid.
+
+    Args:
+        places: (t,) where kept tokens and newlines stand in the layout's sequence, ascending.
+        made: how many made tokens each view gives, the first ones.
+        width: k, how many it might give.
+
+    Returns:
+        (t + sum of made,) flat numbers in the order in which the language model reads them.
+    """
+    numbers: list[int] = []
+    keys: list[int] = []  # a kept token at place p has the key 2 p, so that made tokens fit between any two
+    first_made = layout.eligible.numel()
+    for views, start, end in layout.groups():
+        alone = len(views) == 1
+        for lead in (True, False):
+            for view in views:
+                chosen = range(min(leading, made[view])) if lead else range(min(leading, made[view]), made[view])
+                numbers += [first_made + view * width + token for token in chosen]
+                keys += [2 * start - 1 if lead and alone else 2 * end - 1] * len(chosen)
+    order = torch.cat([2 * places, torch.tensor(keys, dtype=places.dtype).to(places.device)]).argsort(stable=True)
+    kept = layout.sequence.to(places.device)[places]
+    return torch.cat([kept, torch.tensor(numbers, dtype=kept.dtype).to(kept.device)])[order]

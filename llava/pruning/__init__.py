@@ -11,19 +11,35 @@ from llava.pruning.base import (
     pruner_class,
     register,
 )
+from llava.pruning.cdpruner import CDPruner
+from llava.pruning.divprune import DivPrune
+from llava.pruning.downsample import Downsample
+from llava.pruning.first import First
 from llava.pruning.grid import Grid
+from llava.pruning.pool import Pool
 from llava.pruning.random import Random
 from llava.pruning.script import Script
+from llava.pruning.script_release import ScriptRelease
+from llava.pruning.trim import Trim
 from llava.pruning.uniform import Uniform
+from llava.pruning.visionzip import VisionZip
 
 __all__ = [
+    "CDPruner",
+    "DivPrune",
+    "Downsample",
+    "First",
     "Grid",
+    "Pool",
     "Pruner",
     "PruningInputs",
     "Random",
     "Script",
+    "ScriptRelease",
     "Selection",
+    "Trim",
     "Uniform",
+    "VisionZip",
     "get_pruner",
     "list_pruners",
     "parse_budget",

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -36,6 +37,13 @@ class PruningInputs:
         query_mask: (B or 1, l) bool, like ``text_mask``.
         relevance: (B, n) scores the caller already has; larger is more relevant, no sign is applied to them.
         valid: (B, n) bool, False where a token must not be chosen (padding).
+        class_attention: (B, heads, n) attention of the encoder's class token to the patches, in the last layer read.
+        mean_attention: (B, heads, n) attention that a patch receives there, the mean over all queries.
+        key_metric: (B, n, w) keys of the patches there, the mean over heads.
+        class_features: (B, c) class token beside ``encoder_features``.
+        pixels: (B, 3, s, s) the views as the encoder got them.
+        encode: turns pixels (B', 3, h, w) of any size into projected features (B', tokens, d).
+        pictures: (B,) int64, which views show the same picture; ``None`` means that every view is a picture.
         relevance_sign: the sign under which cos(image_embeds, text_embeds) grows with relevance: -1 for CLIP towers.
         view_ids: (B,) int64, a number per view that does not depend on the batch it comes in; seeds `random`.
     """
@@ -49,6 +57,13 @@ class PruningInputs:
     query_mask: Tensor | None = None
     relevance: Tensor | None = None
     valid: Tensor | None = None
+    class_attention: Tensor | None = None
+    mean_attention: Tensor | None = None
+    key_metric: Tensor | None = None
+    class_features: Tensor | None = None
+    pixels: Tensor | None = None
+    encode: Callable[[Tensor], Tensor] | None = None
+    pictures: Tensor | None = None
     relevance_sign: int = -1
     view_ids: Tensor | None = None
 
@@ -56,10 +71,20 @@ class PruningInputs:
         if self.features.ndim != 3:
             raise ValueError(f"features must be (views, tokens, width), got shape {tuple(self.features.shape)}")
         shape = self.features.shape[:2]
-        for name in ("encoder_features", "image_embeds", "relevance", "valid"):
+        for name in ("encoder_features", "image_embeds", "relevance", "valid", "key_metric"):
             value = getattr(self, name)
             if value is not None and value.shape[:2] != shape:
                 raise ValueError(f"{name} must start with (B, n) = {tuple(shape)}, got shape {tuple(value.shape)}")
+        for name in ("class_attention", "mean_attention"):
+            value = getattr(self, name)
+            if value is not None and (value.ndim != 3 or (value.shape[0], value.shape[2]) != shape):
+                raise ValueError(
+                    f"{name} must be (B, heads, n) with (B, n) = {tuple(shape)}, got {tuple(value.shape)}"
+                )
+        for name in ("class_features", "pixels", "pictures", "view_ids"):
+            value = getattr(self, name)
+            if value is not None and value.shape[0] != shape[0]:
+                raise ValueError(f"{name} must have {shape[0]} rows, got shape {tuple(value.shape)}")
         for name in ("text_embeds", "text_mask", "query_embeds", "query_mask"):
             value = getattr(self, name)
             if value is not None and value.shape[0] not in (1, shape[0]):
@@ -76,7 +101,7 @@ class PruningInputs:
 
 @dataclass(frozen=True)
 class Selection:
-    """The m tokens that a method keeps in each of B views.
+    """The m tokens that a method keeps in each of B views, and the k that it makes itself.
 
     Args:
         indices: (B, m) int64, distinct and ascending within a view.
@@ -84,12 +109,19 @@ class Selection:
         eligible: (B, m) bool, False where a view had fewer than m valid tokens and an invalid one fills the place;
             ``None`` means that all are eligible.
         details: what the method computed on the way, tensors (B, ...) by name, for viewers and reports.
+        made: (B, k, c) tokens that stand after the kept ones of their view, in the space that the method acts on:
+            encoder features for `Pruner.place` "encoder", projected ones otherwise. `Pruner.stand` says how many of
+            them, from the first, stand in a view with padding. The budget counts m + k. ``None`` means none.
+        leading: so many of ``made`` stand before the kept tokens of a view that is read on its own, and before all
+            other made tokens of views that are read as one grid.
     """
 
     indices: Tensor
     tokens: int
     eligible: Tensor | None = None
     details: Mapping[str, Tensor] = field(default_factory=dict)
+    made: Tensor | None = None
+    leading: int = 0
 
     @property
     def is_identity(self) -> bool:
@@ -102,7 +134,7 @@ class Selection:
         return mask.scatter_(1, self.indices, True if self.eligible is None else self.eligible)
 
     def gather(self, features: Tensor) -> Tensor:
-        """The kept rows of ``features`` (B, n, d) -> (B, m, d), in the features' own dtype."""
+        """The kept rows of ``features`` (B, n, d) -> (B, m, d), in the features' own dtype, without ``made`` ones."""
         if self.is_identity:
             return features
         return features.gather(1, self.indices[:, :, None].expand(-1, -1, features.shape[-1]))
@@ -112,9 +144,11 @@ class Selection:
 class Pruner(ABC):
     """Base of all methods: keep the ``keep_tokens`` best of a view's visual tokens.
 
+    A method that makes tokens of its own overrides `count_made` and `make` beside `choose`.
+
     Args:
-        keep_tokens: tokens kept per view, as a count (int >= 1) or as a share of them (float between 0 and 1).
-            A count of n or more keeps everything, bit for bit.
+        keep_tokens: tokens given per view, kept and made, as a count (int >= 1) or as a share of them (float between
+            0 and 1). A count of n or more keeps everything, bit for bit.
         newlines: "drop" gives exactly the promised count; "keep" also keeps the newline token of every grid row that
             still has a token (LLaVA-NeXT), on top of the count.
         exclude_padding: patches that show only padding cannot be chosen; a view with fewer other patches than
@@ -129,14 +163,38 @@ class Pruner(ABC):
     scope: Literal["view", "global"] = "view"
 
     name: ClassVar[str]
+    place: ClassVar[Literal["pixels", "encoder", "projected", "decoder"]] = "projected"  # what the method acts on
+    floor: ClassVar[int] = 1  # the smallest budget at which the method is what its paper describes
+    below_floor: ClassVar[str] = ""  # what it gives under a smaller one
 
     def __post_init__(self):
         check_budget(self.keep_tokens)
+        if isinstance(self.keep_tokens, int):
+            self._check_floor(self.keep_tokens)
         for option in dataclasses.fields(self):
             allowed = typing.get_args(_option_types(type(self))[option.name])
             value = getattr(self, option.name)
             if allowed and all(isinstance(a, str) for a in allowed) and value not in allowed:
                 raise ValueError(f"{option.name} must be one of {', '.join(allowed)}; got {value!r}")
+        if self.makes_tokens and self.scope != "view":
+            raise ValueError(f"pruner '{self.name}' makes tokens of each view: scope must be view, got {self.scope!r}")
+
+    def _check_floor(self, keep: int) -> None:
+        if keep < self.floor:
+            message = (
+                f"pruner '{self.name}' needs {self.floor} tokens per view; with {keep} it gives {self.below_floor}"
+            )
+            warnings.warn(message, stacklevel=2)
+
+    @property
+    def count_is_exact(self) -> bool:
+        """Whether a view gives just `count` tokens; False for a method whose count depends on what it sees."""
+        return True
+
+    @property
+    def makes_tokens(self) -> bool:
+        """Whether the method gives tokens that no patch has."""
+        return type(self).make is not Pruner.make
 
     @property
     def needs(self) -> frozenset[str]:
@@ -144,10 +202,25 @@ class Pruner(ABC):
         return frozenset()
 
     def count(self, tokens: int) -> int:
-        """How many of ``tokens`` tokens are kept: known before any computation."""
+        """How many tokens a view of ``tokens`` tokens gives, kept and made: known before any computation."""
         if isinstance(self.keep_tokens, float):
             return max(1, int(self.keep_tokens * tokens + 0.5))
         return min(self.keep_tokens, tokens)
+
+    def count_made(self, keep: int) -> int:
+        """How many of a view's ``keep`` tokens the method makes itself."""
+        return 0
+
+    def stand(self, keep: int, eligible: Tensor) -> tuple[Tensor, Tensor]:
+        """What goes on of each view: kept and made tokens (V,), from its ``eligible`` patches (V, n) on the CPU.
+
+        A view gives no token for which it has no patch: where eligible ones are fewer than ``keep``, as many as there
+        are.
+        """
+        patches = eligible.sum(-1)
+        made = self.count_made(keep)
+        kept = patches.clamp_max(keep - made)
+        return kept, (patches - kept).clamp_max(made)
 
     def select(self, inputs: PruningInputs, keep: int | None = None) -> Selection:
         """Choose ``keep`` (default: the method's own budget) of the n tokens of every view.
@@ -164,16 +237,32 @@ class Pruner(ABC):
         if keep >= tokens:
             everything = torch.arange(tokens, device=inputs.features.device)
             return Selection(everything.expand(views, -1), tokens)
-        indices, details = self.choose(inputs, keep)
-        eligible = None if inputs.valid is None else inputs.valid.gather(1, indices)
-        return Selection(indices, tokens, eligible, details)
+        self._check_floor(keep)
+        made = self.count_made(keep)
+        indices, details = self.choose(inputs, keep - made)
+        selection = Selection(indices, tokens, self.eligible(inputs, indices, details), details)
+        return self.make(inputs, selection, made) if made else selection
 
     @abstractmethod
     def choose(self, inputs: PruningInputs, keep: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The method itself: ``keep`` < n distinct, ascending indices (B, keep) int64, and what led to them.
 
-        Tokens that are not ``inputs.valid`` may only fill places that valid ones cannot.
+        ``keep`` does not count made tokens, and is 0 where the whole budget is made. Tokens that are not
+        ``inputs.valid`` may only fill places that valid ones cannot.
         """
+
+    def eligible(self, inputs: PruningInputs, indices: Tensor, details: Mapping[str, Tensor]) -> Tensor | None:
+        """(B, m) bool, which of the chosen ``indices`` really go on; ``None`` means all."""
+        return None if inputs.valid is None else inputs.valid.gather(1, indices)
+
+    def make(self, inputs: PruningInputs, kept: Selection, count: int) -> Selection:
+        """Add ``count`` tokens per view of the method's own to those kept: see `Selection.made`."""
+        return kept
+
+
+def keep_none(inputs: PruningInputs) -> Tensor:
+    """Indices (B, 0): what a method chooses that makes all of its tokens."""
+    return torch.empty(inputs.views, 0, dtype=torch.int64, device=inputs.features.device)
 
 
 def check_budget(keep_tokens: Any) -> None:

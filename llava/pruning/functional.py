@@ -64,10 +64,14 @@ def _inverse_norm(square: Tensor) -> Tensor:
     return torch.where(directed, square, 1.0).rsqrt() * directed
 
 
-def min_max(scores: Tensor, valid: Tensor | None = None) -> Tensor:
+def min_max(scores: Tensor, valid: Tensor | None = None, groups: Tensor | None = None, offset: float = 0.0) -> Tensor:
     """Scale each view's scores (B, n) to [0, 1] over its valid tokens; a view without spread becomes all ones.
 
     Invalid tokens come out as 0. The spread counts as none below 1e-12.
+
+    Args:
+        groups: (B,) int64; views with the same number share their minimum and maximum.
+        offset: added to the numerator.
     """
     scores = scores.to(working_dtype(scores.dtype))
     lowest, highest = scores, scores
@@ -75,14 +79,22 @@ def min_max(scores: Tensor, valid: Tensor | None = None) -> Tensor:
         lowest = scores.masked_fill(~valid, torch.inf)
         highest = scores.masked_fill(~valid, -torch.inf)
     lowest, highest = lowest.amin(-1, keepdim=True), highest.amax(-1, keepdim=True)
+    if groups is not None:
+        apart = groups[:, None] != groups  # (B, B)
+        lowest = lowest.mT.masked_fill(apart, torch.inf).amin(-1, keepdim=True)
+        highest = highest.mT.masked_fill(apart, -torch.inf).amax(-1, keepdim=True)
     spread = highest - lowest
     flat = ~(spread >= 1e-12)  # written so that NaN counts as flat
-    scaled = torch.where(flat, 1.0, (scores - lowest) / spread.masked_fill(flat, 1.0))
+    scaled = torch.where(flat, 1.0, (scores - lowest + offset) / spread.masked_fill(flat, 1.0))
     return scaled if valid is None else scaled.masked_fill(~valid, 0.0)
 
 
 def relevance_scores(
-    embeds: Tensor, query_embeds: Tensor, query_mask: Tensor | None = None, sign: float = 1.0
+    embeds: Tensor,
+    query_embeds: Tensor,
+    query_mask: Tensor | None = None,
+    sign: float = 1.0,
+    normalise: bool = True,
 ) -> Tensor:
     """Mean cosine of each visual token with the query's rows, times ``sign``; larger is more relevant.
 
@@ -91,11 +103,15 @@ def relevance_scores(
         query_embeds: (B or 1, M, e) the query's text segments (CLIP) or its pooled embedding.
         query_mask: (B or 1, M) bool, False at padding segments.
         sign: -1 for CLIP patch tokens, whose cosine falls where the query is (see script.py).
+        normalise: False takes the plain inner product, into which the tokens' norms leak.
 
     Returns:
-        (B, n) raw scores in [-1, 1], not yet scaled: see `min_max`.
+        (B, n) raw scores, cosines in [-1, 1], not yet scaled: see `min_max`.
     """
-    similarity = cosine_similarity(embeds, query_embeds)
+    if normalise:
+        similarity = cosine_similarity(embeds, query_embeds)
+    else:
+        similarity = inner_products(embeds, query_embeds.to(embeds.dtype).expand(embeds.shape[0], -1, -1))
     if query_mask is None:
         return sign * similarity.mean(-1)
     weight = query_mask.to(similarity.dtype)
@@ -283,4 +299,35 @@ def greedy_map_rank(
         placed += counted.squeeze(1)
         if step + 1 >= k and bool(((placed >= k) | ~alive.squeeze(1)).all()):  # the data decide the length of the loop
             break
+    return rank.argsort(dim=-1).argsort(dim=-1)
+
+
+def max_min_rank(distance: Tensor, k: int, candidates: Tensor | None = None) -> Tensor:
+    """Place of every token in the greedy max-min order: each is as far as possible from those before it.
+
+    The first is the token whose nearest other is farthest; every next one has the largest distance to the nearest
+    chosen token. An order for k tokens begins with that for fewer.
+
+    Args:
+        distance: (B, n, n) symmetric.
+        k: number of tokens that must be placed.
+        candidates: (B, n) bool, the tokens that may be chosen at all; ``None`` means all.
+
+    Returns:
+        (B, n) int64, a permutation per view: chosen tokens by step, then other candidates by index, then the rest.
+    """
+    views, n, _ = distance.shape
+    blocked = distance.new_zeros(views, n, dtype=torch.bool) if candidates is None else ~candidates
+    rank = n + stable_rank(blocked.int())
+    itself = torch.eye(n, dtype=torch.bool, device=distance.device)
+    score = distance.masked_fill(itself | blocked[:, None, :], torch.inf).amin(-1)  # distance to the nearest other
+    nearest = torch.full_like(score, torch.inf)
+    for step in range(k):
+        score = score.masked_fill(blocked, -torch.inf)
+        chosen = score.argmax(dim=-1, keepdim=True)  # (B, 1), lowest index among equals
+        alive = score.gather(1, chosen) > -torch.inf
+        rank.scatter_(1, chosen, torch.where(alive, step, rank.gather(1, chosen)))
+        blocked = blocked.scatter(1, chosen, True)
+        nearest = torch.minimum(nearest, distance.gather(1, chosen[:, :, None].expand(-1, -1, n))[:, 0])
+        score = nearest
     return rank.argsort(dim=-1).argsort(dim=-1)

@@ -19,6 +19,8 @@ GAP = 8  # pixels between views and between pictures
 def draw_kept_tokens(pixels: Sequence[Tensor], kept: Sequence[KeptTokens], image_processor: Any) -> Image.Image:
     """Draw all pictures of a prompt below each other; tiles stand where they were cut, beside the overview.
 
+    Nothing is dimmed where a method makes all of its tokens itself, out of all patches.
+
     Args:
         pixels: per picture (V, 3, s, s) or (3, s, s), as the model got them.
         kept: per picture, from `EmbeddedPrompts.kept`.
@@ -27,7 +29,10 @@ def draw_kept_tokens(pixels: Sequence[Tensor], kept: Sequence[KeptTokens], image
     pictures = []
     for views, tokens in zip(pixels, kept, strict=True):
         views = views if views.ndim == 4 else views[None]
-        drawn = [draw_view(view, mask, image_processor) for view, mask in zip(views, tokens.mask(), strict=True)]
+        masks = tokens.mask()
+        if tokens.made is not None and not masks.any():
+            masks = ~masks
+        drawn = [draw_view(view, mask, image_processor) for view, mask in zip(views, masks, strict=True)]
         pictures.append(_join([drawn[0], *_tiles(drawn[1:], tokens.layout.grid)], axis=1))
     return Image.fromarray(_join(pictures, axis=0))
 

@@ -22,18 +22,14 @@ import numpy as np
 import torch
 from questions import Question, color_check, color_of, existence, shape_of, text_check, written_on
 from scenes import make_scene, scene_rng
-from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
 from tqdm import tqdm
 
 from llava.conversation import conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.llava_arch import EncodedImages
-from llava.model.view_layout import flat_layout
 from llava.pruning import Pruner, get_pruner
 from llava.pruning.functional import relevance_scores
-from llava.pruning.grid import grid_shape
 
 FIRST_SCENE = 100_000  # of the test split; the committed test sets use the first few hundred
 BUDGETS = (192, 128, 64, 32, 16)
@@ -43,7 +39,6 @@ SKILLS = {
     "text": (written_on, text_check),
 }
 SUFFIX = "\nAnswer the question using a single word or phrase."
-PATCH = 14
 SCENE_BATCHES = 4  # the spread of a cell is that over this many batches of scenes
 
 
@@ -61,7 +56,6 @@ class Asked:
 class World:
     """The scenes, encoded once, and the questions about them."""
 
-    pixels: Tensor
     encoded: EncodedImages
     asked: list[Asked]
 
@@ -86,18 +80,9 @@ def build_world(model, processor, scenes: int, per_skill: int) -> World:
     sizes = [picture.size for picture in pictures]
     with torch.inference_mode():
         parts = [model.encode_pictures(pixels[i : i + 16], sizes[i : i + 16]) for i in range(0, len(sizes), 16)]
-        encoded = join(parts)
+        encoded = EncodedImages.join(parts)
         encoded.image_embeds(model.get_vision_tower())
-    return World(pixels, encoded, asked)
-
-
-def join(parts: list[EncodedImages]) -> EncodedImages:
-    return EncodedImages(
-        torch.cat([part.features for part in parts]),
-        torch.cat([part.encoder_features for part in parts]),
-        [layout for part in parts for layout in part.layouts],
-        [layout for part in parts for layout in part.layouts_with_padding],
-    )
+    return World(encoded, asked)
 
 
 def patches_of(boxes: list[tuple[int, int, int, int]], size: tuple[int, int]) -> np.ndarray:
@@ -116,37 +101,14 @@ def patches_of(boxes: list[tuple[int, int, int, int]], size: tuple[int, int]) ->
 
 @dataclass(frozen=True)
 class Row:
-    """A method: what the language model is shown of every scene at a budget of m tokens."""
+    """A method at a budget of m tokens."""
 
     label: str
-    pruner: Callable[[int], Pruner] | None = None
-    features: Callable[[object, World, int], EncodedImages] | None = None
+    pruner: Callable[[int], Pruner]
 
 
 def script(**options) -> Callable[[int], Pruner]:
     return lambda m: get_pruner("script", keep_tokens=m, **options)
-
-
-def pooled(model, world: World, budget: int) -> EncodedImages:
-    """Projected features averaged to the grid that is closest to the budget."""
-    features = world.encoded.features
-    rows, columns = grid_shape(24, budget)
-    planes = features.mT.unflatten(-1, (24, 24))
-    return as_encoded(adaptive_avg_pool2d(planes, (rows, columns)).flatten(2).mT)
-
-
-def downsampled(model, world: World, budget: int) -> EncodedImages:
-    """The picture itself, shrunk until it has about as many patches; positions are interpolated."""
-    side = round(budget**0.5)
-    small = torch.nn.functional.interpolate(world.pixels, size=(side * PATCH,) * 2, mode="area")
-    tower = model.get_vision_tower()
-    hidden = tower.vision_tower.vision_model(small.to(tower.dtype), interpolate_pos_encoding=True).last_hidden_state
-    return as_encoded(model.get_model().mm_projector(hidden[:, 1:]))
-
-
-def as_encoded(features: Tensor) -> EncodedImages:
-    layouts = [flat_layout(1, features.shape[1]) for _ in features]
-    return EncodedImages(features, features, layouts, layouts)
 
 
 def rows_of(sign: int, seeds: int) -> list[Row]:
@@ -161,8 +123,8 @@ def rows_of(sign: int, seeds: int) -> list[Row]:
         Row("script, wrong sign", script(relevance_sign=-sign)),
         *(Row(f"random, seed {s}", lambda m, s=s: get_pruner("random", keep_tokens=m, seed=s)) for s in range(seeds)),
         Row("uniform", lambda m: get_pruner("uniform", keep_tokens=m)),
-        Row("2-D pooling", features=pooled),
-        Row("down-sampled picture", features=downsampled),
+        Row("2-D pooling", lambda m: get_pruner("pool", keep_tokens=m)),
+        Row("down-sampled picture", lambda m: get_pruner("downsample", keep_tokens=m)),
     ]
 
 
@@ -349,10 +311,8 @@ def main() -> None:
     rows = [row for row in rows_of(sign, options.seeds) if not options.rows or row.label in options.rows]
     jobs = [("unpruned|576", None, None)] + [(f"{row.label}|{m}", row, m) for row in rows for m in options.budgets]
     for key, row, m in tqdm([job for job in jobs if job[0] not in cells], desc="cells"):
-        with torch.inference_mode():
-            shown = world.encoded if row is None or row.features is None else row.features(model, world, m)
-        pruner = row.pruner(m) if row is not None and row.pruner is not None else None
-        cells[key] = summarise(world, accuracy(model, tokenizer, world, shown, pruner, options.batch))
+        pruner = None if row is None else row.pruner(m)
+        cells[key] = summarise(world, accuracy(model, tokenizer, world, world.encoded, pruner, options.batch))
         partial = store.with_suffix(".tmp")
         partial.write_text(json.dumps({"configuration": configuration, "cells": cells}, indent=1))
         partial.replace(store)

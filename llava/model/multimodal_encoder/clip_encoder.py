@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,22 @@ CLIPImageProcessor = getattr(transformers, "CLIPImageProcessorPil", None) or tra
 
 VISION_PREFIX = "vision_model."
 PROJECTION = "visual_projection.weight"
+
+
+@dataclass(frozen=True)
+class TowerOutput:
+    """What one pass of the tower leaves behind.
+
+    Args:
+        features: (V, n, c) patch features.
+        class_features: (V, c) the class token beside them.
+        layer_input: (V, 1 + n, c) what went into the last layer, class token first: attention is computed from it for
+            the methods that ask.
+    """
+
+    features: Tensor
+    class_features: Tensor
+    layer_input: Tensor
 
 
 class CLIPVisionTower(nn.Module):
@@ -87,10 +104,62 @@ class CLIPVisionTower(nn.Module):
         _fill(tower, weights or read_tensors(self.folder, (VISION_PREFIX,)), self.folder, dtype)
         self.vision_tower = tower.to(device).requires_grad_(False).eval()
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor, any_size: bool = False) -> Tensor:
         """Pixels (V, 3, s, s) -> patch features (V, n, c) in the tower's dtype."""
-        hidden = self.vision_tower.vision_model(pixels.to(self.device, self.dtype)).last_hidden_state
-        return hidden[:, 1:] if self.select_feature == "patch" else hidden
+        return self.observe(pixels, any_size).features
+
+    def observe(self, pixels: Tensor, any_size: bool = False) -> TowerOutput:
+        """Pixels (V, 3, s, s) -> features, and what methods may ask for later.
+
+        Args:
+            any_size: read pictures that are not of the tower's own size (V, 3, h, w), with interpolated positions.
+        """
+        vision = self.vision_tower.vision_model
+        layer_inputs: list[Tensor] = []
+
+        def remember(_: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
+            layer_inputs.append(arguments[0] if arguments else keywords["hidden_states"])
+
+        hook = vision.encoder.layers[-1].register_forward_pre_hook(remember, with_kwargs=True)
+        try:
+            hidden = vision(pixels.to(self.device, self.dtype), interpolate_pos_encoding=any_size).last_hidden_state
+        finally:
+            hook.remove()
+        features = hidden[:, 1:] if self.select_feature == "patch" else hidden
+        return TowerOutput(features, hidden[:, 0], layer_inputs[0])
+
+    # Script: the last layer's attention, computed beside its own kernel for methods that ask for it
+    def class_attention(self, layer_input: Tensor) -> Tensor:
+        """Attention of the class token to the patches in the last layer: (V, 1 + n, c) -> (V, heads, n) float32."""
+        query, key = self._queries_and_keys(layer_input)
+        return self._attention(query[:, :, :1], key)[:, :, 0, 1:]
+
+    def mean_attention(self, layer_input: Tensor) -> Tensor:
+        """Attention that each patch receives there, the mean over all queries: (V, heads, n) float32."""
+        query, key = self._queries_and_keys(layer_input)
+        received = [
+            self._attention(query[view : view + 1], key[view : view + 1]).mean(2) for view in range(len(query))
+        ]
+        return torch.cat(received)[:, :, 1:]  # view by view: all queries at once would be heads x n x n for each
+
+    def key_metric(self, layer_input: Tensor) -> Tensor:
+        """Keys of the patches there, the mean over heads: (V, n, width of a head) float32."""
+        return self._queries_and_keys(layer_input)[1].mean(1)[:, 1:]
+
+    def _queries_and_keys(self, layer_input: Tensor) -> tuple[Tensor, Tensor]:
+        """(V, 1 + n, c) -> both (V, heads, 1 + n, c / heads) float32."""
+        layer = self.vision_tower.vision_model.encoder.layers[-1]
+        normed = layer.layer_norm1(layer_input)
+        heads = self.config.num_attention_heads
+        query, key = (
+            projection(normed).float().unflatten(-1, (heads, -1)).transpose(1, 2)
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj)
+        )
+        return query, key
+
+    @staticmethod
+    def _attention(query: Tensor, key: Tensor) -> Tensor:
+        return (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
 
     # Script: the joint space in which patches and question meet, for methods that ask for it
     def image_embeds(self, features: Tensor) -> Tensor:

@@ -1,32 +1,26 @@
-"""Recorded CDPruner runs on the same models: they check joint embeddings, relevance, kernel, order and splicing."""
-
-from dataclasses import dataclass
+"""Recorded runs of CDPruner's and Script's published code, from pixels to answers, on the same models."""
 
 import pytest
 import torch
 
 from llava.conversation import last_question
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.pruning import Pruner
+from llava.pruning import get_pruner
 from llava.pruning.functional import conditional_kernel, cosine_similarity, greedy_map, relevance_scores
 from records import FEATURES, LOGITS, PIXELS, Records, load_picture
 
-TOPICS = {name: Records(f"records/cdpruner/{name}") for name in ("cdpruner_v15", "cdpruner_v16")}
-CHECKPOINTS = {"cdpruner_v15": "llava-v1.5-tiny-wide", "cdpruner_v16": "llava-v1.6-vicuna-tiny-wide"}
+TOPICS = {
+    name: Records(f"records/{name}")
+    for name in ("cdpruner/cdpruner_v15", "cdpruner/cdpruner_v16", "script/script_v15", "script/script_v16")
+}
+CHECKPOINTS = {"v15": "llava-v1.5-tiny-wide", "v16": "llava-v1.6-vicuna-tiny-wide"}
 CASES = [(topic, case) for topic, records in TOPICS.items() for case in records.cases()]
+CDPRUNER = [(topic, case) for topic, case in CASES if topic.startswith("cdpruner")]
 SELECTOR = Records("records/cdpruner/selector_only")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recorded(Pruner):
-    """Keeps the tokens of a recorded mask (B, n), in the recording's setting: padding takes part."""
-
-    name = "recorded"
-    mask: object = None
-    exclude_padding: bool = False
-
-    def choose(self, inputs, keep):
-        return self.mask.nonzero()[:, 1].reshape(len(self.mask), keep), {}
+PUBLISHED = {  # the published settings: padding takes part
+    "cdpruner": {"name": "cdpruner", "scaling": "picture", "exclude_padding": False},
+    "script": {"name": "script_release", "exclude_padding": False},
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +28,8 @@ def setting(load):
     """Model, entry, pixels of a case; LLaVA-NeXT in the published setting, every picture as 2 x 2 tiles."""
 
     def setting(topic, case):
-        tokenizer, model, processor, _ = load(CHECKPOINTS[topic])
-        if topic == "cdpruner_v16":
+        tokenizer, model, processor, _ = load(CHECKPOINTS[topic[-3:]])
+        if topic.endswith("v16"):
             model.config.image_grid_pinpoints = [[672, 672]]
         entry = TOPICS[topic].entries[case]
         pixels = process_images([load_picture(entry["image"])], processor, model.config)
@@ -43,7 +37,7 @@ def setting(load):
         return TOPICS[topic], tokenizer, model, entry, pixels, ids
 
     yield setting
-    model = load(CHECKPOINTS["cdpruner_v16"])[1]
+    model = load(CHECKPOINTS["v16"])[1]
     model.config.image_grid_pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
@@ -53,7 +47,7 @@ def joint_relevance(image_embeds, text_embeds, mask=None):
     return (raw - raw.min() + 1e-6) / (raw.max() - raw.min())
 
 
-@pytest.mark.parametrize("topic, case", CASES)
+@pytest.mark.parametrize("topic, case", CDPRUNER)
 def test_embeddings_relevance_and_kernel(setting, topic, case):
     records, _, model, entry, pixels, _ = setting(topic, case)
     records.check(case, "pixels", pixels, PIXELS)
@@ -76,14 +70,25 @@ def test_embeddings_relevance_and_kernel(setting, topic, case):
 
 
 @pytest.mark.parametrize("topic, case", CASES)
-def test_pruned_prompt_and_answer(setting, topic, case):
+def test_masks_counts_logits_and_answer(setting, topic, case, monkeypatch):
     records, _, model, entry, pixels, ids = setting(topic, case)
-    pruner = Recorded(keep_tokens=entry["keep_per_crop"], mask=records.parts(case, "mask")["all"].bool())
+    pruner = get_pruner(**PUBLISHED[topic.split("/")[0]], keep_tokens=entry["keep_per_crop"])
+    if entry["clip_text_segments"] > 1:  # the reference's segments lack end tokens
+        segments = records.parts(case, "text_embeds_raw")["all"][None]
+        texts = (segments, torch.ones(segments.shape[:2], dtype=torch.bool))
+        monkeypatch.setattr(model.get_vision_tower(), "text_embeds", lambda _: texts)
     with torch.no_grad():
         prompts = model.embed_prompts(ids, images=pixels, image_sizes=[entry["image_size"]], pruner=pruner)
         logits = model(inputs_embeds=prompts.inputs_embeds, attention_mask=prompts.attention_mask.long()).logits
-    assert prompts.kept[0].patches == entry["visual_tokens_given_to_llm"]
-    assert prompts.kept[0].per_view() == [entry["keep_per_crop"]] * entry["crops"]
+    kept = prompts.kept[0]
+    assert kept.selection.indices.tolist() == entry["mask_indices"]
+    records.check(case, "relevance", kept.selection.details["relevance"], {"default": 1e-4})
+    if graph := records.parts(case, "gsp_scores"):
+        assert torch.allclose(kept.selection.details["redundancy"], graph["all"], rtol=1e-4)
+        marked = [view.nonzero().flatten().tolist() for view in kept.selection.details["kept_by_gsp"]]
+        assert marked == entry["mask_gsp_indices"]
+    assert kept.patches == entry["visual_tokens_given_to_llm"]
+    assert kept.per_view() == [entry["keep_per_crop"]] * entry["crops"]
     assert prompts.inputs_embeds.shape[1] == entry["merged_length"]
     records.check(case, "inputs_embeds", prompts.inputs_embeds, FEATURES)
     records.check(case, "logits_last", logits[:, -1], LOGITS)

@@ -1,0 +1,83 @@
+"""CDPruner: a determinantal point process conditioned on relevance to the question."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from llava.pruning.base import Pruner, PruningInputs, register
+from llava.pruning.functional import cosine_similarity, greedy_map_rank, lowest_ranked, min_max, relevance_scores
+
+OFFSET = 1e-6  # keeps the least relevant token in the kernel
+RANK_USED_UP = 1e-10  # a smaller remaining variance is rounding
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class CDPruner(Pruner):
+    """Keep the m tokens that a DPP, weighted by relevance to the question, picks greedily.
+
+    Paper: "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs". Inputs:
+    features H (B, n, d), image_embeds (B, n, e), text_embeds (B, M, e), and pictures (B,) with
+    ``scaling="picture"``. Output: indices (B, m).
+
+    1. S_ij = cos(h_i, h_j).
+    2. Relevance: the mean cosine of a token with the question's text segments, times the sign of the joint space;
+       r = (r - min + 1e-6) / (max - min).
+    3. Greedy MAP of L = diag(r) S diag(r), m steps, without a stabiliser.
+
+    Args:
+        scaling: over which tokens min and max of the relevance are taken: those of a "view" or of the whole "picture".
+        theta: weight of relevance against diversity, between 0 and 1: exp(theta / (2 (1 - theta)) r) stands for r.
+            ``None`` takes r itself.
+        relevance_sign: sign of the cosine in r; ``None`` takes what the host states, -1 for CLIP towers.
+
+    The released code's own setting is ``scaling="picture"``, ``exclude_padding=False``.
+
+    Deviations from the paper: (1) the sign of the relevance is negative for CLIP towers, as in the released code.
+
+    Deviations from the released code: (1) relevance is scaled within each view unless ``scaling="picture"``;
+    (2) padding cannot be chosen unless ``exclude_padding=False``; (3) where all tokens are equally relevant the code
+    divides by zero, here all weigh 1; (4) where the kernel's rank is used up the code returns tokens twice, here the
+    rest follows by descending relevance, then index; (5) pieces of a long question each have an end token.
+    """
+
+    name: ClassVar[str] = "cdpruner"
+
+    scaling: Literal["view", "picture"] = "view"
+    theta: float | None = None
+    relevance_sign: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.theta is not None and not 0 < self.theta < 1:
+            raise ValueError(f"theta must lie between 0 and 1, both excluded, got {self.theta}")
+        if self.relevance_sign not in (None, -1, 1):
+            raise ValueError(f"relevance_sign must be -1 or 1, got {self.relevance_sign}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"image_embeds", "text_embeds"})
+
+    def choose(self, inputs: PruningInputs, keep: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        raw = inputs.relevance
+        if raw is None:
+            sign = inputs.relevance_sign if self.relevance_sign is None else self.relevance_sign
+            raw = relevance_scores(inputs.image_embeds, inputs.text_embeds, inputs.text_mask, sign)
+        groups = inputs.pictures if self.scaling == "picture" else None
+        relevance = min_max(raw, inputs.valid, groups, OFFSET)
+        weight = relevance
+        if self.theta is not None:
+            weight = (self.theta / (2 * (1 - self.theta)) * relevance).exp()
+        rank = greedy_map_rank(
+            cosine_similarity(inputs.features),
+            keep,
+            relevance=weight,
+            candidates=inputs.valid,
+            epsilon=0.0,
+            stop=RANK_USED_UP,
+        )
+        return lowest_ranked(rank, keep), {"relevance": relevance, "order": rank}
