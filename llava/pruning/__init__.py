@@ -11,18 +11,28 @@ from llava.pruning.base import (
     pruner_class,
     register,
 )
+from llava.pruning.dart import DART
+from llava.pruning.decoder import DecoderPruner, tokens_per_layer
+from llava.pruning.fastv import FastV
 from llava.pruning.grid import Grid
+from llava.pruning.pyramiddrop import PyramidDrop
 from llava.pruning.random import Random
 from llava.pruning.script import Script
+from llava.pruning.sparsevlm import SparseVLM
 from llava.pruning.uniform import Uniform
 
 __all__ = [
+    "DART",
+    "DecoderPruner",
+    "FastV",
     "Grid",
     "Pruner",
     "PruningInputs",
+    "PyramidDrop",
     "Random",
     "Script",
     "Selection",
+    "SparseVLM",
     "Uniform",
     "get_pruner",
     "list_pruners",
@@ -30,4 +40,5 @@ __all__ = [
     "parse_options",
     "pruner_class",
     "register",
+    "tokens_per_layer",
 ]

@@ -129,6 +129,7 @@ class Pruner(ABC):
     scope: Literal["view", "global"] = "view"
 
     name: ClassVar[str]
+    place: ClassVar[Literal["encoder", "projected", "decoder"]] = "projected"
 
     def __post_init__(self):
         check_budget(self.keep_tokens)
