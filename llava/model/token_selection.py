@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llava.mm_utils import encode_text
 from llava.model.view_layout import NEWLINE, ViewLayout, kept_sequence
-from llava.pruning import Pruner, PruningInputs, Selection
+from llava.pruning import DecoderPruner, Pruner, PruningInputs, Selection
 
 if TYPE_CHECKING:
     from llava.model.llava_arch import EncodedImages, LlavaMetaForCausalLM
@@ -25,13 +25,26 @@ class KeptTokens:
         sequence: (t,) int64 flat patch numbers in reading order, `NEWLINE` at newline tokens.
         layout: the picture's unpruned layout.
         patches: number of visual tokens in ``sequence``, newlines not counted.
-        selection: the pruner's answer for this picture's views, with what it computed; ``None`` if nothing was pruned.
+        selection: the pruner's answer for this picture's views, with what it computed; ``None`` if nothing was pruned
+            before the decoder.
+        per_layer: visual tokens, newlines among them, that enter each layer of the decoder, where a method inside it
+            drops some; ``None`` where all layers see ``sequence``.
     """
 
     sequence: Tensor
     layout: ViewLayout
     patches: int
     selection: Selection | None = None
+    per_layer: tuple[int, ...] | None = None
+
+    @property
+    def is_pruned(self) -> bool:
+        return self.selection is not None or self.per_layer is not None
+
+    def surviving(self, places: Tensor) -> KeptTokens:
+        """Only the tokens at some places (k,) of ``sequence``: those that a method inside the decoder has left."""
+        sequence = self.sequence[places]
+        return replace(self, sequence=sequence, patches=int((sequence != NEWLINE).sum()))
 
     @property
     def newlines(self) -> int:
@@ -70,6 +83,8 @@ def select_tokens(
         sample_ids: a number per picture that seeds random methods; 0 for each where not given.
     """
     tokens = encoded.features.shape[1]
+    if isinstance(pruner, DecoderPruner):
+        return keep_until_the_decoder(pruner, encoded, model.config.num_hidden_layers)
     if pruner is None or pruner.count(tokens) >= tokens:
         return keep_everything(encoded)
     inputs = gather_inputs(model, pruner, encoded, queries, sample_ids)
@@ -97,6 +112,30 @@ def select_tokens(
     return kept
 
 
+def keep_until_the_decoder(pruner: DecoderPruner, encoded: EncodedImages, layers: int) -> list[KeptTokens]:
+    """Every picture with all its tokens, and how many of them will enter each layer of the decoder."""
+    kept = []
+    for tokens in keep_everything(encoded):
+        budget, eligible = decoder_budget(pruner, tokens.layout)
+        able = None if eligible is None else int(eligible.sum())
+        counts = pruner.counts(len(tokens.sequence), budget, layers, able)
+        dropped = min(counts) < len(tokens.sequence)
+        kept.append(replace(tokens, per_layer=tuple(counts)) if dropped else tokens)
+    return kept
+
+
+def decoder_budget(pruner: DecoderPruner, layout: ViewLayout) -> tuple[int, Tensor | None]:
+    """What a method inside the decoder is to leave of a picture, and which of its positions (t,) it may choose.
+
+    The budget is what any other method would keep of the picture. ``None``: all may be chosen, newlines too.
+    """
+    eligible = None
+    if pruner.exclude_padding:
+        may_stay = layout.eligible.flatten()[layout.sequence.clamp_min(0)] | (layout.sequence == NEWLINE)
+        eligible = None if bool(may_stay.all()) else may_stay
+    return count_budget(pruner, layout), eligible
+
+
 def _keep(pruner: Pruner, encoded: EncodedImages, picture: int, numbers: Tensor, selection: Selection) -> KeptTokens:
     layout = eligible_layout(pruner, encoded.layouts[picture], encoded.layouts_with_padding[picture])
     count = count_kept(pruner, layout)
@@ -106,11 +145,17 @@ def _keep(pruner: Pruner, encoded: EncodedImages, picture: int, numbers: Tensor,
 
 def eligible_layout(pruner: Pruner | None, layout: ViewLayout, with_padding: ViewLayout) -> ViewLayout:
     """The layout that a pruner reads: padding takes part only if it is told so."""
-    return with_padding if pruner is not None and not pruner.exclude_padding else layout
+    inside = isinstance(pruner, DecoderPruner)  # such a prompt is the unpruned one
+    return with_padding if pruner is not None and not pruner.exclude_padding and not inside else layout
 
 
 def count_kept(pruner: Pruner | None, layout: ViewLayout) -> int:
     """Positions that a picture will take in the prompt, known beforehand; newlines kept by option come on top."""
+    return len(layout.sequence) if isinstance(pruner, DecoderPruner) else count_budget(pruner, layout)
+
+
+def count_budget(pruner: Pruner | None, layout: ViewLayout) -> int:
+    """How many tokens of a picture a pruner's budget stands for; all positions, newlines too, if it is for all."""
     views, tokens = layout.eligible.shape
     if pruner is None or pruner.count(tokens) >= tokens:
         return len(layout.sequence)

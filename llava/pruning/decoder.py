@@ -147,7 +147,7 @@ class DecoderPruner(Pruner):
             warnings.warn(
                 f"pruner '{self.name}' cannot average {target} of {tokens} tokens over {layers} layers ({reason}): it "
                 f"keeps {kept} after {places} layers, {sum(counts) / layers:.1f} on average",
-                stacklevel=3,
+                stacklevel=1,  # one place, so that the same text comes once
             )
         return cuts
 
