@@ -1,6 +1,7 @@
 """Dropping visual tokens between decoder layers: against a layer-by-layer reference, batches, caches, generation."""
 
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
@@ -325,6 +326,29 @@ def test_copies_of_a_prompt_stay_copies(decoder, name):
     assert len(pruning.survivors()) == 3
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_half_precision_keeps_the_counts(decoder, name):
+    half = deepcopy(decoder).bfloat16()
+    embeds, mask, positions, rows = make_batch()
+    output, _ = prefill(half, method(name), (embeds.bfloat16(), mask, positions, rows))
+    exact, _ = prefill(decoder, method(name), (embeds, mask, positions, rows))
+    assert output.last_hidden_state.dtype == torch.bfloat16
+    assert output.last_hidden_state.isfinite().all()
+    lengths = [[layer.keys.shape[2] for layer in run.past_key_values.layers] for run in (output, exact)]
+    assert lengths[0] == lengths[1]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_prompt_that_ends_with_its_picture(decoder, name):
+    """No text comes after it: the last token stands in for raters and text pivots."""
+    rows = [PromptRow(0, 30, (PictureSpan(5, 25, 12),))]
+    assert rows[0].text_after(0) == [29]
+    output, pruning = prefill(decoder, method(name), (torch.randn(1, 30, 48), None, None, rows))
+    assert output.last_hidden_state.isfinite().all()
+    assert output.last_hidden_state.shape[1] == 5 + method(name).counts(25, 12, 6)[-1]
+    assert (pruning.survivors()[0].diff() > 0).all()
+
+
 # --- attaching -----------------------------------------------------------------------------------------------------
 
 
@@ -521,6 +545,28 @@ def test_pruning_changes_logits_and_leaves_no_trace(load, pixels_of):
             assert pruned.shape[1] < plain.shape[1]
             assert not torch.allclose(pruned[:, -1], plain[:, -1], atol=1e-5)
         assert torch.equal(model(ids, **options).logits, plain)
+
+
+def test_llavas_own_entry_point_refuses_what_it_cannot_do(load, pixels_of):
+    tokenizer, model, _, _ = load(V15)
+    pixels, sizes = pixels_of(V15, "square336")
+    ids, _ = ids_of(tokenizer, prompt_of(QUESTIONS[0]))
+    with pytest.raises(ValueError, match="'fastv' acts inside the decoder"):
+        model.prepare_inputs_labels_for_multimodal(
+            ids, None, None, None, None, pixels, sizes, pruner=method("fastv", keep_tokens=300)
+        )
+
+
+def test_a_cache_that_is_emptied_and_used_again_has_no_memory(load, pixels_of):
+    tokenizer, model, _, _ = load(V15)
+    pixels, sizes = pixels_of(V15, "square336")
+    ids, _ = ids_of(tokenizer, prompt_of(QUESTIONS[0]))
+    with torch.no_grad():
+        options = {"images": pixels, "image_sizes": sizes, "use_cache": True}
+        plain = model(ids, **options).logits
+        cache = model(ids, pruner=method("fastv", keep_tokens=300), **options).past_key_values
+        cache.reset()
+        assert torch.equal(model(ids, past_key_values=cache, **options).logits, plain)
 
 
 @pytest.mark.parametrize("checkpoint", [V15, V16])

@@ -350,7 +350,7 @@ class LayerReader:
             rows = attention_rows(queries, self.keys[row, :, real][None], self.scaling, asking)
             found["attention"] = rows[..., within]
         if "position_attention" in pruner.reads:
-            ones = torch.ones_like(self.keys[row, :1][None])
+            ones = torch.ones_like(self.keys[row, :1][None], dtype=torch.float32)
             alike = self._rotated(ones, row, slice(None))
             rows = attention_rows(alike[:, :, columns], alike[:, :, real], self.scaling, asking)
             found["position_attention"] = rows[:, 0, :, within]

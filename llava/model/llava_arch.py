@@ -98,7 +98,8 @@ class EmbeddedPrompts:
         kept: for each picture, which of its tokens stand in the prompt; after `generate` with a method inside the
             decoder, which are left after its last cut.
         rows: where the text and the pictures of each prompt stand.
-        pruner: a method that is still to act, inside the decoder; ``None`` if there is none.
+        pruner: a method that is still to act, inside the decoder; ``None`` if there is none. It acts where `generate`
+            gets the whole of this, not ``inputs_embeds`` alone.
     """
 
     inputs_embeds: Tensor
@@ -421,6 +422,11 @@ class LlavaMetaForCausalLM(ABC):
             ``None`` where none came in, except that a batch which had to be padded always gets its mask.
         """
         prompts = self.embed_prompts(input_ids, attention_mask, labels, images, image_sizes, **options)
+        if prompts.pruner is not None:
+            raise ValueError(
+                f"pruner '{prompts.pruner.name}' acts inside the decoder, which embeddings alone cannot make it do: "
+                "give it to generate or forward, or attach it with llava.model.decoder_pruning"
+            )
         mask, positions = prompts.attention_mask, prompts.position_ids
         if attention_mask is not None:
             mask = mask.to(attention_mask.dtype)

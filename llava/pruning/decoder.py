@@ -4,7 +4,7 @@ All visual tokens enter the decoder. A cut after K layers keeps some of those th
 them; the layers from K on work on fewer tokens. A method states its cuts beforehand, from numbers alone, and chooses
 at each of them by a pure function; the mechanism that shortens hidden states is llava/model/decoder_pruning.py.
 
-"n tokens on average" (methods.md 0.4) is the mean over layers of the number of visual tokens entering each.
+"m tokens on average" is the mean over layers of the number of visual tokens entering each.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class DecoderPruner(Pruner):
 
     Args:
         budget: "average" makes ``keep_tokens`` the mean over layers, where that can be reached; elsewhere, and with
-            "nominal", it is the number of tokens at the cut (methods.md 2).
+            "nominal", it is the number of tokens at the cut.
     """
 
     place: ClassVar[Literal["encoder", "projected", "decoder"]] = "decoder"

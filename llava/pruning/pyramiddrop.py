@@ -80,7 +80,7 @@ class PyramidDrop(DecoderPruner):
         return None if ratio is None else geometric_cuts(tokens, ratio, places)
 
     def nominal_cuts(self, tokens: int, target: int, layers: int) -> list[Cut]:
-        """2m, m, m/2: the average over the layers after the first cut is then near m (methods.md 2)."""
+        """2m, m, m/2: the average over the layers after the first cut is then near m."""
         places = self.cut_layers(layers)
         if self.ratio is not None:
             return geometric_cuts(tokens, self.ratio, places)

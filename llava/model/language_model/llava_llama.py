@@ -97,7 +97,8 @@ class LlavaLlamaForCausalLM(LlamaForCausalLM, LlavaMetaForCausalLM):
         if pruning is not None:
             return pruning.attached()
         shortened = getattr(past_key_values, "decoder_pruning", None)
-        if shortened is None or find_pruning(self.model) is not None:
+        gone_on = shortened is not None and past_key_values.get_seq_length() > 0
+        if not gone_on or find_pruning(self.model) is not None:
             return nullcontext()
         return going_on_with(self.model, shortened)
 
