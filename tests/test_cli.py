@@ -32,6 +32,22 @@ def test_status_line_tells_counts_and_times(capsys):
     assert re.search(pattern, out)
 
 
+def test_methods_inside_the_decoder_tell_what_is_left_and_draw_it(capsys, tmp_path):
+    out_file = tmp_path / "kept.png"
+    arguments = ("--pruner", "fastv", "--keep-tokens", "300", "--show-tokens", str(out_file))
+    code, out, _ = run(capsys, "--query", "What is it?", *arguments, image=SQUARE)
+    assert code == 0
+    assert "[24 of 576 visual tokens (24 x 1 per view) left after the last cut in the decoder, 300.0 averaged" in out
+    assert "nothing pruned" not in out
+    dark = np.asarray(Image.open(out_file)).astype(float)
+    code, out, _ = run(
+        capsys, "--query", "What is it?", "--pruner", "fastv", "--show-tokens", str(out_file), image=SQUARE
+    )
+    assert "nothing pruned" in out
+    same = (dark == np.asarray(Image.open(out_file))).all(-1).reshape(24, 14, 24, 14).all((1, 3))
+    assert 24 <= same.sum() < 300
+
+
 def test_tiles_and_several_questions(capsys, tmp_path):
     out_file = tmp_path / "kept.png"
     code, out, _ = run(

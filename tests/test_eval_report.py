@@ -59,6 +59,24 @@ def test_table(tmp_path, capsys):
     assert rows[1]["relative"] == pytest.approx(100 * 62 / 67.5)
 
 
+def test_methods_inside_the_decoder_are_shown_by_their_average(tmp_path):
+    """FastV at 64: 30 tokens after two layers of 576; the work is that of the layers, not of the average."""
+    place = make_run(tmp_path, "gqa", "vtn_64-fastv", 50.0, 64)
+    summary = report.read_json(place / "summary.json")
+    counts = [576] * 2 + [30] * 30
+    summary |= {"visual_tokens": 30.0, "average_tokens": sum(counts) / 32}
+    write_json(place / "summary.json", summary | {"average_square": sum(count**2 for count in counts) / 32})
+    paths = [make_run(tmp_path, "gqa", "full", 60.0), make_run(tmp_path, "gqa", "vtn_40", 52.0, 40), place]
+    rows = report.make_rows([report.read_run(path) for path in paths], {})
+    assert [row.tokens for row in rows] == [576.0, 30.0, 40.0]  # sorted by the average
+    assert rows[1].average == 64.125
+    by_layer = sum(report.prefill_flops(count, 1, 4096, 11008) for count in counts)
+    assert rows[1].tera_flops == pytest.approx(by_layer / 1e12)
+    assert "| 30.0 | 64.1 |" in report.markdown(rows)
+    assert report.AVERAGE_NOTE in report.markdown(rows)
+    assert report.AVERAGE_NOTE not in report.markdown(rows[2:])
+
+
 def test_seeds_servers_and_gaps(tmp_path):
     paths = [
         make_run(tmp_path, "gqa", f"vtn_8{suffix}", score, 8, seed)

@@ -68,6 +68,19 @@ def test_answer_lines_and_batches(own, tmp_path):
     assert texts(tmp_path / "five.jsonl") == texts(tmp_path / "one.jsonl")
 
 
+def test_methods_inside_the_decoder_tell_their_average(own, tmp_path):
+    """Three layers: all 576 tokens enter the first, what is left the others: R, fewer where padding is in the way."""
+    inside = ("--pruner", "fastv", "--keep-tokens", "300")
+    assert ask(own, tmp_path / "one.jsonl", *inside) == 0
+    assert ask(own, tmp_path / "five.jsonl", *inside, "--batch-size", "5") == 0
+    assert texts(tmp_path / "five.jsonl") == texts(tmp_path / "one.jsonl")
+    summary = read_json(tmp_path / "one.run" / "summary.json")
+    left = summary["visual_tokens"]
+    assert 0 < left <= 300
+    assert summary["average_tokens"] == pytest.approx((576 + 2 * left) / 3)
+    assert summary["average_square"] > summary["average_tokens"] ** 2
+
+
 def test_cut_short_and_gone_on_with(own, tmp_path, capsys):
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     assert ask(own, whole) == 0

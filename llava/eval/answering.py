@@ -16,6 +16,7 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import clean_question, conv_templates
 from llava.eval.benchmarks import Question
 from llava.mm_utils import load_image, load_image_from_base64, process_images, tokenizer_image_token
+from llava.model.token_selection import KeptTokens
 from llava.pruning import Pruner
 
 AHEAD_BATCHES = 3  # prepared beyond the one that the model is at
@@ -78,8 +79,8 @@ class Answerer:
         return conversation.get_prompt()
 
     @torch.inference_mode()
-    def answer(self, batch: Sequence[Prepared]) -> list[tuple[str, list[int] | None]]:
-        """Text of every answer, and its (visual, newline) token counts where there is a picture."""
+    def answer(self, batch: Sequence[Prepared]) -> list[tuple[str, list[float] | None]]:
+        """Text of every answer, and its token counts where there is a picture; see `token_counts`."""
         length = max(len(item.ids) for item in batch)
         ids = torch.zeros(len(batch), length, dtype=torch.long)
         mask = torch.zeros(len(batch), length, dtype=torch.long)
@@ -106,8 +107,7 @@ class Answerer:
         stop = conv_templates[self.conversation].stop_string
         stopping = {} if stop == self.tokenizer.eos_token else {"stop_strings": [stop], "tokenizer": self.tokenizer}
         output = self.model.generate(
-            inputs_embeds=prompts.inputs_embeds,
-            attention_mask=prompts.attention_mask.long(),
+            prompts,
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             num_beams=1,
@@ -120,9 +120,18 @@ class Answerer:
         answers = []
         for item, text in zip(batch, texts, strict=True):
             tokens = next(kept) if item.pixels is not None else None
-            counts = None if tokens is None else [tokens.patches, tokens.newlines]
-            answers.append((text.split(stop)[0].strip(), counts))
+            answers.append((text.split(stop)[0].strip(), None if tokens is None else token_counts(tokens)))
         return answers
+
+
+def token_counts(tokens: KeptTokens) -> list[float]:
+    """Visual and newline tokens of a picture; where layers see different numbers, also the mean over layers of their
+    number and of its square."""
+    counts: list[float] = [tokens.patches, tokens.newlines]
+    if tokens.per_layer is None:
+        return counts
+    layers = len(tokens.per_layer)
+    return [*counts, sum(tokens.per_layer) / layers, sum(count**2 for count in tokens.per_layer) / layers]
 
 
 def prepared_batches(

@@ -185,11 +185,14 @@ def finish(answers_file: Path, folder: Path, questions: int, chunks: int | None,
 
 
 def mean_tokens(entries: Sequence[dict]) -> dict[str, float]:
-    """Visual tokens and newline tokens per question that has a picture."""
+    """Visual tokens and newline tokens per question that has a picture, and where layers see different numbers of
+    them, their mean over layers and the mean of its square."""
     counts = [entry["tokens"] for entry in entries if entry["tokens"] is not None]
+    names = ("visual_tokens", "newline_tokens", "average_tokens", "average_square")
+    present = min(map(len, counts), default=2)
     return {
         name: sum(count[i] for count in counts) / len(counts) if counts else 0.0
-        for i, name in enumerate(("visual_tokens", "newline_tokens"))
+        for i, name in enumerate(names[:present])
     }
 
 

@@ -36,6 +36,11 @@ COLUMNS = {
 }
 MME_SCALE = 20.0  # brings perception's total of 2000 to 0..100
 UNPRUNED = "unpruned"
+AVERAGE_NOTE = (
+    "Tokens: what of a picture is there at the end of the prompt's way through the decoder. Average: the mean over "
+    "layers, for methods inside the decoder with newline tokens, which they rank like any other. TFLOPs follow from "
+    "the numbers of all layers."
+)
 
 
 def average(scores: dict[str, float]) -> float:
@@ -43,9 +48,15 @@ def average(scores: dict[str, float]) -> float:
     return fmean(score / MME_SCALE if name == "mme" else score for name, score in scores.items())
 
 
-def prefill_flops(tokens: float, layers: int, width: int, ffn: int) -> float:
-    """Multiply-accumulates of visual tokens in prefill: L (4 c d^2 + 2 c^2 d + 3 c d f), as the field quotes them."""
-    return layers * (4 * tokens * width**2 + 2 * tokens**2 * width + 3 * tokens * width * ffn)
+def prefill_flops(tokens: float, layers: int, width: int, ffn: int, square: float | None = None) -> float:
+    """Multiply-accumulates of visual tokens in prefill: sum over layers of 4 c d^2 + 2 c^2 d + 3 c d f.
+
+    Args:
+        tokens: mean of c over the L layers.
+        square: mean of c^2; ``None`` where all layers see the same number.
+    """
+    square = tokens**2 if square is None else square
+    return layers * (4 * tokens * width**2 + 2 * square * width + 3 * tokens * width * ffn)
 
 
 @dataclass
@@ -95,6 +106,7 @@ class Row:
     scores: dict[str, float] = field(default_factory=dict)
     seeds: int = 1
     tokens: float = 0.0
+    average: float = 0.0
     newlines: float = 0.0
     tera_flops: float | None = None
     seconds: float = 0.0
@@ -114,7 +126,7 @@ def make_rows(runs: Iterable[StudyRun], values: dict[tuple[str, str], float]) ->
     for run in runs:
         groups[(*run.checkpoint, run.tag, run.method, run.settings["code"])].append(run)
     rows = [_row(key, own, values) for key, own in groups.items()]
-    rows.sort(key=lambda row: (row.model, row.checkpoint, row.method != UNPRUNED, -row.tokens, row.method))
+    rows.sort(key=lambda row: (row.model, row.checkpoint, row.method != UNPRUNED, -row.average, row.method))
     for checkpoint in dict.fromkeys(row.checkpoint for row in rows):
         _fill_averages([row for row in rows if row.checkpoint == checkpoint])
     return rows
@@ -133,9 +145,12 @@ def _row(key: tuple, runs: list[StudyRun], values: dict[tuple[str, str], float])
     row.scores = {name: fmean(scores[name]) for name in COLUMNS if scores.get(name)}
     row.seeds = len({run.settings["seed"] for run in runs})
     row.tokens = fmean(run.summary["visual_tokens"] for run in runs)
+    row.average = fmean(run.summary.get("average_tokens", run.summary["visual_tokens"]) for run in runs)
+    squares = [run.summary.get("average_square") for run in runs]
+    square = None if None in squares else fmean(squares)
     row.newlines = fmean(run.summary["newline_tokens"] for run in runs)
     shape = runs[0].record.get("language_model")
-    row.tera_flops = prefill_flops(row.tokens, **shape) / 1e12 if shape else None
+    row.tera_flops = prefill_flops(row.average, **shape, square=square) / 1e12 if shape else None
     row.seconds = sum(run.summary["wall_seconds"] for run in runs)
     questions = sum(run.summary["questions"] for run in runs)
     row.rate = questions / row.seconds if row.seconds else 0.0
@@ -161,7 +176,7 @@ def _fill_averages(rows: list[Row]) -> None:
 
 def header(rows: Sequence[Row]) -> list[str]:
     shown = [name for name in COLUMNS if any(name in row.scores for row in rows)]
-    fixed = ["Tokens", "Newlines", "TFLOPs", "Time s", "Questions/s"]
+    fixed = ["Tokens", "Average", "Newlines", "TFLOPs", "Time s", "Questions/s"]
     return ["Model", "Method", "Run", *(COLUMNS[name] for name in shown), "Acc.", "Relative", *fixed]
 
 
@@ -172,7 +187,14 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
     method = row.method + (f" (mean of {row.seeds} seeds)" if row.seeds > 1 else "")
     method += f" ({row.skipped} questions skipped)" if row.skipped else ""
     work = "–" if row.tera_flops is None else f"{row.tera_flops:.4g}"
-    rest = [f"{row.tokens:.1f}", f"{row.newlines:.1f}", work, f"{row.seconds:.1f}", f"{row.rate:.2f}"]
+    rest = [
+        f"{row.tokens:.1f}",
+        f"{row.average:.1f}",
+        f"{row.newlines:.1f}",
+        work,
+        f"{row.seconds:.1f}",
+        f"{row.rate:.2f}",
+    ]
     return [row.model, method, row.tag, *("–" if n is None else f"{n:.2f}" for n in numbers), *rest]
 
 
@@ -204,6 +226,8 @@ def markdown(rows: Sequence[Row], with_paper: bool = False) -> str:
         text.append(f"{own[0].model}: Acc. is the mean over {', '.join(common) or 'no common benchmark'} (MME / 20).")
         if any(row.relative is None for row in own):
             text.append("Relative is empty where no unpruned run of the same checkpoint and code was given.")
+    if any(row.average != row.tokens for row in rows):
+        text += ["", AVERAGE_NOTE]
     if with_paper:
         text += ["", "(paper): as printed. † not what the paper's own columns give; those give the value in brackets."]
     return "\n".join(text) + "\n"
@@ -230,12 +254,12 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     lines = defaultdict(list)
     for row in rows:
         if row.relative is not None:
-            lines[row.model, row.method].append((row.tokens, row.relative))
+            lines[row.model, row.method].append((row.average, row.relative))
     for (model, method), points in lines.items():
         points.sort()
         axes.plot(*zip(*points, strict=True), marker="o", label=f"{model}, {method}")
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("visual tokens per picture")
+    axes.set_xlabel("visual tokens per picture, mean over layers")
     axes.set_ylabel("Relative, %")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -246,7 +246,7 @@ def work(run: Run, answerer: Answerer, positions: Sequence[int], book: journal.J
     bar.close()
 
 
-def entry_of(run: Run, item: Prepared, text: str, tokens: list[int] | None) -> dict:
+def entry_of(run: Run, item: Prepared, text: str, tokens: list[float] | None) -> dict:
     """The journal's line of an answer; its id depends on run and position alone, so that resuming changes nothing."""
     question: Question = item.question
     answer = {

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.conversation import clean_question, last_question
 from llava.mm_utils import anyres_grid
+from llava.model.decoder_pruning import DecoderPruning, PictureSpan, PromptRow
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.token_selection import KeptTokens, count_kept, eligible_layout, select_tokens
+from llava.model.token_selection import KeptTokens, count_kept, decoder_budget, eligible_layout, select_tokens
 from llava.model.view_layout import (
     MERGE_TYPES,
     NEWLINE,
@@ -31,7 +32,7 @@ from llava.model.view_layout import (
     single_crop_layout,
     tiled_layout,
 )
-from llava.pruning import Pruner
+from llava.pruning import DecoderPruner, Pruner
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,11 @@ class EmbeddedPrompts:
         attention_mask: (B, T) bool.
         position_ids: (B, T) int64, 0.. over the real tokens of a row, 0 at padding.
         labels: (B, T) int64 with IGNORE_INDEX at visual tokens and padding; ``None`` if none were given.
-        kept: for each picture, which of its tokens stand in the prompt.
+        kept: for each picture, which of its tokens stand in the prompt; after `generate` with a method inside the
+            decoder, which are left after its last cut.
+        rows: where the text and the pictures of each prompt stand.
+        pruner: a method that is still to act, inside the decoder; ``None`` if there is none. It acts where `generate`
+            gets the whole of this, not ``inputs_embeds`` alone.
     """
 
     inputs_embeds: Tensor
@@ -145,6 +150,17 @@ class EmbeddedPrompts:
     position_ids: Tensor
     labels: Tensor | None
     kept: list[KeptTokens]
+    rows: list[PromptRow]
+    pruner: DecoderPruner | None = None
+
+    def decoder_pruning(self, decoder: nn.Module) -> DecoderPruning | None:
+        """The method that is still to act, made ready for a decoder; ``None`` if there is none."""
+        return None if self.pruner is None else DecoderPruning(decoder, self.pruner, self.rows)
+
+    def note_survivors(self, pruning: DecoderPruning) -> None:
+        """After the forward: write down in ``kept`` what the decoder has left of each picture."""
+        places = pruning.survivors()
+        self.kept = [tokens.surviving(place) for tokens, place in zip(self.kept, places, strict=True)]
 
 
 class LlavaMetaModel(nn.Module):
@@ -328,7 +344,25 @@ class LlavaMetaForCausalLM(ABC):
             _splice(row, text, label, [features[picture] for picture in pictures])
             for row, text, label, pictures in zip(rows, texts, row_labels, of_row, strict=True)
         ]
-        return self._pad(spliced, labels is not None, kept, padding_side, truncate)
+        inside = pruner if isinstance(pruner, DecoderPruner) else None
+        spans = [
+            self._spans(row, [kept[picture] for picture in pictures], inside)
+            for row, pictures in zip(rows, of_row, strict=True)
+        ]
+        prompts = self._pad(spliced, spans, labels is not None, kept, padding_side, truncate)
+        prompts.pruner = inside
+        return prompts
+
+    def _spans(self, ids: Tensor, kept: list[KeptTokens], pruner: DecoderPruner | None) -> list[PictureSpan]:
+        """Where the pictures of a row (L,) stand once they are spliced in."""
+        spans, shift = [], 0
+        places = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
+        for place, tokens in zip(places, kept, strict=True):
+            count = len(tokens.sequence)
+            budget, eligible = (count, None) if pruner is None else decoder_budget(pruner, tokens.layout)
+            spans.append(PictureSpan(place + shift, count, budget, eligible))
+            shift += count - 1
+        return spans
 
     def gather_tokens(self, encoded: EncodedImages, kept: Sequence[KeptTokens]) -> list[Tensor]:
         """Visual tokens (t, d) of every picture in reading order: kept ones, made ones, newline embeddings."""
@@ -393,6 +427,7 @@ class LlavaMetaForCausalLM(ABC):
     def _pad(
         self,
         rows: list[tuple[Tensor, Tensor | None]],
+        spans: list[list[PictureSpan]],
         with_labels: bool,
         kept: list[KeptTokens],
         padding_side: str | None,
@@ -412,14 +447,18 @@ class LlavaMetaForCausalLM(ABC):
         mask = torch.zeros(len(rows), longest, dtype=torch.bool)
         positions = torch.zeros(len(rows), longest, dtype=torch.long)
         padded_labels = torch.full((len(rows), longest), IGNORE_INDEX, device=first.device) if with_labels else None
+        places = []
         for i, (row, labels) in enumerate(rows):
             place = slice(longest - len(row), longest) if left else slice(0, len(row))
             embeds[i, place] = row
             mask[i, place] = True
             positions[i, place] = torch.arange(len(row))
+            inside = tuple(span.cut_at(len(row)) for span in spans[i])
+            places.append(PromptRow(place.start, len(row), inside))
             if padded_labels is not None:
                 padded_labels[i, place] = labels
-        return EmbeddedPrompts(embeds, mask.to(first.device), positions.to(first.device), padded_labels, kept)
+        mask, positions = mask.to(first.device), positions.to(first.device)
+        return EmbeddedPrompts(embeds, mask, positions, padded_labels, kept, places)
 
     def prepare_inputs_labels_for_multimodal(
         self,
@@ -439,6 +478,11 @@ class LlavaMetaForCausalLM(ABC):
             ``None`` where none came in, except that a batch which had to be padded always gets its mask.
         """
         prompts = self.embed_prompts(input_ids, attention_mask, labels, images, image_sizes, **options)
+        if prompts.pruner is not None:
+            raise ValueError(
+                f"pruner '{prompts.pruner.name}' acts inside the decoder, which embeddings alone cannot make it do: "
+                "give it to generate or forward, or attach it with llava.model.decoder_pruning"
+            )
         mask, positions = prompts.attention_mask, prompts.position_ids
         if attention_mask is not None:
             mask = mask.to(attention_mask.dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llava.mm_utils import encode_text
 from llava.model.view_layout import NEWLINE, ViewLayout, kept_places, kept_sequence, with_made_tokens
-from llava.pruning import Pruner, PruningInputs, Selection
+from llava.pruning import DecoderPruner, Pruner, PruningInputs, Selection
 
 if TYPE_CHECKING:
     from llava.model.llava_arch import EncodedImages, LlavaMetaForCausalLM
@@ -30,8 +30,11 @@ class KeptTokens:
             are tokens that the method made (see view_layout.py).
         layout: the picture's unpruned layout.
         patches: number of visual tokens in ``sequence``, kept and made, newlines not counted.
-        selection: the pruner's answer for this picture's views, with what it computed; ``None`` if nothing was pruned.
+        selection: the pruner's answer for this picture's views, with what it computed; ``None`` if nothing was pruned
+            before the decoder.
         made: (V, k, d) the method's own tokens, projected; ``None`` if it makes none.
+        per_layer: visual tokens, newlines among them, that enter each layer of the decoder, where a method inside it
+            drops some; ``None`` where all layers see ``sequence``.
     """
 
     sequence: Tensor
@@ -39,6 +42,16 @@ class KeptTokens:
     patches: int
     selection: Selection | None = None
     made: Tensor | None = None
+    per_layer: tuple[int, ...] | None = None
+
+    @property
+    def is_pruned(self) -> bool:
+        return self.selection is not None or self.per_layer is not None
+
+    def surviving(self, places: Tensor) -> KeptTokens:
+        """Only the tokens at some places (k,) of ``sequence``: those that a method inside the decoder has left."""
+        sequence = self.sequence[places]
+        return replace(self, sequence=sequence, patches=int((sequence != NEWLINE).sum()))
 
     @property
     def newlines(self) -> int:
@@ -81,6 +94,8 @@ def select_tokens(
         sample_ids: a number per picture that seeds random methods; 0 for each where not given.
     """
     tokens = encoded.features.shape[1]
+    if isinstance(pruner, DecoderPruner):
+        return keep_until_the_decoder(pruner, encoded, model.config.num_hidden_layers)
     if pruner is None or keeps_everything(pruner, tokens):
         return keep_everything(encoded)
     if pruner.scope == "official":
@@ -117,6 +132,30 @@ def select_tokens(
     return kept
 
 
+def keep_until_the_decoder(pruner: DecoderPruner, encoded: EncodedImages, layers: int) -> list[KeptTokens]:
+    """Every picture with all its tokens, and how many of them will enter each layer of the decoder."""
+    kept = []
+    for tokens in keep_everything(encoded):
+        budget, eligible = decoder_budget(pruner, tokens.layout)
+        able = None if eligible is None else int(eligible.sum())
+        counts = pruner.counts(len(tokens.sequence), budget, layers, able)
+        dropped = min(counts) < len(tokens.sequence)
+        kept.append(replace(tokens, per_layer=tuple(counts)) if dropped else tokens)
+    return kept
+
+
+def decoder_budget(pruner: DecoderPruner, layout: ViewLayout) -> tuple[int, Tensor | None]:
+    """What a method inside the decoder is to leave of a picture, and which of its positions (t,) it may choose.
+
+    The budget is what any other method would keep of the picture. ``None``: all may be chosen, newlines too.
+    """
+    eligible = None
+    if pruner.exclude_padding:
+        may_stay = layout.eligible.flatten()[layout.sequence.clamp_min(0)] | (layout.sequence == NEWLINE)
+        eligible = None if bool(may_stay.all()) else may_stay
+    return count_budget(pruner, layout), eligible
+
+
 def _keep(
     pruner: Pruner, layout: ViewLayout, numbers: Tensor, selection: Selection, made: Tensor | None
 ) -> KeptTokens:
@@ -151,8 +190,8 @@ def keeps_everything(pruner: Pruner, tokens: int) -> bool:
 
 def eligible_layout(pruner: Pruner | None, layout: ViewLayout, with_padding: ViewLayout) -> ViewLayout:
     """The layout that a pruner reads: padding takes part only if it is told so."""
-    if pruner is None or pruner.exclude_padding or pruner.scope == "official":
-        return layout
+    if pruner is None or pruner.exclude_padding or pruner.scope == "official" or isinstance(pruner, DecoderPruner):
+        return layout  # inside the decoder the prompt is the unpruned one
     return with_padding
 
 
@@ -161,6 +200,11 @@ def count_kept(pruner: Pruner | None, layout: ViewLayout) -> int:
 
     The most that it may take where a method's count is not exact.
     """
+    return len(layout.sequence) if isinstance(pruner, DecoderPruner) else count_budget(pruner, layout)
+
+
+def count_budget(pruner: Pruner | None, layout: ViewLayout) -> int:
+    """How many tokens of a picture a pruner's budget stands for; all positions, newlines too, if it is for all."""
     views, tokens = layout.eligible.shape
     if pruner is None or keeps_everything(pruner, tokens):
         return len(layout.sequence)

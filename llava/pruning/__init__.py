@@ -12,31 +12,41 @@ from llava.pruning.base import (
     register,
 )
 from llava.pruning.cdpruner import CDPruner
+from llava.pruning.dart import DART
+from llava.pruning.decoder import DecoderPruner, tokens_per_layer
 from llava.pruning.divprune import DivPrune
 from llava.pruning.downsample import Downsample
+from llava.pruning.fastv import FastV
 from llava.pruning.first import First
 from llava.pruning.grid import Grid
 from llava.pruning.pool import Pool
+from llava.pruning.pyramiddrop import PyramidDrop
 from llava.pruning.random import Random
 from llava.pruning.script import Script
 from llava.pruning.script_release import ScriptRelease
+from llava.pruning.sparsevlm import SparseVLM
 from llava.pruning.trim import Trim
 from llava.pruning.uniform import Uniform
 from llava.pruning.visionzip import VisionZip
 
 __all__ = [
     "CDPruner",
+    "DART",
+    "DecoderPruner",
     "DivPrune",
     "Downsample",
+    "FastV",
     "First",
     "Grid",
     "Pool",
     "Pruner",
     "PruningInputs",
+    "PyramidDrop",
     "Random",
     "Script",
     "ScriptRelease",
     "Selection",
+    "SparseVLM",
     "Trim",
     "Uniform",
     "VisionZip",
@@ -46,4 +56,5 @@ __all__ = [
     "parse_options",
     "pruner_class",
     "register",
+    "tokens_per_layer",
 ]

@@ -50,6 +50,8 @@ def idea(cls: type[Pruner]) -> str:
 
 def needs(pruner: Pruner) -> str:
     """What a host must give beside the visual tokens, in words."""
+    if pruner.place == "decoder":
+        return "a Llama-style decoder"
     words = [NEEDS.get(field, f"`{field}`") for field in sorted(pruner.needs - EVERY_HOST)]
     return ", ".join(dict.fromkeys(words)) or "-"
 

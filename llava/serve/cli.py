@@ -161,8 +161,7 @@ class Session:
             if options.temperature <= 0:
                 sampling |= {"do_sample": False, "temperature": None, "top_p": None}
             answer_ids = self.model.generate(
-                inputs_embeds=prompt.inputs_embeds,
-                attention_mask=prompt.attention_mask.long(),
+                prompt,
                 max_new_tokens=options.max_new_tokens,
                 streamer=streamer,
                 **sampling,
@@ -215,7 +214,7 @@ def status_line(
         counts = f"{per_view[0]} x {len(per_view)}" if len(set(per_view)) == 1 else " + ".join(map(str, per_view))
         parts.append(
             f"{kept} of {total} visual tokens ({counts} per view{f', and {newlines} newlines' if newlines else ''})"
-            + ("" if prompt.kept[0].selection else ", nothing pruned")
+            + decoder_counts(prompt)
         )
         parts.append(f"vision {vision * 1e3:.0f} ms" if vision else "vision cached")
         if prompt.kept[0].selection:
@@ -227,6 +226,15 @@ def status_line(
         per_token = (token_times[-1] - token_times[0]) / (len(token_times) - 1)
         parts.append(f"decode {per_token * 1e3:.1f} ms/token")
     return f"[{' | '.join(parts)}]"
+
+
+def decoder_counts(prompt: EmbeddedPrompts) -> str:
+    """What the decoder's layers see, if a method inside it drops some; a word if nothing was pruned."""
+    counts = [tokens.per_layer or (len(tokens.sequence),) for tokens in prompt.kept]
+    if any(tokens.per_layer for tokens in prompt.kept):
+        average = sum(sum(layers) / len(layers) for layers in counts)
+        return f" left after the last cut in the decoder, {average:.1f} averaged over its layers"
+    return "" if prompt.kept[0].is_pruned else ", nothing pruned"
 
 
 def graph_warning(prompt: EmbeddedPrompts, pruner: Pruner | None) -> list[str]:
