@@ -150,6 +150,27 @@ def chunk_slices(questions: int, chunks: int) -> list[slice]:
     return [slice(min(i * size, questions), min((i + 1) * size, questions)) for i in range(chunks)]
 
 
+def merge_chunks(folder: Path) -> Path:
+    """Write ``merge.jsonl`` anew from ``<chunks>_<i>.jsonl`` in ``folder``, in the order of i; returns its path.
+
+    Raises:
+        ValueError: a chunk is missing, or there are chunks of several runs; names them.
+    """
+    found = [path.stem.split("_") for path in folder.glob("*_*.jsonl")]
+    counts = {int(parts[0]) for parts in found if len(parts) == 2 and all(part.isdecimal() for part in parts)}
+    if len(counts) != 1:
+        raise ValueError(f"{folder.absolute()} must hold the chunks <n>_0.jsonl to <n>_<n-1>.jsonl of one n")
+    chunks = [folder / f"{n}_{i}.jsonl" for n in counts for i in range(n)]
+    missing = [str(path.absolute()) for path in chunks if not path.is_file()]
+    if missing:
+        raise ValueError(f"cannot merge: {', '.join(missing)} missing")
+    texts = [path.read_bytes() for path in chunks]
+    write_whole(
+        folder / "merge.jsonl", b"".join(text if text.endswith(b"\n") or not text else text + b"\n" for text in texts)
+    )
+    return folder / "merge.jsonl"
+
+
 def finish(answers_file: Path, folder: Path, questions: int, chunks: int | None, summary: dict[str, Any]) -> dict:
     """Turn the journals of a complete run into its answer files; returns the summary as written.
 

@@ -112,7 +112,9 @@ class Run:
         if options.on_error == "stop":
             self._check_images()
         if options.score:
-            score.check_files(options.benchmark, options.data_root, options.output_root)
+            if self.benchmark is None:
+                raise ValueError("--score needs --benchmark: questions of your own have no scorer")
+            score.check_files(options.benchmark, self.question_file, options.data_root, options.output_root)
 
     def _question_file(self) -> Path:
         if self.options.question_file is not None:
