@@ -4,6 +4,7 @@ Beside the answers ``<name>.jsonl`` stands the folder ``<name>.run`` (for ``<tag
 
     config.json           what can change an answer, compared before a run goes on; and the rest, for the record
     journal/*.jsonl       one file per process and session: a line per question, appended whole; until completion
+    journal/*.next        how far a session's processes have taken questions to answer
     skipped.jsonl         questions that could not be asked, with the reason
     summary.json          tokens and times, once complete
     lock, workers.lock    held while processes live
@@ -125,6 +126,35 @@ def read_journals(folder: Path) -> dict[int, dict]:
     return entries
 
 
+class Turns:
+    """Hands ``total`` places out to all processes of a session, ``size`` at a time and in order.
+
+    Whoever is done takes the next ones, so that nobody waits long for others at the end. What was taken is noted in a
+    file under a lock, which works between machines with a common disk too. Nothing is to be undone after a kill: what
+    was taken and not answered is to be answered in the next session, which counts anew.
+    """
+
+    WIDTH = 20  # digits: a number is overwritten in one go, and never needs more room on the disk
+
+    def __init__(self, path: Path, total: int, size: int) -> None:
+        self.path, self.total, self.size = path, total, size
+
+    def reset(self) -> None:
+        """Begin at the first place; for one process to call before the others begin."""
+        write_whole(self.path, f"{0:0{self.WIDTH}d}")
+
+    def __iter__(self) -> Iterator[range]:
+        while True:
+            with self.path.open("r+b", buffering=0) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                start = int(file.read())
+                end = min(start + self.size, self.total)
+                os.pwrite(file.fileno(), f"{end:0{self.WIDTH}d}".encode(), 0)
+            if start == end:
+                return
+            yield range(start, end)
+
+
 def sessions(folder: Path) -> int:
     """How many sessions have written a journal."""
     return len({path.name.split("_")[0] for path in (folder / "journal").glob("*.jsonl")})
@@ -206,11 +236,11 @@ def finish(answers_file: Path, folder: Path, questions: int, chunks: int | None,
 
 
 def mean_tokens(entries: Sequence[dict]) -> dict[str, float]:
-    """Visual tokens and newline tokens per question that has a picture."""
+    """Visual tokens (over layers), newline tokens and prefill work per question that has a picture."""
     counts = [entry["tokens"] for entry in entries if entry["tokens"] is not None]
     return {
-        name: sum(count[i] for count in counts) / len(counts) if counts else 0.0
-        for i, name in enumerate(("visual_tokens", "newline_tokens"))
+        name: sum(count[name] for count in counts) / len(counts) if counts else 0.0
+        for name in ("visual_tokens", "newline_tokens", "prefill_flops")
     }
 
 

@@ -43,11 +43,6 @@ def average(scores: dict[str, float]) -> float:
     return fmean(score / MME_SCALE if name == "mme" else score for name, score in scores.items())
 
 
-def prefill_flops(tokens: float, layers: int, width: int, ffn: int) -> float:
-    """Multiply-accumulates of visual tokens in prefill: L (4 c d^2 + 2 c^2 d + 3 c d f), as the field quotes them."""
-    return layers * (4 * tokens * width**2 + 2 * tokens**2 * width + 3 * tokens * width * ffn)
-
-
 @dataclass
 class StudyRun:
     """One finished run as its folder tells it."""
@@ -134,8 +129,8 @@ def _row(key: tuple, runs: list[StudyRun], values: dict[tuple[str, str], float])
     row.seeds = len({run.settings["seed"] for run in runs})
     row.tokens = fmean(run.summary["visual_tokens"] for run in runs)
     row.newlines = fmean(run.summary["newline_tokens"] for run in runs)
-    shape = runs[0].record.get("language_model")
-    row.tera_flops = prefill_flops(row.tokens, **shape) / 1e12 if shape else None
+    if all("prefill_flops" in run.summary for run in runs):  # runs of older versions did not note it
+        row.tera_flops = fmean(run.summary["prefill_flops"] for run in runs) / 1e12
     row.seconds = sum(run.summary["wall_seconds"] for run in runs)
     questions = sum(run.summary["questions"] for run in runs)
     row.rate = questions / row.seconds if row.seconds else 0.0
@@ -171,8 +166,13 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
     numbers = [row.scores.get(name) for name in shown] + [row.acc, row.relative]
     method = row.method + (f" (mean of {row.seeds} seeds)" if row.seeds > 1 else "")
     method += f" ({row.skipped} questions skipped)" if row.skipped else ""
-    work = "–" if row.tera_flops is None else f"{row.tera_flops:.4g}"
-    rest = [f"{row.tokens:.1f}", f"{row.newlines:.1f}", work, f"{row.seconds:.1f}", f"{row.rate:.2f}"]
+    rest = [
+        f"{row.tokens:.1f}",
+        f"{row.newlines:.1f}",
+        f"{row.tera_flops:.4g}",
+        f"{row.seconds:.1f}",
+        f"{row.rate:.2f}",
+    ]
     return [row.model, method, row.tag, *("–" if n is None else f"{n:.2f}" for n in numbers), *rest]
 
 
