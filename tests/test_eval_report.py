@@ -9,6 +9,7 @@ import pytest
 from llava.eval import report
 from llava.eval.cost import prefill_flops
 from llava.eval.files import write_json
+from llava.eval.paper import PAPER_ROWS
 
 
 def make_run(folder, benchmark, tag, score, keep=None, seed=0, code="c", items=None, seconds=10.0):
@@ -51,13 +52,46 @@ def test_table(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Script (paper) | Table 3" in printed
     assert "99.88 † (99.72)" in printed
+    assert "1487.98 † (1423.89)" in printed  # MME is a column here, POPE is none
+    assert "Table 6 |" not in printed
+    assert "no row closes" in printed
     assert "m-7b: Acc. is the mean over GQA, MME (MME / 20)" in printed
-    full, pruned = list(csv.DictReader(io.StringIO(files["csv"].read_text())))
+    full, pruned, paper, *_ = csv.DictReader(io.StringIO(files["csv"].read_text()))
+    assert (paper["Method"], paper["Acc."], paper["GQA"]) == ("unpruned (paper)", "63.47", "")
     assert (full["Method"], full["Acc."], full["Relative"]) == ("unpruned", "67.50", "100.00")
     assert (pruned["Acc."], pruned["Relative"], pruned["Tokens"]) == ("62.00", "91.85", "64.0")
     assert (pruned["TFLOPs"], pruned["Questions/s"], pruned["Time s"]) == ("0.4155", "2.00", "20.0")
     rows = json.loads(files["json"].read_text())
     assert rows[1]["relative"] == pytest.approx(100 * 62 / 67.5)
+    assert rows[2]["printed"] == {"acc": 63.47, "relative": 100.0, "pope": 86.96}
+
+
+def test_the_papers_relative_follows_from_its_averages():
+    """Rows with both values, right ones where there are any: a ratio of averages, up to the rounding of the print."""
+    whole = {(row.table, row.model): row for row in PAPER_ROWS if row.method == "unpruned" and "acc" in row.printed}
+    checked = 0
+    for row in PAPER_ROWS:
+        values = {**row.printed, **row.right}
+        if {"acc", "relative"} <= values.keys():
+            unpruned = whole[row.table, row.model]
+            assert values["relative"] == pytest.approx(100 * values["acc"] / unpruned.printed["acc"], abs=0.35), row
+            checked += 1
+    assert checked > 20
+
+
+def test_the_same_run_twice_is_refused(tmp_path):
+    paths = [make_run(tmp_path / part, "sqa", "full", 60.0) for part in ("A", "I")]
+    with pytest.raises(ValueError, match="same benchmark, tag and seed"):
+        report.make_rows([report.read_run(path) for path in paths], {})
+
+
+def test_work_that_was_not_noted_is_a_dash(tmp_path):
+    path = make_run(tmp_path, "gqa", "full", 60.0)
+    summary = json.loads((path / "summary.json").read_text())
+    del summary["prefill_flops"]
+    write_json(path / "summary.json", summary)
+    rows = report.make_rows([report.read_run(path)], {})
+    assert report.cells(rows[0], rows)[-3] == "–"
 
 
 def test_seeds_servers_and_gaps(tmp_path):

@@ -97,19 +97,21 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._size = os.fstat(self._file).st_size  # of whole lines; nobody else writes to this file
 
     def append(self, rows: Sequence[dict]) -> None:
         """Write ``rows``. Raises OSError naming the file (disk full, ...); what was written before stays."""
         data = json_lines(rows).encode()
-        whole = os.fstat(self._file).st_size
+        size = self._size + len(data)
         try:
             while data:
                 data = data[os.write(self._file, data) :]
         except OSError as error:
-            os.ftruncate(self._file, whole)
+            os.ftruncate(self._file, self._size)
             raise OSError(
                 error.errno, f"{error.strerror}; the answers so far are kept, run again", self.path
             ) from error
+        self._size = size
 
     def close(self) -> None:
         os.close(self._file)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import re
 import sys
 from collections import defaultdict
@@ -19,7 +18,7 @@ from statistics import fmean
 
 from llava.eval.files import read_json, write_json, write_whole
 from llava.eval.journal import run_folder
-from llava.eval.paper import PAPER_ROWS
+from llava.eval.paper import PAPER_NOTES, PAPER_ROWS
 from llava.eval.significance import compare_items, compare_seeds
 
 COLUMNS = {
@@ -47,11 +46,15 @@ def average(scores: dict[str, float]) -> float:
 class StudyRun:
     """One finished run as its folder tells it."""
 
-    name: str
+    folder: Path
     settings: dict
     record: dict
     summary: dict
     score: dict | None
+
+    @property
+    def name(self) -> str:
+        return self.folder.name.removesuffix(".run")
 
     @property
     def method(self) -> str:
@@ -75,7 +78,7 @@ def read_run(path: Path) -> StudyRun:
     config = read_json(folder / "config.json")
     score = read_json(folder / "score.json") if (folder / "score.json").is_file() else None
     summary = read_json(folder / "summary.json")
-    return StudyRun(folder.name.removesuffix(".run"), config["settings"], config["record"], summary, score)
+    return StudyRun(folder, config["settings"], config["record"], summary, score)
 
 
 @dataclass
@@ -117,8 +120,11 @@ def make_rows(runs: Iterable[StudyRun], values: dict[tuple[str, str], float]) ->
 
 def _row(key: tuple, runs: list[StudyRun], values: dict[tuple[str, str], float]) -> Row:
     model, checkpoint, tag, method, code = key
-    scores = defaultdict(list)
+    scores, seen = defaultdict(list), {}
     for run in runs:
+        same = seen.setdefault((run.settings["benchmark"], run.settings["seed"]), run)
+        if same is not run:
+            raise ValueError(f"{same.folder} and {run.folder} are the same benchmark, tag and seed: give one of them")
         if run.score is not None:
             scores[run.settings["benchmark"]].append(run.score["score"])
     for (benchmark, of_tag), value in values.items():
@@ -169,7 +175,7 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
     rest = [
         f"{row.tokens:.1f}",
         f"{row.newlines:.1f}",
-        f"{row.tera_flops:.4g}",
+        "–" if row.tera_flops is None else f"{row.tera_flops:.4g}",
         f"{row.seconds:.1f}",
         f"{row.rate:.2f}",
     ]
@@ -177,18 +183,20 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
 
 
 def paper_cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The paper's rows in the table's columns; a dagger marks values that its own columns do not give."""
+    """The paper's rows in the table's columns, where they have a value there; a dagger marks what is not right."""
     columns = header(rows)
+    titles = {**COLUMNS, "acc": "Acc.", "relative": "Relative"}
     lines = []
-    for printed in PAPER_ROWS:
+    for paper in PAPER_ROWS:
         line = dict.fromkeys(columns, "–")
-        line |= {"Model": printed.model, "Method": f"{printed.method} (paper)", "Run": f"Table {printed.table}"}
-        right = printed.recomputed or (None, None)
-        for name, value, recomputed in zip(("Acc.", "Relative"), (printed.acc, printed.relative), right, strict=True):
-            if value is not None:
-                line[name] = f"{value:.2f}" + (f" † ({recomputed:g})" if recomputed is not None else "")
-        line["Tokens"] = str(printed.tokens)
-        lines.append(list(line.values()))
+        line |= {"Model": paper.model, "Method": f"{paper.method} (paper)", "Run": f"Table {paper.table}"}
+        line["Tokens"] = str(paper.tokens)
+        shown = {titles[name]: name for name in paper.printed if titles[name] in columns}
+        for title, name in shown.items():
+            right = f" † ({paper.right[name]:g})" if name in paper.right else ""
+            line[title] = f"{paper.printed[name]:.2f}{right}"
+        if shown:
+            lines.append(list(line.values()))
     return lines
 
 
@@ -204,17 +212,30 @@ def markdown(rows: Sequence[Row], with_paper: bool = False) -> str:
         text.append(f"{own[0].model}: Acc. is the mean over {', '.join(common) or 'no common benchmark'} (MME / 20).")
         if any(row.relative is None for row in own):
             text.append("Relative is empty where no unpruned run of the same checkpoint and code was given.")
+    text += ["", "Tokens: visual tokens per picture, mean over layers; newline tokens beside. TFLOPs: their prefill."]
     if with_paper:
-        text += ["", "(paper): as printed. † not what the paper's own columns give; those give the value in brackets."]
+        text += ["", "(paper): as printed. † not what the table's own columns give; those give the value in brackets "]
+        text[-1] += "(Tables 6 and 11: Table 3 prints it). Of the paper's rows those are here whose values were noted."
+        text += [f"* {note}" for note in PAPER_NOTES]
     return "\n".join(text) + "\n"
 
 
-def comma_separated(rows: Sequence[Row]) -> str:
+def comma_separated(rows: Sequence[Row], with_paper: bool = False) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(header(rows))
-    writer.writerows([cell.replace("–", "") for cell in cells(row, rows)] for row in rows)
+    lines = [cells(row, rows) for row in rows] + (paper_cells(rows) if with_paper else [])
+    writer.writerows([cell.replace("–", "") for cell in line] for line in lines)
     return buffer.getvalue()
+
+
+def objects(rows: Sequence[Row], with_paper: bool = False) -> list[dict]:
+    """Rows for JSON, in full precision; the paper's have "paper": the number of its table."""
+    paper = [
+        {"paper": row.table, **{name: value for name, value in vars(row).items() if name != "table"}}
+        for row in (PAPER_ROWS if with_paper else ())
+    ]
+    return [vars(row) for row in rows] + paper
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -283,9 +304,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = make_rows(runs, dict(map(parse_value, options.value)))
         print(markdown(rows, options.paper), end="")
         if options.csv:
-            write_whole(options.csv, comma_separated(rows))
+            write_whole(options.csv, comma_separated(rows, options.paper))
         if options.json:
-            write_json(options.json, [json.loads(json.dumps(vars(row))) for row in rows], indent=1)
+            write_json(options.json, objects(rows, options.paper), indent=1)
         if options.plot:
             plot(rows, options.plot)
         if options.compare:
