@@ -7,7 +7,9 @@ import json
 import pytest
 
 from llava.eval import report
+from llava.eval.cost import prefill_flops
 from llava.eval.files import write_json
+from llava.eval.paper import PAPER_ROWS
 
 
 def make_run(folder, benchmark, tag, score, keep=None, seed=0, code="c", items=None, seconds=10.0):
@@ -20,11 +22,11 @@ def make_run(folder, benchmark, tag, score, keep=None, seed=0, code="c", items=N
         "seed": seed,
         "code": code,
     }
-    shape = {"layers": 32, "width": 4096, "ffn": 11008}
     place = folder / benchmark / f"{tag}.run"
-    write_json(place / "config.json", {"settings": settings, "record": {"language_model": shape}})
+    write_json(place / "config.json", {"settings": settings, "record": {}})
     tokens = 576.0 if keep is None else float(keep)
     summary = {"questions": 20, "skipped": 0, "wall_seconds": seconds, "visual_tokens": tokens, "newline_tokens": 0.0}
+    summary["prefill_flops"] = prefill_flops([tokens] * 32, 4096, 11008)
     write_json(place / "summary.json", summary)
     if score is not None:
         write_json(place / "score.json", {"score": score, "items": items or {"1": 1.0}})
@@ -39,7 +41,7 @@ def test_average_is_the_papers_rule():
     "tokens, quoted", [(576, 3.81715), (192, 1.25306), (64, 0.41554), (2880, 20.82522), (320, 2.09917)]
 )
 def test_flops(tokens, quoted):
-    assert report.prefill_flops(tokens, 32, 4096, 11008) / 1e12 == pytest.approx(quoted, abs=5e-6)
+    assert prefill_flops([tokens] * 32, 4096, 11008) / 1e12 == pytest.approx(quoted, abs=5e-6)
 
 
 def test_table(tmp_path, capsys):
@@ -50,13 +52,46 @@ def test_table(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Script (paper) | Table 3" in printed
     assert "99.88 † (99.72)" in printed
+    assert "1487.98 † (1423.89)" in printed  # MME is a column here, POPE is none
+    assert "Table 6 |" not in printed
+    assert "no row closes" in printed
     assert "m-7b: Acc. is the mean over GQA, MME (MME / 20)" in printed
-    full, pruned = list(csv.DictReader(io.StringIO(files["csv"].read_text())))
+    full, pruned, paper, *_ = csv.DictReader(io.StringIO(files["csv"].read_text()))
+    assert (paper["Method"], paper["Acc."], paper["GQA"]) == ("unpruned (paper)", "63.47", "")
     assert (full["Method"], full["Acc."], full["Relative"]) == ("unpruned", "67.50", "100.00")
     assert (pruned["Acc."], pruned["Relative"], pruned["Tokens"]) == ("62.00", "91.85", "64.0")
     assert (pruned["TFLOPs"], pruned["Questions/s"], pruned["Time s"]) == ("0.4155", "2.00", "20.0")
     rows = json.loads(files["json"].read_text())
     assert rows[1]["relative"] == pytest.approx(100 * 62 / 67.5)
+    assert rows[2]["printed"] == {"acc": 63.47, "relative": 100.0, "pope": 86.96}
+
+
+def test_the_papers_relative_follows_from_its_averages():
+    """Rows with both values, right ones where there are any: a ratio of averages, up to the rounding of the print."""
+    whole = {(row.table, row.model): row for row in PAPER_ROWS if row.method == "unpruned" and "acc" in row.printed}
+    checked = 0
+    for row in PAPER_ROWS:
+        values = {**row.printed, **row.right}
+        if {"acc", "relative"} <= values.keys():
+            unpruned = whole[row.table, row.model]
+            assert values["relative"] == pytest.approx(100 * values["acc"] / unpruned.printed["acc"], abs=0.35), row
+            checked += 1
+    assert checked > 20
+
+
+def test_the_same_run_twice_is_refused(tmp_path):
+    paths = [make_run(tmp_path / part, "sqa", "full", 60.0) for part in ("A", "I")]
+    with pytest.raises(ValueError, match="same benchmark, tag and seed"):
+        report.make_rows([report.read_run(path) for path in paths], {})
+
+
+def test_work_that_was_not_noted_is_a_dash(tmp_path):
+    path = make_run(tmp_path, "gqa", "full", 60.0)
+    summary = json.loads((path / "summary.json").read_text())
+    del summary["prefill_flops"]
+    write_json(path / "summary.json", summary)
+    rows = report.make_rows([report.read_run(path)], {})
+    assert report.cells(rows[0], rows)[-3] == "–"
 
 
 def test_methods_inside_the_decoder_are_shown_by_their_average(tmp_path):
@@ -65,16 +100,14 @@ def test_methods_inside_the_decoder_are_shown_by_their_average(tmp_path):
     summary = report.read_json(place / "summary.json")
     counts = [576] * 2 + [30] * 30
     summary |= {"visual_tokens": 30.0, "average_tokens": sum(counts) / 32}
-    write_json(place / "summary.json", summary | {"average_square": sum(count**2 for count in counts) / 32})
+    write_json(place / "summary.json", summary | {"prefill_flops": prefill_flops(counts, 4096, 11008)})
     paths = [make_run(tmp_path, "gqa", "full", 60.0), make_run(tmp_path, "gqa", "vtn_40", 52.0, 40), place]
     rows = report.make_rows([report.read_run(path) for path in paths], {})
     assert [row.tokens for row in rows] == [576.0, 30.0, 40.0]  # sorted by the average
     assert rows[1].average == 64.125
-    by_layer = sum(report.prefill_flops(count, 1, 4096, 11008) for count in counts)
+    by_layer = sum(prefill_flops([count], 4096, 11008) for count in counts)
     assert rows[1].tera_flops == pytest.approx(by_layer / 1e12)
     assert "| 30.0 | 64.1 |" in report.markdown(rows)
-    assert report.AVERAGE_NOTE in report.markdown(rows)
-    assert report.AVERAGE_NOTE not in report.markdown(rows[2:])
 
 
 def test_seeds_servers_and_gaps(tmp_path):

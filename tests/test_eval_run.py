@@ -15,12 +15,15 @@ from PIL import Image
 
 from llava.eval import journal, run
 from llava.eval.benchmarks import BENCHMARKS, load_questions, run_tag
+from llava.eval.cost import prefill_flops
 from llava.eval.files import read_json, read_whole_lines
 from records import GOLDEN
 
 CHECKPOINT = str(GOLDEN / "checkpoints" / "llava-v1.5-tiny")
 PICTURES = ("square336.png", "small97x61.png", "land640x480.png")
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(run.__file__).parents[2])}
+
+COST = {"visual_tokens": 5.0, "average_tokens": 5.0, "newline_tokens": 0, "prefill_flops": 1.0}
 
 
 @pytest.fixture
@@ -78,7 +81,9 @@ def test_methods_inside_the_decoder_tell_their_average(own, tmp_path):
     left = summary["visual_tokens"]
     assert 0 < left <= 300
     assert summary["average_tokens"] == pytest.approx((576 + 2 * left) / 3)
-    assert summary["average_square"] > summary["average_tokens"] ** 2
+    config = read_json(GOLDEN / "checkpoints" / "llava-v1.5-tiny" / "config.json")
+    shape = config["hidden_size"], config["intermediate_size"]
+    assert summary["prefill_flops"] > prefill_flops([summary["average_tokens"]] * 3, *shape)  # it is convex
 
 
 def test_cut_short_and_gone_on_with(own, tmp_path, capsys):
@@ -89,7 +94,7 @@ def test_cut_short_and_gone_on_with(own, tmp_path, capsys):
     cut.unlink()  # as if killed: five answers in the journal, the sixth cut off
     book = journal.Journal(tmp_path / "cut.run" / "journal" / "000_0.jsonl")
     book.append(
-        [{"position": i, "answer": entries[i], "tokens": [5, 0], "seconds": 0.1, "elapsed": 0.1} for i in range(5)]
+        [{"position": i, "answer": entries[i], "tokens": COST, "seconds": 0.1, "elapsed": 0.1} for i in range(5)]
     )
     book.close()
     with book.path.open("a") as file:
@@ -142,6 +147,10 @@ def test_missing_and_broken_pictures(own, tmp_path, capsys):
     skipped = read_whole_lines(tmp_path / "b.run" / "skipped.jsonl")
     assert [line["position"] for line in skipped] == [1, 4, 7, 10]
     assert len(read_whole_lines(tmp_path / "b.jsonl")) == 8
+    assert ask(own, tmp_path / "a.jsonl", "--on-error", "skip", "--batch-size", "1") == 0  # goes on where it stopped
+    assert len(read_whole_lines(tmp_path / "a.jsonl")) == 8
+    assert ask(own, tmp_path / "a.jsonl") == 0
+    assert "it skipped questions" in capsys.readouterr().out
 
 
 def test_two_processes_killed_and_resumed(own, tmp_path):
@@ -160,6 +169,27 @@ def test_two_processes_killed_and_resumed(own, tmp_path):
     assert subprocess.run(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, timeout=120).returncode == 0
     assert read_whole_lines(answers)
     assert texts(answers) == texts(tmp_path / "calm.jsonl")
+
+
+def test_turns_go_to_one_process_each(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from llava.eval.journal import Turns\n"
+        "for turn in Turns(Path(sys.argv[1]), 2001, 4): print(*turn)"
+    )
+    turns = journal.Turns(tmp_path / "000.next", 2001, 4)
+    for _ in range(2):  # a new session counts anew
+        turns.reset()
+        command = [sys.executable, "-c", script, str(turns.path)]
+        processes = [subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        taken = [[int(place) for place in process.communicate()[0].split()] for process in processes]
+        assert all(own == sorted(own) for own in taken)
+        assert sorted(taken[0] + taken[1]) == list(range(2001))
+    assert list(turns) == []
+
+
+def test_score_needs_a_benchmark(own, tmp_path, capsys):
+    assert ask(own, tmp_path / "a.jsonl", "--score") == 2
+    assert "--score needs --benchmark" in capsys.readouterr().err
 
 
 def test_full_disk_keeps_what_was_written(tmp_path, monkeypatch):
@@ -202,7 +232,7 @@ def test_empty_chunk_gets_an_empty_file(tmp_path):
     folder = journal.run_folder(answers)
     assert folder == tmp_path / "vtn_8.run"
     book = journal.Journal(folder / "journal" / "000_0.jsonl")
-    row = {"tokens": [1, 0], "seconds": 1.0, "elapsed": 1.0}
+    row = {"tokens": COST, "seconds": 1.0, "elapsed": 1.0}
     book.append([{"position": i, "answer": {"question_id": i}, **row} for i in (2, 0, 4, 1, 3)])
     journal.finish(answers, folder, 5, 4, {})
     sizes = [len(read_whole_lines(answers.parent / f"4_{i}.jsonl")) for i in range(4)]

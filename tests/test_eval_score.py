@@ -10,6 +10,7 @@ import pytest
 from llava.eval import score
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.files import read_json, read_whole_lines, write_json
+from llava.eval.journal import merge_chunks
 from records import GOLDEN
 
 SCORERS = GOLDEN / "scorers"
@@ -65,9 +66,66 @@ def test_vqav2_upload_and_val(tmp_path, capsys):
     assert expected["converter_stdout"] in capsys.readouterr().out
     upload = next((root / "vqav2" / "answers_upload").rglob("vtn_64.json"))
     assert read_json(upload) == read_json(SCORERS / "vqav2/case1/expected_upload.json")
+    assert result["score"] == pytest.approx(expected["official_on_upload"]["overall"])
     answered = {line["question_id"] for line in read_whole_lines(questions)}
     items = [item["official"] for item in expected["items"] if item["question_id"] in answered]
+    (root / "vqav2" / "llava_vqav2_mscoco_test2015.jsonl").unlink()
+    result = score.score_file("vqav2", answers, root, root, questions)  # the upload is then of the list asked
     assert result["score"] == pytest.approx(sum(items) / len(items))
+    test_list = questions.rename(root / "llava_vqav2_mscoco_test-dev2015.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"vqav2/llava_vqav2_mscoco_test2015.jsonl; EVAL.md, section 'VQAv2'"):
+        score.score_file("vqav2", answers, root, root, test_list)
+
+
+def test_chunks_are_merged_in_their_order_and_none_may_miss(tmp_path, capsys):
+    for fixture, chunks in (("gqa/case1/answers", 4), ("gqa/case2/answers", 5)):
+        folder = shutil.copytree(SCORERS / fixture, tmp_path / str(chunks))
+        merged = (folder / "merge.jsonl").read_bytes()
+        (folder / "merge.jsonl").write_text("old\n")
+        assert merge_chunks(folder).read_bytes() == merged
+    for i in range(5):
+        (folder / f"5_{i}.jsonl").rename(folder / f"11_{i}.jsonl")
+    for i in range(5, 11):
+        (folder / f"11_{i}.jsonl").write_text(f'{{"i": {i}}}')  # no line end, and 10 comes after 9
+    assert merge_chunks(folder).read_text().endswith('{"i": 9}\n{"i": 10}\n')
+    (folder / "11_7.jsonl").unlink()
+    assert score.main(["gqa", "--answers-file", str(folder)]) == 2
+    assert f"{folder}/11_7.jsonl missing" in capsys.readouterr().err
+    (folder / "2_0.jsonl").write_text("")
+    with pytest.raises(ValueError, match="of one n"):
+        merge_chunks(folder)
+
+
+def test_vizwiz_upload_and_val(tmp_path, capsys):
+    root, answers = lay_out(tmp_path, "vizwiz", "vizwiz")
+    expected = read_json(SCORERS / "vizwiz/case1/expected.json")
+    questions = root / "vizwiz" / "llava_val.jsonl"
+    result = score.score_file("vizwiz", answers, root, root, questions)
+    printed = capsys.readouterr().out
+    assert expected["converter_stdout"] in printed
+    assert "unanswerable: 75.00%" in printed
+    assert result["score"] == pytest.approx(100 * expected["accuracy"])
+    with answers.open("a") as file:
+        file.write('\n{"question_id": 1, "te\n')
+    score.score_file("vizwiz", answers, root, root, questions)
+    assert "error_line: 2" in capsys.readouterr().out
+
+
+def test_gqa_list_that_lacks_questions_is_said_first(tmp_path, capsys):
+    root, answers = lay_out(tmp_path, "gqa", "gqa", "answers/merge.jsonl")
+    (root / "gqa" / "data").mkdir()
+    shutil.move(root / "gqa" / "testdev_balanced_questions.json", root / "gqa" / "data")
+    lines = (root / "gqa" / "llava_gqa_testdev_balanced.jsonl").read_text().splitlines()
+    (root / "part.jsonl").write_text("\n".join(lines[:10]) + "\n")
+    score.score_file("gqa", answers, root, root, root / "part.jsonl")
+    assert capsys.readouterr().out.startswith("NOT THE WHOLE BENCHMARK: the question list has 10 of the 48 balanced")
+
+
+def test_answers_of_another_form_are_refused(tmp_path, capsys):
+    root, answers = lay_out(tmp_path, "mmvet", "mmvet")
+    answers.write_text('{"id": 1}\n')
+    assert score.main(["mmvet", "--answers-file", str(answers), "--data-root", str(root)]) == 2
+    assert "lack fields of an answer, first question_id" in capsys.readouterr().err
 
 
 def test_mmbench_and_scienceqa_files(tmp_path):

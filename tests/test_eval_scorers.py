@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from llava.eval.files import read_json, read_lines, read_table, read_whole_lines, spreadsheet
-from llava.eval.letters import general_letter
+from llava.eval.letters import general_letter, mvbench_letter
 from llava.eval.normalise import normalise, normalise_vqa, soft_score, vqa_score_older
 from llava.eval.scorers import further, gqa, mmbench, mme, mmvet, pope, scienceqa, textvqa, vizwiz, vqav2
 from records import GOLDEN
@@ -58,15 +58,20 @@ def test_textvqa(case):
     assert result["score"] == exactly(expected["accuracy"])
     assert f"{result['score']:.2f}" == expected["accuracy_printed"]
     humans = {entry["question_id"]: entry["answers"] for entry in data}
+    harness = []
     for line, item, answer in zip(result["lines"], expected["items"], answers, strict=True):
         assert {k: line[k] for k in ("question_id", "image_id", "normalized")} == {
             k: item[k] for k in ("question_id", "image_id", "normalized")
         }
         assert line["score"] == exactly(item["score"])
-        assert textvqa.harness_score(answer["text"], humans[item["question_id"]]) == exactly(item["harness_score"])
+        harness.append(textvqa.harness_score(answer["text"], humans[item["question_id"]]))
+        assert harness[-1] == exactly(item["harness_score"])
+    assert sum(harness) / len(harness) == exactly(expected["harness_exact_match"])
 
 
 def test_textvqa_refuses_unknown_prompts():
+    with pytest.raises(ValueError, match="no TextVQA answers"):
+        textvqa.score([], [])
     with pytest.raises(ValueError, match="cannot tell the question"):
         textvqa.question_of("one line")
 
@@ -95,8 +100,9 @@ def test_vqav2(case):
         assert result["per_question_type"] == exactly(expected[name]["perQuestionType"])
     humans = {a["question_id"]: [h["answer"] for h in a["answers"]] for a in annotations}
     harness = []
-    for item in expected["items"]:
+    for item, entry in zip(expected["items"], entries, strict=True):
         name = item["question_id"]
+        assert (entry["question_id"], entry["answer"]) == (name, item["upload"])
         assert 100 * runs["official_on_upload"]["items"][name] == exactly(item["official"])
         assert 100 * runs["official_on_raw_text"]["items"][name] == exactly(item["official_on_raw_text"])
         assert 100 * runs["older_port_on_upload"]["items"][name] == exactly(item["older_port"])
@@ -115,7 +121,10 @@ def test_vizwiz(case):
     result = vizwiz.score(entries, read_json(path / "val.json"))
     assert result["score"] == exactly(100 * expected["accuracy"])
     assert result["per_answer_type"] == exactly({k: 100 * v for k, v in expected["per_answer_type"].items()})
-    for item in expected["items"]:
+    kind_of = {entry["image"]: entry["answer_type"] for entry in read_json(path / "val.json")}
+    for item, entry in zip(expected["items"], entries, strict=True):
+        assert entry == {"image": item["image"], "answer": item["normalized"]}
+        assert kind_of[item["image"]] == item["answer_type"]
         assert result["items"][item["image"]] == exactly(item["score"])
     with pytest.raises(ValueError, match="have no answer"):
         vizwiz.upload(answers[:5], questions)
@@ -137,14 +146,17 @@ def test_gqa(case):
     assert [round(result[k], 2) for k in ("binary", "open", "score", "distribution")] == [
         summary[k] for k in ("Binary", "Open", "Accuracy", "Distribution")
     ]
+    assert {f"Accuracy / {name}" for name in result["breakdowns"]} | {"summary"} == set(expected["official"])
     for name, parts in result["breakdowns"].items():
         assert {key: [round(value, 2), count] for key, (value, count) in parts.items()} == (
             expected["official"][f"Accuracy / {name}"]
         )
     assert re.search(rf"Accuracy: {expected['accuracy']:.2f}%", gqa.report(result))
     text = {a["question_id"]: a["text"] for a in answers}
-    matches = []
+    matches, given = [], {entry["questionId"]: entry["prediction"] for entry in predicted}
+    assert f"Validity: {summary['Validity']:.2f}%\nPlausibility: {summary['Plausibility']:.2f}%" in gqa.report(result)
     for item in expected["items"]:
+        assert given[item["questionId"]] == item["prediction"]
         assert result["items"][item["questionId"]] == item["official"]
         matches.append(gqa.harness_match(text[item["questionId"]], questions[item["questionId"]]["answer"]))
         assert matches[-1] == item["harness"], item
@@ -173,6 +185,15 @@ def test_scienceqa(case):
             "pred_idx": ours["index"],
         } == item
     assert len(result["output"]["correct"]) + len(result["output"]["incorrect"]) == expected["total"]
+    assert set(result["parsed"]) == set(expected["items"])
+    text = {answer["question_id"]: answer["text"] for answer in answers}
+    harness = [
+        scienceqa.harness_match(text[name], "ABCDE"[problems[name]["answer"]])
+        for name in split
+        if problems[name]["image"] and name in text
+    ]
+    harness = {"n": len(harness), "exact_match": sum(harness) / len(harness)}
+    assert harness == exactly(expected["harness_img_answered"])
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -212,7 +233,8 @@ def test_mme(case):
     for result in (mme.score(converted), mme.score(converted, compat=True)):
         assert result["perception"] == exactly(expected["perception"])
         assert result["cognition"] == exactly(expected["cognition"])
-        for group in expected["calculation"].values():
+        for name, group in expected["calculation"].items():
+            assert result[name.lower()] == exactly(group["total"])
             for task, points in group["tasks"].items():
                 assert result["tasks"][task]["points"] == exactly(points)
         for task, detail in expected["detail"].items():
@@ -283,6 +305,7 @@ def test_mmbench(case, tmp_path):
     assert result["exact_letter_single_pass"] == exactly(expected["exact_letter_single_pass"])
     by_index = {int(row["index"]): row for row in table}
     for item in expected["items"]:
+        assert by_index[item["index"]]["answer"] == item["answer"]
         rules = mmbench.letter_by_rules(item["prediction"], mmbench.named_options(by_index[item["index"]]))
         assert rules == item["rule_extracted"], item
 
@@ -332,10 +355,15 @@ def test_multiple_choice(case):
     assert result["items"] == [item["score"] for item in expected["items"]]
     assert result["per_task"] == exactly(expected["per_task"])
     assert result["score"] == exactly(expected["mean_over_tasks"])
+    older = expected["harness_0_5"]  # the same in both releases
+    assert (result["items"], result["score"]) == (older["scores"], exactly(older["mean_over_tasks"]))
 
     rows, expected = samples("longvideobench", case)
     result = further.longvideobench(rows)
     assert result["extracted"] == [item["parsed"] for item in expected["items"]]
+    right = [float(item["parsed"] == item["answer"]) for item in expected["items"]]
+    assert result["items"] == right
+    assert ["ABCDE"[row["correct_choice"]] for row in rows] == [item["answer"] for item in expected["items"]]
     assert result["score"] == pytest.approx(expected["overall"], abs=1e-12)
     assert result["per_level"] == exactly(expected["by_level"])
 
@@ -344,8 +372,6 @@ def test_multiple_choice(case):
 @pytest.mark.parametrize("case", CASES)
 def test_older_release(bench, key, case):
     rows, expected = samples(bench, case)
-    if "harness_0_5" not in expected:
-        pytest.skip("not recorded for this case")
     result = getattr(further, bench)(rows, release="0.5")
     assert result["extracted"] == expected["harness_0_5"]["extracted"]
     assert result["score"] == exactly(expected["harness_0_5"][key])
@@ -357,6 +383,7 @@ def test_further_images(case):
     result = further.ai2d(rows)
     assert result["filtered"] == [item["filtered"] for item in expected["items"]]
     assert result["items"] == [item["score"] for item in expected["items"]]
+    assert ["ABCD"[int(row["answer"])] for row in rows] == [item["target"] for item in expected["items"]]
     assert result["score"] == exactly(expected["exact_match"])
 
     rows, expected = samples("chartqa", case)
@@ -371,6 +398,7 @@ def test_further_images(case):
     result = further.ocrbench(rows)
     assert result["items"] == [item["score"] for item in expected["items"]]
     assert result["score"] == expected["points"]
+    assert result["harness_final"] == exactly(expected["harness_final"])
     assert result["per_question_type"] == expected["per_question_type"]
 
     rows, expected = samples("hallusionbench", case)
@@ -382,6 +410,9 @@ def test_further_images(case):
         assert unit * result["fAcc"] == exactly(expected[key]["fAcc"])
 
 
+# What lmms-eval's functions gave for these texts.
+
+
 @pytest.mark.parametrize(
     "text, letter",
     [
@@ -391,7 +422,79 @@ def test_further_images(case):
         ("答案是B，因为", "B"),
         ("CAN", "A"),
         ("", ""),
+        ("The answer is B because Dogs bark", "D"),
+        ("the best option is the cat, C maybe", "C"),
+        ("DNA, and B CAD", "D"),
+        ("是B", "B"),
+        ("B是对的", "B"),
+        ("答案是DNA", "A"),
+        ("x A: y B: z", "B"),
+        ("(A) and (B) and C.", "C"),
+        ("The choice is option B (not A)", "A"),
+        ("D. no wait, C", "D"),
+        ('"C" it is', "C"),
+        ("answer is A. The answer is B. fine", "B"),
+        ("  . , C", "C"),
+        ("The Answer Is not d", "A"),
     ],
 )
 def test_general_letter(text, letter):
     assert general_letter(text) == letter
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("C.canoe", "C"),
+        ("a.m. noon", "A"),
+        ("B.", "B"),
+        ("_A_\nB", "A"),
+        ("D. one\ntwo", "D"),
+        ("1,000 (d)", "D"),
+        ("x.b.y", ""),
+        ("c\n.x", "C"),
+        ("“b”", "B"),
+        ("Both A and B", "A"),
+    ],
+)
+def test_mvbench_letter(text, letter):
+    assert mvbench_letter(text) == letter
+
+
+def test_ocrbench_of_the_older_release():
+    def points(dataset, prediction, answer):
+        row = {"dataset": dataset, "question_type": "t", "prediction": prediction, "answer": answer}
+        return further.ocrbench([row])["score"], further.ocrbench([row], release="0.5")["score"]
+
+    assert points("x", "ＥＸＩＴ", "exit") == (1, 0)
+    assert points("HME100k", "x + Y", "x+Y") == (1, 0)
+    assert points("HME100k", "x + y", ["z", "x+y"]) == (1, 1)
+
+
+def test_pope_beyond_the_goldens():
+    """Answers in excess of the labels, ids that nobody asked, lists that word a question differently."""
+    questions = [
+        {"question_id": 20_000_001 + i, "image": f"{i}.jpg", "text": f"Is there a {i}?\nShort.", "category": "popular"}
+        for i in range(2)
+    ]
+    labels = {"popular": [{"question_id": 1 + i, "image": f"{i}.jpg", "text": "?", "label": "yes"} for i in range(2)]}
+    answers = [{"question_id": 20_000_001 + i % 2, "text": text} for i, text in enumerate(("Yes", "no", "No", "yes"))]
+    part = pope.score(answers, questions, labels, compat=True)["categories"]["popular"]
+    assert (part["samples"], part["TP"], part["FN"], part["accuracy"], part["yes_ratio"]) == (4, 1, 1, 0.5, 0.5)
+    assert pope.score(answers[:2], questions, labels)["accuracy"] == 50.0
+    with pytest.raises(ValueError, match="to no POPE question"):
+        pope.score([{"question_id": 7, "text": "no"}], questions, labels)
+
+
+def test_mme_one_question_twice_and_the_other_not_at_all():
+    path, _ = folder("mme", "case1")
+    answers = read_whole_lines(path / "answers.jsonl")
+    truth = mme.read_truth(path / "MME_Benchmark_release_version")
+    with pytest.raises(ValueError, match="not one answer to each"):
+        mme.score(mme.rows([answers[0], *answers[:1], *answers[2:]], truth))
+
+
+def test_mmbench_option_that_the_model_is_not_shown():
+    row = {"A": "red", "B": "none", "C": "two", "D": None}
+    assert mmbench.shown_options(row) == {"A": "red"}
+    assert mmbench.extract("none", mmbench.named_options(row)) == "B"

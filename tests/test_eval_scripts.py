@@ -32,6 +32,22 @@ def test_every_benchmark_has_its_script(family):
         assert f"usage: bash scripts/{family}/eval/{script.name} N|full" in result.stderr
 
 
+@pytest.mark.parametrize("family, checkpoint", [("v1_5", "llava-v1.5-7b"), ("v1_6", "llava-v1.6-vicuna-7b")])
+def test_variables_are_defaults_that_arguments_override(family, checkpoint):
+    """`PYTHON=echo` shows what the runner is given; the last of repeated options counts there."""
+    variables = dict.fromkeys(("CKPT", "CKPT_DIR", "DATA_DIR", "PRUNER", "CUDA_VISIBLE_DEVICES"), "")
+    for script in (ROOT / "scripts" / family / "eval").glob("*.sh"):
+        given = bash(script, 16, **variables, PYTHON="echo").stdout.strip()
+        assert given == (
+            f"-m llava.eval.run --benchmark {script.stem} --model-path checkpoints/{checkpoint} "
+            "--data-root playground/data/eval --pruner script --keep-tokens 16 --conv-mode vicuna_v1 --score"
+        )
+    variables = {"CKPT": "c", "CKPT_DIR": "/k", "DATA_DIR": "/d", "PRUNER": "random", "CUDA_VISIBLE_DEVICES": "0,3,5"}
+    given = bash(script, "full", "--pruner", "uniform", "--processes", 1, **variables, PYTHON="echo").stdout.strip()
+    assert "--model-path /k/c --data-root /d --pruner random --keep-tokens full" in given
+    assert given.endswith("--score --processes 3 --pruner uniform --processes 1")
+
+
 def test_every_section_that_errors_name_is_in_the_guide():
     headings = {line.lstrip("# ") for line in (ROOT / "EVAL.md").read_text().splitlines() if line.startswith("#")}
     assert {benchmark.section for benchmark in BENCHMARKS.values()} | {"Your own questions"} <= headings

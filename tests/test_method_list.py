@@ -54,7 +54,8 @@ def test_docstring_follows_the_recipe(name):
                 f"deviations from the {kind}"
             )
         assert re.search(r"^1\. ", text, re.MULTILINE), "numbered steps"
-    inherited = {field.name for field in dataclasses.fields(Pruner)}
+    bases = [base for base in cls.__mro__[1:] if dataclasses.is_dataclass(base)]
+    inherited = {field.name for base in bases for field in dataclasses.fields(base)}
     for field in dataclasses.fields(cls):
         if field.name not in inherited or cls.__annotations__.get(field.name):
             assert re.search(rf"^ +(\w+, )*{field.name}(, \w+)*: ", text, re.MULTILINE), f"option {field.name}"

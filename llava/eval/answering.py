@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import clean_question, conv_templates
 from llava.eval.benchmarks import Question
+from llava.eval.cost import prefill_flops
 from llava.mm_utils import load_image, load_image_from_base64, process_images, tokenizer_image_token
 from llava.model.token_selection import KeptTokens
 from llava.pruning import Pruner
@@ -79,8 +81,8 @@ class Answerer:
         return conversation.get_prompt()
 
     @torch.inference_mode()
-    def answer(self, batch: Sequence[Prepared]) -> list[tuple[str, list[float] | None]]:
-        """Text of every answer, and its token counts where there is a picture; see `token_counts`."""
+    def answer(self, batch: Sequence[Prepared]) -> list[tuple[str, dict[str, float] | None]]:
+        """Text of every answer, and what its picture cost where there is one."""
         length = max(len(item.ids) for item in batch)
         ids = torch.zeros(len(batch), length, dtype=torch.long)
         mask = torch.zeros(len(batch), length, dtype=torch.long)
@@ -119,37 +121,39 @@ class Answerer:
         kept = iter(prompts.kept)
         answers = []
         for item, text in zip(batch, texts, strict=True):
-            tokens = next(kept) if item.pixels is not None else None
-            answers.append((text.split(stop)[0].strip(), None if tokens is None else token_counts(tokens)))
+            cost = self.cost_of(next(kept)) if item.pixels is not None else None
+            answers.append((text.split(stop)[0].strip(), cost))
         return answers
 
+    def cost_of(self, tokens: KeptTokens) -> dict[str, float]:
+        """Visual tokens left at the end of the decoder, their mean over layers, newline tokens, and prefill work.
 
-def token_counts(tokens: KeptTokens) -> list[float]:
-    """Visual and newline tokens of a picture; where layers see different numbers, also the mean over layers of their
-    number and of its square."""
-    counts: list[float] = [tokens.patches, tokens.newlines]
-    if tokens.per_layer is None:
-        return counts
-    layers = len(tokens.per_layer)
-    return [*counts, sum(tokens.per_layer) / layers, sum(count**2 for count in tokens.per_layer) / layers]
+        Methods inside the decoder rank newline tokens like any other: there the mean and the work count them.
+        """
+        config = self.model.config
+        per_layer = tokens.per_layer or [tokens.patches] * config.num_hidden_layers
+        return {
+            "visual_tokens": tokens.patches,
+            "average_tokens": fmean(per_layer),
+            "newline_tokens": tokens.newlines,
+            "prefill_flops": prefill_flops(per_layer, config.hidden_size, config.intermediate_size),
+        }
 
 
 def prepared_batches(
     prepare: Callable[[int, Question], Prepared],
     questions: Sequence[Question],
-    positions: Sequence[int],
-    batch_size: int,
+    batches: Iterable[Sequence[int]],
     workers: int,
 ) -> Iterator[list[Prepared]]:
-    """Batches in order, prepared ahead by ``workers`` threads (Pillow and torch let go of the interpreter)."""
+    """Batches (positions of questions) in order, prepared ahead by threads (Pillow and torch free the interpreter)."""
     with ThreadPoolExecutor(workers) as pool:
         waiting: deque[list[Future[Prepared]]] = deque()
-        starts = iter(range(0, len(positions), batch_size))
+        coming = iter(batches)
 
         def submit() -> None:
-            start = next(starts, None)
-            if start is not None:
-                members = positions[start : start + batch_size]
+            members = next(coming, ())
+            if members:
                 waiting.append([pool.submit(prepare, position, questions[position]) for position in members])
 
         try:

@@ -44,11 +44,9 @@ def read_json(path: Path) -> Any:
 
 
 def read_lines(path: Path) -> tuple[list[dict], int]:
-    """Objects of a JSON-lines file, and how many lines could not be read. Blank lines do not count."""
+    """Objects of a JSON-lines file, and how many lines hold none: broken ones, and blank ones amid the file."""
     rows, broken = [], 0
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n"):
-        if not line.strip():
-            continue
+    for line in _lines(path):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
@@ -60,9 +58,15 @@ def read_lines(path: Path) -> tuple[list[dict], int]:
     return rows, broken
 
 
+def _lines(path: Path) -> list[str]:
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def read_whole_lines(path: Path) -> list[dict]:
-    """Objects of a JSON-lines file. Raises ValueError if a line is broken."""
+    """Objects of a JSON-lines file. Raises ValueError if a line is broken; blank lines are none."""
     rows, broken = read_lines(path)
+    broken -= sum(not line.strip() for line in _lines(path)) if broken else 0
     if broken:
         raise ValueError(f"{path} has {broken} broken lines: it is damaged, or not JSON lines")
     return rows

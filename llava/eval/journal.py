@@ -4,6 +4,7 @@ Beside the answers ``<name>.jsonl`` stands the folder ``<name>.run`` (for ``<tag
 
     config.json           what can change an answer, compared before a run goes on; and the rest, for the record
     journal/*.jsonl       one file per process and session: a line per question, appended whole; until completion
+    journal/*.next        how far a session's processes have taken questions to answer
     skipped.jsonl         questions that could not be asked, with the reason
     summary.json          tokens and times, once complete
     lock, workers.lock    held while processes live
@@ -96,19 +97,21 @@ class Journal:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._size = os.fstat(self._file).st_size  # of whole lines; nobody else writes to this file
 
     def append(self, rows: Sequence[dict]) -> None:
         """Write ``rows``. Raises OSError naming the file (disk full, ...); what was written before stays."""
         data = json_lines(rows).encode()
-        whole = os.fstat(self._file).st_size
+        size = self._size + len(data)
         try:
             while data:
                 data = data[os.write(self._file, data) :]
         except OSError as error:
-            os.ftruncate(self._file, whole)
+            os.ftruncate(self._file, self._size)
             raise OSError(
                 error.errno, f"{error.strerror}; the answers so far are kept, run again", self.path
             ) from error
+        self._size = size
 
     def close(self) -> None:
         os.close(self._file)
@@ -123,6 +126,35 @@ def read_journals(folder: Path) -> dict[int, dict]:
             entry = json.loads(line)
             entries.setdefault(entry["position"], entry)
     return entries
+
+
+class Turns:
+    """Hands ``total`` places out to all processes of a session, ``size`` at a time and in order.
+
+    Whoever is done takes the next ones, so that nobody waits long for others at the end. What was taken is noted in a
+    file under a lock, which works between machines with a common disk too. Nothing is to be undone after a kill: what
+    was taken and not answered is to be answered in the next session, which counts anew.
+    """
+
+    WIDTH = 20  # digits: a number is overwritten in one go, and never needs more room on the disk
+
+    def __init__(self, path: Path, total: int, size: int) -> None:
+        self.path, self.total, self.size = path, total, size
+
+    def reset(self) -> None:
+        """Begin at the first place; for one process to call before the others begin."""
+        write_whole(self.path, f"{0:0{self.WIDTH}d}")
+
+    def __iter__(self) -> Iterator[range]:
+        while True:
+            with self.path.open("r+b", buffering=0) as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                start = int(file.read())
+                end = min(start + self.size, self.total)
+                os.pwrite(file.fileno(), f"{end:0{self.WIDTH}d}".encode(), 0)
+            if start == end:
+                return
+            yield range(start, end)
 
 
 def sessions(folder: Path) -> int:
@@ -148,6 +180,27 @@ def chunk_slices(questions: int, chunks: int) -> list[slice]:
     """Consecutive slices of equal (rounded up) size; the last ones may be shorter or empty."""
     size = -(-questions // chunks)
     return [slice(min(i * size, questions), min((i + 1) * size, questions)) for i in range(chunks)]
+
+
+def merge_chunks(folder: Path) -> Path:
+    """Write ``merge.jsonl`` anew from ``<chunks>_<i>.jsonl`` in ``folder``, in the order of i; returns its path.
+
+    Raises:
+        ValueError: a chunk is missing, or there are chunks of several runs; names them.
+    """
+    found = [path.stem.split("_") for path in folder.glob("*_*.jsonl")]
+    counts = {int(parts[0]) for parts in found if len(parts) == 2 and all(part.isdecimal() for part in parts)}
+    if len(counts) != 1:
+        raise ValueError(f"{folder.absolute()} must hold the chunks <n>_0.jsonl to <n>_<n-1>.jsonl of one n")
+    chunks = [folder / f"{n}_{i}.jsonl" for n in counts for i in range(n)]
+    missing = [str(path.absolute()) for path in chunks if not path.is_file()]
+    if missing:
+        raise ValueError(f"cannot merge: {', '.join(missing)} missing")
+    texts = [path.read_bytes() for path in chunks]
+    write_whole(
+        folder / "merge.jsonl", b"".join(text if text.endswith(b"\n") or not text else text + b"\n" for text in texts)
+    )
+    return folder / "merge.jsonl"
 
 
 def finish(answers_file: Path, folder: Path, questions: int, chunks: int | None, summary: dict[str, Any]) -> dict:
@@ -185,14 +238,11 @@ def finish(answers_file: Path, folder: Path, questions: int, chunks: int | None,
 
 
 def mean_tokens(entries: Sequence[dict]) -> dict[str, float]:
-    """Visual tokens and newline tokens per question that has a picture, and where layers see different numbers of
-    them, their mean over layers and the mean of its square."""
+    """Visual tokens, their mean over layers, newline tokens and prefill work per question that has a picture."""
     counts = [entry["tokens"] for entry in entries if entry["tokens"] is not None]
-    names = ("visual_tokens", "newline_tokens", "average_tokens", "average_square")
-    present = min(map(len, counts), default=2)
     return {
-        name: sum(count[i] for count in counts) / len(counts) if counts else 0.0
-        for i, name in enumerate(names[:present])
+        name: sum(count[name] for count in counts) / len(counts) if counts else 0.0
+        for name in ("visual_tokens", "average_tokens", "newline_tokens", "prefill_flops")
     }
 
 

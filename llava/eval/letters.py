@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from llava.eval.normalise import remove_punctuation
+from llava.eval.normalise import one_line, remove_punctuation
 
 EDGE_CHARACTERS = ",.!?;:'\""
+# Looked for in the lower-cased text, each at its first place.
 ANSWER_PHRASES = (
-    r"(?:answer|option|choice)\s*(?:is|are)?\s*[:：]?\s*",
-    r"(?:答案|选择|选项|正确答案|選択肢|答え|正解)\s*(?:是|为|為|は)?\s*[:：]?\s*",
-    r"(?:정답|답|선택)\s*(?:은|는)?\s*[:：]?\s*",
+    *("answer is", "best answer is", "best option is", "choice is"),
+    *("correct answer is", "correct choice is", "correct option is"),
+    *("the answer is", "the best answer is", "the best option is", "the choice is"),
+    *("the correct answer is", "the correct choice is", "the correct option is"),
+    *("i choose", "i pick", "i select", "my answer is", "my choice is"),
+    *("答案是", "答案为", "选", "答えは", "답:", "답은", "옵션", "정답은"),
 )
+LETTER_FORMS = ((6, "({})"), (5, "{}."), (4, "{}:"), (3, "{})"), (2, "{} "))
 CIRCULAR_FORMS = (
     ("", "."),
     ("", ","),
@@ -42,24 +47,27 @@ BEST_ANSWER_PHRASES = (
 def general_letter(text: str, letters: str = "ABCD") -> str:
     """The letter by the form of highest priority in which one occurs, the last of equals; "" where none occurs.
 
-    10 starts with it, 9 ends with it, 7 after an answer phrase, 6 ``(A)``, 5 ``A.``, 4 ``A:``, 3 ``A)``, 2 ``A`` and
-    a space; any occurrence where no such form is found. Capitals only.
+    10 starts with it, 9 ends with it (no letter of any script beside it), 7 its first place anywhere after an answer
+    phrase, 6 ``(A)``, 5 ``A.``, 4 ``A:``, 3 ``A)``, 2 ``A`` and a space or the end; any occurrence where no such form
+    is found. Capitals only.
     """
     text = text.strip()
     for character in EDGE_CHARACTERS:
         text = text.strip(character)
-    one = f"[{letters}]"
-    candidates = [(10, m.start(), m[1]) for m in re.finditer(rf"\A\s*({one})(?![A-Za-z])", text)]
-    candidates += [(9, m.start(), m[1]) for m in re.finditer(rf"(?<![A-Za-z])({one})\s*\Z", text)]
-    for phrase in ANSWER_PHRASES:
-        after = re.search(rf"(?i:{phrase})\(?({one})(?![A-Za-z])", text)
-        if after:
-            candidates.append((7, after.start(1), after[1]))
+    padded, bare = f" {text} ", text.strip()
+    lowered = padded.lower()
+    ends = [lowered.index(phrase) + len(phrase) for phrase in ANSWER_PHRASES if phrase in lowered]
+    candidates = []
     for letter in letters:
-        forms = ((6, f"({letter})"), (5, f"{letter}."), (4, f"{letter}:"), (3, f"{letter})"), (2, f"{letter} "))
-        candidates += [(priority, text.rfind(form), letter) for priority, form in forms if form in text]
+        if bare.startswith(letter) and not bare[1:2].isalpha():
+            candidates.append((10, 0, letter))
+        if bare.endswith(letter) and not bare[-2:-1].isalpha():
+            candidates.append((9, len(padded), letter))
+        candidates += [(7, padded.index(letter, end), letter) for end in ends if letter in padded[end:]]
+        forms = [(priority, form.format(letter)) for priority, form in LETTER_FORMS]
+        candidates += [(priority, padded.rindex(form), letter) for priority, form in forms if form in padded]
     if not candidates:
-        candidates = [(0, m.start(), m[0]) for m in re.finditer(one, text)]
+        candidates = [(0, text.rindex(letter), letter) for letter in letters if letter in text]
     return max(candidates, default=(0, 0, ""))[2]
 
 
@@ -85,12 +93,12 @@ def letter_by_rules(text: str, options: Mapping[str, str]) -> str | None:
 
 
 def mvbench_letter(text: str) -> str:
-    """MVBench: ``A. ...`` at the start in any case, else the first letter a-e that stands alone; "" if none."""
+    """MVBench: the letter of a line ``A. text`` in any case, else the first of a-e that stands alone; "" if none."""
     text = text.strip()
-    start = re.match(r"([A-Ea-e])\.\s", text + " ")
+    start = re.fullmatch(r"([A-Ea-e])\.\s*.+", text)
     if start:
         return start[1].upper()
-    cleaned = remove_punctuation(text).lower()
+    cleaned = remove_punctuation(one_line(text)).lower()
     alone = re.search(r"\b([a-e])\b", cleaned)
     return alone[1].upper() if alone else ""
 

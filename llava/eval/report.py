@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import re
 import sys
 from collections import defaultdict
@@ -19,7 +18,7 @@ from statistics import fmean
 
 from llava.eval.files import read_json, write_json, write_whole
 from llava.eval.journal import run_folder
-from llava.eval.paper import PAPER_ROWS
+from llava.eval.paper import PAPER_NOTES, PAPER_ROWS
 from llava.eval.significance import compare_items, compare_seeds
 
 COLUMNS = {
@@ -36,10 +35,10 @@ COLUMNS = {
 }
 MME_SCALE = 20.0  # brings perception's total of 2000 to 0..100
 UNPRUNED = "unpruned"
-AVERAGE_NOTE = (
-    "Tokens: what of a picture is there at the end of the prompt's way through the decoder. Average: the mean over "
-    "layers, for methods inside the decoder with newline tokens, which they rank like any other. TFLOPs follow from "
-    "the numbers of all layers."
+COST_NOTE = (
+    "Tokens: visual tokens of a picture that are left at the end of its way through the decoder. Average: their mean "
+    "over layers, for methods inside the decoder with newline tokens, which they rank like any other. TFLOPs: "
+    "multiply-accumulates of the visual tokens in prefill, from the numbers of all layers."
 )
 
 
@@ -48,26 +47,19 @@ def average(scores: dict[str, float]) -> float:
     return fmean(score / MME_SCALE if name == "mme" else score for name, score in scores.items())
 
 
-def prefill_flops(tokens: float, layers: int, width: int, ffn: int, square: float | None = None) -> float:
-    """Multiply-accumulates of visual tokens in prefill: sum over layers of 4 c d^2 + 2 c^2 d + 3 c d f.
-
-    Args:
-        tokens: mean of c over the L layers.
-        square: mean of c^2; ``None`` where all layers see the same number.
-    """
-    square = tokens**2 if square is None else square
-    return layers * (4 * tokens * width**2 + 2 * square * width + 3 * tokens * width * ffn)
-
-
 @dataclass
 class StudyRun:
     """One finished run as its folder tells it."""
 
-    name: str
+    folder: Path
     settings: dict
     record: dict
     summary: dict
     score: dict | None
+
+    @property
+    def name(self) -> str:
+        return self.folder.name.removesuffix(".run")
 
     @property
     def method(self) -> str:
@@ -91,7 +83,7 @@ def read_run(path: Path) -> StudyRun:
     config = read_json(folder / "config.json")
     score = read_json(folder / "score.json") if (folder / "score.json").is_file() else None
     summary = read_json(folder / "summary.json")
-    return StudyRun(folder.name.removesuffix(".run"), config["settings"], config["record"], summary, score)
+    return StudyRun(folder, config["settings"], config["record"], summary, score)
 
 
 @dataclass
@@ -134,8 +126,11 @@ def make_rows(runs: Iterable[StudyRun], values: dict[tuple[str, str], float]) ->
 
 def _row(key: tuple, runs: list[StudyRun], values: dict[tuple[str, str], float]) -> Row:
     model, checkpoint, tag, method, code = key
-    scores = defaultdict(list)
+    scores, seen = defaultdict(list), {}
     for run in runs:
+        same = seen.setdefault((run.settings["benchmark"], run.settings["seed"]), run)
+        if same is not run:
+            raise ValueError(f"{same.folder} and {run.folder} are the same benchmark, tag and seed: give one of them")
         if run.score is not None:
             scores[run.settings["benchmark"]].append(run.score["score"])
     for (benchmark, of_tag), value in values.items():
@@ -146,11 +141,9 @@ def _row(key: tuple, runs: list[StudyRun], values: dict[tuple[str, str], float])
     row.seeds = len({run.settings["seed"] for run in runs})
     row.tokens = fmean(run.summary["visual_tokens"] for run in runs)
     row.average = fmean(run.summary.get("average_tokens", run.summary["visual_tokens"]) for run in runs)
-    squares = [run.summary.get("average_square") for run in runs]
-    square = None if None in squares else fmean(squares)
     row.newlines = fmean(run.summary["newline_tokens"] for run in runs)
-    shape = runs[0].record.get("language_model")
-    row.tera_flops = prefill_flops(row.average, **shape, square=square) / 1e12 if shape else None
+    if all("prefill_flops" in run.summary for run in runs):  # runs of older versions did not note it
+        row.tera_flops = fmean(run.summary["prefill_flops"] for run in runs) / 1e12
     row.seconds = sum(run.summary["wall_seconds"] for run in runs)
     questions = sum(run.summary["questions"] for run in runs)
     row.rate = questions / row.seconds if row.seconds else 0.0
@@ -186,12 +179,11 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
     numbers = [row.scores.get(name) for name in shown] + [row.acc, row.relative]
     method = row.method + (f" (mean of {row.seeds} seeds)" if row.seeds > 1 else "")
     method += f" ({row.skipped} questions skipped)" if row.skipped else ""
-    work = "–" if row.tera_flops is None else f"{row.tera_flops:.4g}"
     rest = [
         f"{row.tokens:.1f}",
         f"{row.average:.1f}",
         f"{row.newlines:.1f}",
-        work,
+        "–" if row.tera_flops is None else f"{row.tera_flops:.4g}",
         f"{row.seconds:.1f}",
         f"{row.rate:.2f}",
     ]
@@ -199,18 +191,20 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
 
 
 def paper_cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The paper's rows in the table's columns; a dagger marks values that its own columns do not give."""
+    """The paper's rows in the table's columns, where they have a value there; a dagger marks what is not right."""
     columns = header(rows)
+    titles = {**COLUMNS, "acc": "Acc.", "relative": "Relative"}
     lines = []
-    for printed in PAPER_ROWS:
+    for paper in PAPER_ROWS:
         line = dict.fromkeys(columns, "–")
-        line |= {"Model": printed.model, "Method": f"{printed.method} (paper)", "Run": f"Table {printed.table}"}
-        right = printed.recomputed or (None, None)
-        for name, value, recomputed in zip(("Acc.", "Relative"), (printed.acc, printed.relative), right, strict=True):
-            if value is not None:
-                line[name] = f"{value:.2f}" + (f" † ({recomputed:g})" if recomputed is not None else "")
-        line["Tokens"] = str(printed.tokens)
-        lines.append(list(line.values()))
+        line |= {"Model": paper.model, "Method": f"{paper.method} (paper)", "Run": f"Table {paper.table}"}
+        line["Tokens"] = str(paper.tokens)
+        shown = {titles[name]: name for name in paper.printed if titles[name] in columns}
+        for title, name in shown.items():
+            right = f" † ({paper.right[name]:g})" if name in paper.right else ""
+            line[title] = f"{paper.printed[name]:.2f}{right}"
+        if shown:
+            lines.append(list(line.values()))
     return lines
 
 
@@ -226,19 +220,30 @@ def markdown(rows: Sequence[Row], with_paper: bool = False) -> str:
         text.append(f"{own[0].model}: Acc. is the mean over {', '.join(common) or 'no common benchmark'} (MME / 20).")
         if any(row.relative is None for row in own):
             text.append("Relative is empty where no unpruned run of the same checkpoint and code was given.")
-    if any(row.average != row.tokens for row in rows):
-        text += ["", AVERAGE_NOTE]
+    text += ["", COST_NOTE]
     if with_paper:
-        text += ["", "(paper): as printed. † not what the paper's own columns give; those give the value in brackets."]
+        text += ["", "(paper): as printed. † not what the table's own columns give; those give the value in brackets "]
+        text[-1] += "(Tables 6 and 11: Table 3 prints it). Of the paper's rows those are here whose values were noted."
+        text += [f"* {note}" for note in PAPER_NOTES]
     return "\n".join(text) + "\n"
 
 
-def comma_separated(rows: Sequence[Row]) -> str:
+def comma_separated(rows: Sequence[Row], with_paper: bool = False) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(header(rows))
-    writer.writerows([cell.replace("–", "") for cell in cells(row, rows)] for row in rows)
+    lines = [cells(row, rows) for row in rows] + (paper_cells(rows) if with_paper else [])
+    writer.writerows([cell.replace("–", "") for cell in line] for line in lines)
     return buffer.getvalue()
+
+
+def objects(rows: Sequence[Row], with_paper: bool = False) -> list[dict]:
+    """Rows for JSON, in full precision; the paper's have "paper": the number of its table."""
+    paper = [
+        {"paper": row.table, **{name: value for name, value in vars(row).items() if name != "table"}}
+        for row in (PAPER_ROWS if with_paper else ())
+    ]
+    return [vars(row) for row in rows] + paper
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -307,9 +312,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = make_rows(runs, dict(map(parse_value, options.value)))
         print(markdown(rows, options.paper), end="")
         if options.csv:
-            write_whole(options.csv, comma_separated(rows))
+            write_whole(options.csv, comma_separated(rows, options.paper))
         if options.json:
-            write_json(options.json, [json.loads(json.dumps(vars(row))) for row in rows], indent=1)
+            write_json(options.json, objects(rows, options.paper), indent=1)
         if options.plot:
             plot(rows, options.plot)
         if options.compare:

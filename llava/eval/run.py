@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -99,8 +100,6 @@ class Run:
         check_files(
             folder, folder if options.model_base is None else find_folder(options.model_base), config, self.pruner
         )
-        sizes = (config.num_hidden_layers, config.hidden_size, config.intermediate_size)
-        self.shape = dict(zip(("layers", "width", "ffn"), sizes, strict=True))
         self.model_name = get_model_name_from_path(options.model_path)
         self.conversation = options.conv_mode or template_for(self.model_name)
         self.question_file = self._question_file()
@@ -112,7 +111,9 @@ class Run:
         if options.on_error == "stop":
             self._check_images()
         if options.score:
-            score.check_files(options.benchmark, options.data_root, options.output_root)
+            if self.benchmark is None:
+                raise ValueError("--score needs --benchmark: questions of your own have no scorer")
+            score.check_files(options.benchmark, self.question_file, options.data_root, options.output_root)
 
     def _question_file(self) -> Path:
         if self.options.question_file is not None:
@@ -165,7 +166,6 @@ class Run:
             "dtype": options.dtype,
             "attention": options.attn_implementation,
             "batch_size": options.batch_size,
-            "on_error": options.on_error,
             "device": identity.device_name(self.device),
             "code": identity.code_version(),
             "libraries": identity.library_versions(),
@@ -179,7 +179,6 @@ class Run:
             "options": {name: str(value) for name, value in vars(self.options).items()},
             "processes": processes,
             "workers": self.options.workers,
-            "language_model": self.shape,
             "question_file": str(self.question_file),
             "data_root": str(self.options.data_root),
             "output_root": str(self.options.output_root),
@@ -218,16 +217,17 @@ def begin(run: Run, processes: int) -> bool:
     return True
 
 
-def work(run: Run, answerer: Answerer, positions: Sequence[int], book: journal.Journal, is_main: bool) -> None:
-    """Answer the questions at ``positions`` and journal them.
+def work(run: Run, answerer: Answerer, pending: Sequence[int], turns: journal.Turns, book: journal.Journal) -> None:
+    """Answer questions at positions of ``pending`` as long as there are ``turns``, and journal them.
 
     Raises:
         BrokenQuestion: a picture that cannot be read, unless such questions are to be skipped.
     """
-    bar = tqdm(total=len(positions), unit="question", disable=not is_main, smoothing=0.05)
+    # Shown by the main process for all: turns come in order, so what lies before its own place is done as well.
+    bar = tqdm(total=len(pending), unit="question", disable=not PartialState().is_main_process, smoothing=0.05)
     watch = Stopwatch(answerer.model.device)
-    batches = prepared_batches(answerer.prepare, run.questions, positions, run.options.batch_size, run.options.workers)
-    for batch in batches:
+    members = ([pending[place] for place in turn] for turn in turns)
+    for batch in prepared_batches(answerer.prepare, run.questions, members, run.options.workers):
         broken = [item for item in batch if item.fault]
         if broken and run.options.on_error == "stop":
             raise BrokenQuestion(f"{broken[0].fault}; --on-error skip leaves such questions out")
@@ -242,11 +242,12 @@ def work(run: Run, answerer: Answerer, positions: Sequence[int], book: journal.J
         ]
         elapsed = watch.elapsed
         book.append([entry | {"elapsed": elapsed} for entry in entries])
-        bar.update(len(batch))
+        bar.update(bisect_right(pending, batch[-1].position) - bar.n)
+    bar.update(len(pending) - bar.n)
     bar.close()
 
 
-def entry_of(run: Run, item: Prepared, text: str, tokens: list[float] | None) -> dict:
+def entry_of(run: Run, item: Prepared, text: str, tokens: dict[str, float] | None) -> dict:
     """The journal's line of an answer; its id depends on run and position alone, so that resuming changes nothing."""
     question: Question = item.question
     answer = {
@@ -291,6 +292,8 @@ def execute(run: Run) -> None:
             answer_share(run, state)
         elif main:
             print(f"already complete, nothing to do: {run.answers_file} (--overwrite asks again)")
+            if (folder / "skipped.jsonl").is_file():
+                print(f"it skipped questions: {folder / 'skipped.jsonl'}")
         if main and run.options.score:
             score.score_file(run.options.benchmark, run.answers_file, run.options.data_root, run.options.output_root)
 
@@ -299,16 +302,19 @@ def answer_share(run: Run, state: PartialState) -> None:
     """Answer the questions that fall to this process; the main process then puts all answers together."""
     main, folder = state.is_main_process, run.folder
     done = journal.read_journals(folder)
-    session = journal.sessions(folder)
-    barrier(state)  # nobody appends before everybody has read
+    session = f"{journal.sessions(folder):03d}"
     pending = [position for position in range(len(run.questions)) if position not in done]
-    own = pending[journal.chunk_slices(len(pending), state.num_processes)[state.process_index]]
-    if main and done:
-        print(f"going on: {len(done)} of {len(run.questions)} questions are answered")
-    if own:
+    turns = journal.Turns(folder / "journal" / f"{session}.next", len(pending), run.options.batch_size)
+    if main:
+        turns.reset()
+        if done:
+            print(f"going on: {len(done)} of {len(run.questions)} questions are answered")
+    if pending:
         torch.manual_seed(run.options.seed)
-        book = journal.Journal(folder / "journal" / f"{session:03d}_{state.process_index}.jsonl")
-        work(run, run.load(str(state.device) if run.device == "cuda" else run.device), own, book, main)
+        answerer = run.load(str(state.device) if run.device == "cuda" else run.device)
+        barrier(state)  # nobody appends before everybody has read, and all times begin here
+        book = journal.Journal(folder / "journal" / f"{session}_{state.process_index}.jsonl")
+        work(run, answerer, pending, turns, book)
         book.close()
     barrier(state)
     if main:
@@ -339,7 +345,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     disable_progress_bar()  # one bar, that of the questions
     try:
         run = Run(options)
-        processes = options.processes or (max(1, torch.cuda.device_count()) if run.device == "cuda" else 1)
+        devices = torch.cuda.device_count() if run.device == "cuda" else None
+        processes = options.processes or devices or 1
+        if devices is not None and processes > devices:
+            raise ValueError(f"{processes} processes need a GPU each, but {devices} can be used here")
         if processes > 1 and not is_launched():
             return run_processes("llava.eval.run", sys.argv[1:] if arguments is None else arguments, processes)
         execute(run)

@@ -23,7 +23,7 @@ from llava.eval.files import (
     write_json,
     write_whole,
 )
-from llava.eval.journal import run_folder
+from llava.eval.journal import merge_chunks, run_folder
 from llava.eval.scorers import gqa, mmbench, mme, mmvet, pope, scienceqa, textvqa, vizwiz, vqav2
 
 ANNOTATIONS = {
@@ -51,7 +51,7 @@ class Scoring:
     answers_file: Path
     roots: list[Path]
     question_file: Path
-    skipped: list
+    skipped: set
     limit: int | None = None
     compat: bool = False
     judge: Callable[[str, str, str], float] | None = None
@@ -67,7 +67,14 @@ class Scoring:
             return None
 
     def answers(self) -> list[dict]:
-        return read_whole_lines(self.answers_file)
+        return _with_fields(read_whole_lines(self.answers_file), self.answers_file)
+
+    def answers_for_upload(self, all_questions: int) -> list[dict]:
+        """Answers, without the broken lines; prints counts as the published converters do."""
+        answers, broken = read_lines(self.answers_file)
+        results = len({answer["question_id"] for answer in _with_fields(answers, self.answers_file)})
+        print(f"total results: {results}, total split: {all_questions}, error_line: {broken}")
+        return answers
 
     def questions(self) -> list[dict]:
         """The lines of the question list that were asked."""
@@ -84,12 +91,23 @@ class Scoring:
         return Path(*parts[:-1], parts[-1] + suffix)
 
 
+def _with_fields(answers: list[dict], file: Path) -> list[dict]:
+    lacking = [name for answer in answers for name in ("question_id", "text") if name not in answer]
+    if lacking:
+        raise ValueError(f"{len(lacking)} lines of {file} lack fields of an answer, first {lacking[0]}")
+    return answers
+
+
 def score_gqa(run: Scoring) -> dict:
     predicted = gqa.predictions(run.answers())
     write_json(run.beside("answers", "") / "testdev_balanced_predictions.json", predicted)
     questions = read_json(run.file(ANNOTATIONS["gqa"][0]))
     asked = {line["question_id"] for line in run.questions()}
-    result = gqa.score(predicted, {name: question for name, question in questions.items() if name in asked})
+    known = {name: question for name, question in questions.items() if name in asked}
+    counted, balanced = (sum(entry["isBalanced"] for entry in entries.values()) for entries in (known, questions))
+    if counted < balanced and run.limit is None and not run.skipped:
+        print(f"NOT THE WHOLE BENCHMARK: the question list has {counted} of the {balanced} balanced questions")
+    result = gqa.score(predicted, known)
     print(gqa.report(result))
     return result
 
@@ -153,32 +171,42 @@ def score_mmbench(run: Scoring) -> dict | None:
 
 
 def score_vqav2(run: Scoring) -> dict | None:
-    answers, broken = read_lines(run.answers_file)
-    asked = {line["question_id"] for line in run.questions()}
-    whole = run.optional(ANNOTATIONS["vqav2"][0])
+    questions = run.questions()
+    asked = {line["question_id"] for line in questions}
+    find = run.file if _is_test(run.question_file) else run.optional
+    whole = find(ANNOTATIONS["vqav2"][0])
     everything = read_whole_lines(whole) if whole else []
-    if not asked <= {line["question_id"] for line in everything}:  # val, or the full list is not there
-        everything = run.questions()
+    if not asked <= {line["question_id"] for line in everything}:  # val
+        everything = questions
+    answers = run.answers_for_upload(len(everything))
     entries = vqav2.upload(answers, everything)
     place = run.beside("answers_upload", ".json")
     write_json(place, entries)
-    results = len({answer["question_id"] for answer in answers})
-    print(f"total results: {results}, total split: {len(everything)}, error_line: {broken}")
     print(f"to upload: {place}")
     annotations = run.optional("v2_mscoco_val2014_annotations.json")
     known = [] if annotations is None else read_json(annotations)["annotations"]
-    known = [entry for entry in known if entry["question_id"] in asked]
+    # As a server scores an upload: unanswered questions are wrong, unless this run left them out on purpose.
+    part = run.limit is not None or bool(run.skipped)
+    scored = asked if part else {entry["question_id"] for entry in entries}
+    known = [entry for entry in known if entry["question_id"] in scored]
     if not known:
         return None
-    result = vqav2.score(vqav2.upload(answers, run.questions()), known)
+    result = vqav2.score(entries, known)
     print(
         f"on the {len(known)} questions with annotations (val, not comparable with test-dev): {result['score']:.2f}%"
     )
+    print_parts(result["per_answer_type"])
     return result
 
 
+def _is_test(question_file: Path) -> bool:
+    """Whether a VQAv2 list is of the test set, whose upload needs the list of all its questions."""
+    return "test" in question_file.stem
+
+
 def score_vizwiz(run: Scoring) -> dict | None:
-    entries = vizwiz.upload(run.answers(), run.questions())
+    questions = run.questions()
+    entries = vizwiz.upload(run.answers_for_upload(len(questions)), questions)
     place = run.beside("answers_upload", ".json")
     write_json(place, entries)
     print(f"to upload: {place}")
@@ -189,7 +217,13 @@ def score_vizwiz(run: Scoring) -> dict | None:
         return None
     result = vizwiz.score(entries, known)
     print(f"on the {len(known)} questions with annotations (val): {result['score']:.2f}%")
+    print_parts(result["per_answer_type"])
     return result
+
+
+def print_parts(parts: dict[str, float]) -> None:
+    for name, value in parts.items():
+        print(f"  {name}: {value:.2f}%")
 
 
 def score_mmvet(run: Scoring) -> dict | None:
@@ -220,10 +254,11 @@ SCORERS: dict[str, Callable[[Scoring], dict | None]] = {
 }
 
 
-def check_files(name: str, data_root: Path, output_root: Path) -> None:
+def check_files(name: str, question_file: Path, data_root: Path, output_root: Path) -> None:
     """Raise MissingFile if scoring will lack a file that it cannot do without."""
     benchmark = BENCHMARKS[name]
-    for relative in ANNOTATIONS.get(name, ()) if name != "vqav2" else ():
+    needed = ANNOTATIONS.get(name, ()) if name != "vqav2" or _is_test(question_file) else ()
+    for relative in needed:
         locate([data_root, output_root], f"{benchmark.folder}/{relative}", benchmark.section)
 
 
@@ -250,6 +285,8 @@ def score_file(
         the result, with "skipped" (how many questions were left out); ``None`` where only a server can score.
     """
     benchmark = BENCHMARKS[name]
+    if answers_file.is_dir():
+        answers_file = merge_chunks(answers_file)
     require(answers_file, benchmark.section)
     folder = run_folder(answers_file)
     skipped = read_whole_lines(folder / "skipped.jsonl") if (folder / "skipped.jsonl").is_file() else []
@@ -262,7 +299,7 @@ def score_file(
         answers_file,
         [data_root, output_root],
         question_file or known or find_questions(benchmark, data_root, output_root),
-        [line["question_id"] for line in skipped],
+        {line["question_id"] for line in skipped},
         settings.get("limit"),
         compat,
         judge,
@@ -280,7 +317,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0 if all went well, 2 with one line on standard error if it could not."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.score", description=__doc__)
     parser.add_argument("benchmark", choices=sorted(SCORERS))
-    parser.add_argument("--answers-file", type=Path, required=True)
+    parser.add_argument("--answers-file", type=Path, required=True, help="or a folder of chunks, to be merged first")
     parser.add_argument("--question-file", type=Path, help="default: that of the run")
     parser.add_argument("--data-root", type=Path, default=OUTPUT_ROOT, help="annotations (%(default)s)")
     parser.add_argument("--output-root", type=Path, default=OUTPUT_ROOT)

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary = {
         "two_processes": median(rates["two processes"]) / single,
         "batch_8": median(rates["batch 8"]) / single,
-        "overhead": median(run["overhead"] for run in found["one process"]),
+        "overhead": {name: median(run["overhead"] for run in runs) for name, runs in found.items()},
         "questions_per_second": single,
         "limit": options.limit,
         "repeats": options.repeats,

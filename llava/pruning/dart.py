@@ -32,10 +32,12 @@ class DART(DecoderPruner):
         layer: K, as in `fastv`.
         pivots: how many of each kind.
 
-    Deviations from the paper and from the published port: (1) the count is exactly R: what (R - 4) / 8 leaves over
-    goes to the first pivots, one each (the port keeps 4 + 8 floor(m / 8), 132 for m = 128: R = 132 gives its set);
-    (2) the order of the pivots is fixed, the port's is that of a hash set; (3) a prompt with fewer text tokens after
-    the picture has fewer text pivots; (4) every picture of a batch is treated by itself.
+    Deviations from the paper: none known.
+
+    Deviations from the released code, of which a public port was read: (1) the count is exactly R: what (R - 4) / 8
+    leaves over goes to the first pivots, one each (the port keeps 4 + 8 floor(m / 8), 132 for m = 128: R = 132 gives
+    its set); (2) the order of the pivots is fixed, the port's is that of a hash set; (3) a prompt with fewer text
+    tokens after the picture has fewer text pivots; (4) every picture of a batch is treated by itself.
     """
 
     name: ClassVar[str] = "dart"

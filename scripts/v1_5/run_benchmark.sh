@@ -12,6 +12,11 @@ fi
 keep=$1
 shift
 [ "$family" = v1_6 ] && default=llava-v1.6-vicuna-7b || default=llava-v1.5-7b
+processes=()
+if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then # one process per device that the list names
+    IFS=, read -ra devices <<<"$CUDA_VISIBLE_DEVICES"
+    processes=(--processes "${#devices[@]}")
+fi
 
 exec "${PYTHON:-python}" -m llava.eval.run \
     --benchmark "$benchmark" \
@@ -21,4 +26,5 @@ exec "${PYTHON:-python}" -m llava.eval.run \
     --keep-tokens "$keep" \
     --conv-mode vicuna_v1 \
     --score \
+    ${processes[@]+"${processes[@]}"} \
     "$@"

@@ -19,8 +19,8 @@ def is_missing(cell: str | None) -> bool:
 
 
 def named_options(row: Mapping) -> dict[str, str]:
-    """All options by letter that are not missing: what an answer may name."""
-    return {letter: row[letter] for letter in LETTERS if not is_missing(row.get(letter))}
+    """All options by letter that the table has: what an answer may name, though the model is not shown "none"."""
+    return {letter: row[letter] for letter in LETTERS if row.get(letter) is not None}
 
 
 def shown_options(row: Mapping) -> dict[str, str]:
@@ -95,4 +95,4 @@ def _by(rows: Sequence[Mapping], right: Mapping[int, float], column: str) -> dic
 
 def _percent(values: Sequence[float]) -> float:
     values = list(values)
-    return 100.0 * sum(values) / len(values)
+    return 100.0 * sum(values) / len(values) if values else 0.0

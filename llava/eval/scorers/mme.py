@@ -38,7 +38,7 @@ def rows(answers: Sequence[dict], truth: Truth) -> dict[str, list[tuple[str, str
     """
     converted = defaultdict(list)
     for answer in answers:
-        path = PurePosixPath(answer["question_id"])
+        path = PurePosixPath(str(answer["question_id"]))
         category, file = path.parts[0], path.name.split(".")[0] + ".txt"
         question = (
             answer["prompt"].replace(SHORT_ANSWER, "").strip()
@@ -96,16 +96,20 @@ def score(
     """
     tasks, items = {}, {}
     for category, own in converted.items():
-        if compat and any(set(row[3]) & set("\n\t") for row in own):
+        if compat and any(set(row[3]) & set("\n\r\t") for row in own):
             raise ValueError(f"an answer of MME's {category} has a line break or tab, which breaks the published file")
         judged = [(row, read(row[3]), row[2].lower()) for row in own]
-        pairs = defaultdict(list)
+        pairs, asked = defaultdict(list), defaultdict(set)
         for number, (row, said, truth) in enumerate(judged):
-            pairs[number // 2 if compat else row[0]].append(said == truth)
+            key = number // 2 if compat else row[0]
+            pairs[key].append(said == truth)
+            asked[key].add(number if compat else row[1])
             items[f"{category}/{row[0]}/{row[1]}"] = float(said == truth)
-        uneven = [key for key, right in pairs.items() if len(right) != 2]
+        uneven = [key for key, right in pairs.items() if not len(right) == len(asked[key]) == 2]
         if uneven:
-            raise ValueError(f"MME asks twice about every image, but {category} has another number for {uneven[0]}")
+            raise ValueError(
+                f"MME asks two questions about every image, but {category} has not one answer to each for {uneven[0]}"
+            )
         tasks[category] = _task(judged, [all(right) for right in pairs.values()])
     totals = {
         name: sum(tasks[task]["points"] for task in members if task in tasks)

@@ -31,15 +31,18 @@ def ask_judge(address: str, model: str, key: str | None = None) -> Callable[[str
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         request = urllib.request.Request(address.rstrip("/") + "/chat/completions", body, headers)
         with urllib.request.urlopen(request, timeout=JUDGE_TIMEOUT_SECONDS) as response:
-            reply = json.load(response)["choices"][0]["message"]["content"]
-        return read_grade(reply)
+            reply = json.load(response)
+        try:
+            return read_grade(reply["choices"][0]["message"]["content"])
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(f"{address} does not reply as an OpenAI-compatible judge does: {reply}") from error
 
     return grade
 
 
 def read_grade(reply: str) -> float:
     """The number in a judge's reply. Raises ValueError unless there is one from 0 to 1."""
-    found = re.search(r"\d+(?:\.\d+)?", reply)
+    found = re.search(r"\d*\.?\d+", reply)
     if found is None or not 0 <= float(found[0]) <= 1:
         raise ValueError(f"the judge must reply with a number from 0 to 1, but said {reply!r}")
     return float(found[0])
@@ -71,4 +74,4 @@ def score(
 
 def _percent(values: Sequence[float]) -> float:
     values = list(values)
-    return 100.0 * sum(values) / len(values)
+    return 100.0 * sum(values) / len(values) if values else 0.0

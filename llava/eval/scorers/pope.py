@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 CATEGORIES = ("adversarial", "random", "popular")
 NEGATIVES = {"No", "no", "not"}
+CATEGORY_STEP = 10_000_000  # question ids of the list: number within the category + category * step
 
 
 def says_no(text: str) -> bool:
@@ -32,25 +33,32 @@ def score(
         ValueError: without ``compat``, a question without answer or with two, or without label.
     """
     category_of = {question["question_id"]: question["category"] for question in questions}
+    strangers = [answer["question_id"] for answer in answers if answer["question_id"] not in category_of]
+    if strangers:
+        raise ValueError(f"{len(strangers)} answers are to no POPE question, first {strangers[0]}")
     categories = [name for name in dict.fromkeys([*CATEGORIES, *labels]) if name in labels]
     result, items = {}, {}
     for category in categories:
+        own = [answer for answer in answers if category_of[answer["question_id"]] == category]
         if compat:
-            own = [answer for answer in answers if category_of[answer["question_id"]] == category]
             pairs = [
                 (answer["question_id"], says_no(answer["text"]), entry["label"] == "no")
                 for answer, entry in zip(own, labels[category], strict=False)
             ]
         else:
-            pairs = _pair_by_id(answers, [q for q in questions if q["category"] == category], labels[category])
+            pairs = _pair_by_id(own, [q for q in questions if q["category"] == category], labels[category])
         result[category] = _measure([(not no, not truth) for _, no, truth in pairs])
+        if compat and own:  # answers beyond the last label are counted here, and only here
+            said_yes = sum(not says_no(answer["text"]) for answer in own)
+            result[category] |= {"samples": len(own), "yes_ratio": said_yes / len(own)}
         items |= {name: float(no == truth) for name, no, truth in pairs}
     mean_f1 = sum(part["f1"] for part in result.values()) / len(result)
-    total = sum(part["samples"] for part in result.values())
+    right = sum(part["TP"] + part["TN"] for part in result.values())
+    wrong = sum(part["FP"] + part["FN"] for part in result.values())
     return {
         "metric": "mean F1",
         "score": 100.0 * mean_f1,
-        "accuracy": 100.0 * sum(part["accuracy"] * part["samples"] for part in result.values()) / total,
+        "accuracy": 100.0 * _ratio(right, right + wrong),
         "average_f1": mean_f1,
         "categories": result,
         "items": items,
@@ -60,22 +68,28 @@ def score(
 def _pair_by_id(
     answers: Sequence[dict], questions: Sequence[dict], labels: Sequence[dict]
 ) -> list[tuple[int, bool, bool]]:
+    """(question id, said no, is no) of a category's questions.
+
+    A label is found by picture and question; where the two files word the question differently, by picture and number.
+    """
     texts: dict = {}
-    own = {question["question_id"] for question in questions}
     for answer in answers:
-        name = answer["question_id"]
-        if name in own and name in texts:
-            raise ValueError(f"POPE question {name} is answered twice; --compat pairs by position nevertheless")
-        texts[name] = answer["text"]
-    label_of = {(entry["image"], entry["text"]): entry["label"] for entry in labels}
+        if answer["question_id"] in texts:
+            raise ValueError(
+                f"POPE question {answer['question_id']} is answered twice; --compat pairs by position nevertheless"
+            )
+        texts[answer["question_id"]] = answer["text"]
+    by_text = {(entry["image"], entry["text"]): entry["label"] for entry in labels}
+    by_number = {(entry["image"], entry.get("question_id")): entry["label"] for entry in labels}
     pairs = []
     for question in questions:
-        name, key = question["question_id"], (question["image"], question["text"].split("\n")[0])
+        name, image, asked = question["question_id"], question["image"], question["text"].split("\n")[0]
         if name not in texts:
             raise ValueError(f"POPE question {name} has no answer; --compat pairs by position nevertheless")
-        if key not in label_of:
-            raise ValueError(f"POPE question {name} ({key[0]}: {key[1]}) has no label")
-        pairs.append((name, says_no(texts[name]), label_of[key] == "no"))
+        label = by_text.get((image, asked)) or by_number.get((image, int(name) % CATEGORY_STEP))
+        if label is None:
+            raise ValueError(f"POPE question {name} ({image}: {asked}) has no label")
+        pairs.append((name, says_no(texts[name]), label == "no"))
     return pairs
 
 

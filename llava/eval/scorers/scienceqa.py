@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 LETTERS = "ABCDE"
-FAILED = "FAILED"
+FAILED, UNKNOWN = "FAILED", "Unknown"  # text and prompt that the published scorer writes for an unanswered problem
 IMAGE_MARK = "<image>"  # in the recorded prompt: this, not the problem file, makes a problem multimodal
 _PHRASE = re.compile(r"The answer is ([A-Z]).")
 
@@ -39,7 +39,7 @@ def score(answers: Sequence[dict], problems: Mapping[str, dict], split: Sequence
         truth = problems[name]["answer"]
         answer = answer_of.get(name)
         text = FAILED if answer is None else answer["text"]
-        prompt = "" if answer is None else answer["prompt"]
+        prompt = UNKNOWN if answer is None else answer["prompt"]
         letter = parse(text)
         choices = LETTERS[: len(problems[name]["choices"])]
         index = choices.index(letter) if letter in choices and letter != FAILED else -1
@@ -57,7 +57,7 @@ def score(answers: Sequence[dict], problems: Mapping[str, dict], split: Sequence
             {**analysis, "pred": text, "is_multimodal": items[name]["multimodal"]}
         )
     with_image = [item for item in items.values() if item["multimodal"]]
-    accuracy = 100.0 * len(correct) / len(items)
+    accuracy = 100.0 * len(correct) / len(items) if items else 0.0
     image_right = sum(item["correct"] for item in with_image)
     return {
         "metric": "IMG accuracy",
@@ -77,3 +77,10 @@ def score(answers: Sequence[dict], problems: Mapping[str, dict], split: Sequence
             "outputs": outputs,
         },
     }
+
+
+def harness_match(text: str, letter: str) -> float:
+    """lmms-eval's match of one answer: the bare letter in any case, or the capital and a period first."""
+    text = text.strip()
+    first = text[:1].isupper() and text[1:2] == "."
+    return float(text.lower() == letter.lower() or (first and text[0] == letter))

@@ -33,8 +33,10 @@ def score(answers: Sequence[dict], annotations: Sequence[dict]) -> dict:
         annotations: ``image_id``, ``question``, ``question_id``, ``answers`` (ten).
 
     Raises:
-        ValueError: a prompt whose question is not in the annotations.
+        ValueError: a prompt whose question is not in the annotations; no answers at all.
     """
+    if not answers:
+        raise ValueError("there are no TextVQA answers to score")
     known = {(entry["image_id"], entry["question"].lower()): entry for entry in annotations}
     lines = []
     for answer in answers:
