@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 COLUMN_BLOCK = 512  # columns of half-precision features that are widened at a time
+BLAS_TILE = 64  # no BLAS kernel works on more columns at once
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -272,7 +273,8 @@ def greedy_map_rank(
         residual, leftover = (t.masked_fill(~candidates, -torch.inf) for t in (residual, leftover))
     rank = n + stable_rank(leftover, descending=True)
     capacity = min(n, 2 * k + 16)
-    basis = similarity.new_empty(views, capacity, n)  # row t holds e_i of step t for every token i
+    columns = -(-n // BLAS_TILE) * BLAS_TILE
+    basis = similarity.new_zeros(views, capacity, columns)  # row t holds e_i of step t for every token i
     placed = torch.zeros(views, dtype=torch.int64, device=similarity.device)
 
     for step in range(n):
@@ -284,14 +286,14 @@ def greedy_map_rank(
         if relevance is not None:
             row = row * (relevance * relevance.gather(1, chosen))[:, None, :]
         if step == basis.shape[1]:
-            basis = torch.cat([basis, basis.new_empty(views, min(step, n - step), n)], dim=1)
-        # u_j twice makes this a matrix product, whose columns BLAS all computes alike; in a product with a single
-        # vector the last columns come out differently in the last bit, and exact duplicates must tie exactly.
+            basis = torch.cat([basis, basis.new_zeros(views, min(step, n - step), columns)], dim=1)
+        # Exact duplicates must tie exactly, so BLAS must compute all columns alike. It does in a matrix product (hence
+        # u_j twice: with a single vector it does not) whose columns are whole tiles (hence the zeros behind the last).
         past = basis[:, :step]
         coefficients = past.gather(2, chosen[:, None, :].expand(-1, step, 2))
-        row = torch.baddbmm(row, coefficients.mT, past, alpha=-1)[:, 0]
+        row = (row - (coefficients.mT @ past)[:, :1, :n])[:, 0]
         row = torch.where(alive, row / (variance.clamp_min(stop) + epsilon).sqrt(), 0.0)
-        basis[:, step] = row
+        basis[:, step, :n] = row
         residual -= row.square()
         residual.scatter_(1, chosen, torch.where(alive, -torch.inf, variance))
         rank.scatter_(1, chosen, torch.where(alive, step, rank.gather(1, chosen)))
