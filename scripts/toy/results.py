@@ -32,7 +32,7 @@ from llava.pruning import Pruner, get_pruner
 from llava.pruning.functional import relevance_scores
 
 FIRST_SCENE = 100_000  # of the test split; the committed test sets use the first few hundred
-BUDGETS = (192, 128, 64, 32, 16)
+BUDGETS = (192, 128, 64, 32, 16, 8, 4)
 SKILLS = {
     "existence": (existence,),
     "attribute": (color_of, shape_of, color_check),
@@ -184,7 +184,9 @@ def area_under_curve(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def relevance_report(model, world: World, budgets: tuple[int, ...], sign: int) -> dict[str, dict[str, float]]:
-    """By skill: AUC of relevance on the asked object for both signs, and the share of kept tokens that lie on it."""
+    """By skill: AUC of relevance on the asked object for both signs, the share of kept tokens that lie on it, and how
+    often any does.
+    """
     tower = model.get_vision_tower()
     report: dict[str, dict[str, list[float]]] = {skill: {} for skill in SKILLS}
     with torch.inference_mode():
@@ -204,11 +206,15 @@ def relevance_report(model, world: World, budgets: tuple[int, ...], sign: int) -
         shown = world.encoded.pick([asked.scene])
         prompt = torch.tensor([tokenizer_image_token("<image>", model.tokenizer)])
         for m in budgets:
-            for label, options in (("script", {}), ("wrong sign", {"relevance_sign": -sign})):
-                pruner = get_pruner("script", keep_tokens=m, **options)
+            for label, pruner in {
+                "script": get_pruner("script", keep_tokens=m),
+                "DPP without the question": get_pruner("script", keep_tokens=m, gsp=False, relevance="none"),
+                "wrong sign": get_pruner("script", keep_tokens=m, relevance_sign=-sign),
+            }.items():
                 kept = model.embed_prompts(prompt, images=shown, pruner=pruner, query=asked.question.text).kept[0]
-                share = float(asked.target[kept.mask()[0].numpy()].mean())
-                values.setdefault(f"kept on it, {label}, {m}", []).append(share)
+                hits = asked.target[kept.mask()[0].numpy()]
+                values.setdefault(f"kept on it, {label}, {m}", []).append(float(hits.mean()))
+                values.setdefault(f"any kept on it, {label}, {m}", []).append(float(hits.any()))
         values.setdefault("patches that are on it", []).append(float(asked.target[valid].mean()))
     return {skill: {k: round(statistics.mean(v), 4) for k, v in values.items()} for skill, values in report.items()}
 
@@ -269,12 +275,12 @@ def write_report(path: Path, configuration: dict, cells: dict, relevance: dict) 
         "## Does relevance find the asked object?",
         "",
         "AUC: the probability that a patch of the asked object is more relevant than one that is not. "
-        "Below it, the share of the kept tokens that lie on the object, in percent.",
+        "Below it, in percent: the share of the kept tokens that lie on the object, and how often any does.",
         "",
         "| | " + " | ".join(SKILLS) + " |",
         "|---|" + "---|" * len(SKILLS),
     ]
-    for name in next(iter(relevance.values())):
+    for name in sorted(next(iter(relevance.values())), key=lambda name: name.split(",")[0]):
         is_area = name.startswith("AUC")
         values = [relevance[skill][name] for skill in SKILLS]
         lines.append(f"| {name} | " + " | ".join(f"{v:.3f}" if is_area else f"{100 * v:.1f}" for v in values) + " |")
