@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On a bare machine: environment, installation, two questions about one picture with 576, 64 and 16 of its tokens, the
-# pictures of what was kept, and a small table of methods at three budgets. Everything it writes is in playground/quickstart.
+# pictures of what was kept, and a table of two benchmarks at three budgets. Everything it writes is in
+# playground/quickstart.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
@@ -13,6 +14,11 @@ for keep in full 64 16; do
     python -m llava.serve.cli --image-file "$scene" --keep-tokens "$keep" \
         --query "What color is the star?" "Is there a yellow cup in the image?" --show-tokens "$out/kept-$keep.png"
 done
-echo "--- accuracy and kept tokens by budget"
-python scripts/toy/results.py --scenes 16 --budgets 64 32 16 --seeds 1 \
-    --rows script "random, seed 0" uniform "script, wrong sign" --out "$out/RESULTS.md"
+echo "--- two benchmarks at three budgets, first 60 questions each"
+export CKPT_DIR=playground/toy CKPT=llava-toy-v1.5 DATA_DIR=playground/toy/data/eval
+for benchmark in gqa textvqa; do
+    for keep in full 64 16; do
+        bash "scripts/v1_5/eval/$benchmark.sh" "$keep" --limit 60 --output-root "$out" > "$out/$benchmark-$keep.txt"
+    done
+done
+python -m llava.eval.report "$out"/*/answers/*/"$CKPT"/*.run

@@ -1,15 +1,11 @@
-"""The trained toy: whether the methods choose the right tokens. Seeds are fixed, margins are wide.
-
-The tower is trained to the end, the language model is not (README, "The toy"): what is held here is the selection, and
-of the answers only that they are far from chance.
-"""
+"""The trained toy: whether the methods choose the right tokens, and what it answers. Seeds are fixed, margins wide."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from results import Asked, accuracy, area_under_curve, build_world
+from results import SKILLS, Asked, accuracy, area_under_curve, build_world
 
 from llava.model.builder import DEFAULT_CHECKPOINT, TOY_FOLDER, load_pretrained_model
 from llava.pruning import get_pruner
@@ -54,17 +50,17 @@ def test_relevance_finds_the_asked_object(toy, world):
 def test_script_keeps_the_asked_object_and_the_wrong_sign_loses_it(toy, world):
     sign = toy[1].relevance_sign
     pruners = {
-        "script": get_pruner("script", keep_tokens=16),
-        "wrong sign": get_pruner("script", keep_tokens=16, relevance_sign=-sign),
-        "without the question": get_pruner("script", keep_tokens=16, relevance="none"),
-        "random": get_pruner("random", keep_tokens=16),
+        "script": get_pruner("script", keep_tokens=8),
+        "wrong sign": get_pruner("script", keep_tokens=8, relevance_sign=-sign),
+        "without the question": get_pruner("script", keep_tokens=8, relevance="none"),
+        "random": get_pruner("random", keep_tokens=8),
     }
-    asked = [a for a in world.asked if a.target.any()]
+    asked = [a for a in world.asked if a.target.any()][::2]
     found = {
         name: np.mean([(kept_mask(toy, world, a, pruner) & a.target).any() for a in asked])
         for name, pruner in pruners.items()
     }
-    assert found["script"] >= 0.85
+    assert found["script"] >= 0.8
     assert found["script"] >= found["without the question"] + 0.1
     assert found["script"] >= found["random"] + 0.3
     assert found["script"] >= found["wrong sign"] + 0.5
@@ -104,20 +100,61 @@ def test_two_questions_about_one_scene_keep_their_own_objects(toy, world):
     assert np.mean(own) >= np.mean(other) + 1.0
 
 
-def test_answers_are_far_from_chance_where_the_object_is_kept(toy, world):
-    """Colours and shapes: blind guessing gives a tenth of the open questions and half of the yes/no ones."""
+def test_answers_follow_what_is_kept(toy, world):
+    """Right unpruned and by Script; wrong where the object is lost: at random, by the wrong sign, unasked.
+
+    Measured over 64 scenes (RESULTS.md) the differences asked for here are half as large again.
+    """
     tokenizer, model, _, _ = toy
-    world.asked = [a for a in world.asked if a.skill == "attribute"]
-    pruners = {"script": get_pruner("script", keep_tokens=16), "random": get_pruner("random", keep_tokens=16)}
-    right = {n: np.mean(accuracy(model, tokenizer, world, world.encoded, p, batch=36)) for n, p in pruners.items()}
-    assert right["script"] >= 0.45
-    assert right["script"] >= right["random"] + 0.1
+    pruners = {
+        "unpruned": None,
+        "script, 64": get_pruner("script", keep_tokens=64),
+        "script, 16": get_pruner("script", keep_tokens=16),
+        "random, 16": get_pruner("random", keep_tokens=16),
+        "uniform, 16": get_pruner("uniform", keep_tokens=16),
+        "wrong sign, 16": get_pruner("script", keep_tokens=16, relevance_sign=-model.relevance_sign),
+        "script, 4": get_pruner("script", keep_tokens=4),
+        "without the question, 4": get_pruner("script", keep_tokens=4, relevance="none"),
+    }
+    right: dict[str, dict[str, float]] = {}
+    for name, pruner in pruners.items():
+        answers = accuracy(model, tokenizer, world, world.encoded, pruner, batch=36)
+        found = {
+            skill: [ok for a, ok in zip(world.asked, answers, strict=True) if a.skill == skill] for skill in SKILLS
+        }
+        right[name] = {skill: float(np.mean(oks)) for skill, oks in found.items()}
+    for name in ("unpruned", "script, 64", "script, 16", "script, 4"):
+        assert right[name]["existence"] >= 0.92, name
+        assert right[name]["attribute"] >= 0.95, name
+        assert right[name]["text"] >= 0.45, name
+    for name in ("random, 16", "uniform, 16", "wrong sign, 16"):
+        assert right["script, 16"]["existence"] >= right[name]["existence"] + 0.2, name
+        assert right["script, 16"]["attribute"] >= right[name]["attribute"] + 0.35, name
+    assert right["script, 4"]["existence"] >= right["without the question, 4"]["existence"] + 0.15
+    assert right["script, 4"]["attribute"] >= right["without the question, 4"]["attribute"] + 0.3
 
 
 def test_toy_checkpoint_is_small_and_in_the_original_format():
-    folders = [TOY_FOLDER / name for name in ("clip-toy-336", "llava-toy-v1.5")]
-    assert sum(path.stat().st_size for folder in folders for path in folder.iterdir()) < 12 * 2**20
-    config = json.loads((TOY_FOLDER / "llava-toy-v1.5/config.json").read_text())
-    assert config["image_aspect_ratio"] == "pad"
-    assert config["mm_vision_select_layer"] == -2
-    assert config["mm_relevance_sign"] == 1
+    folders = [TOY_FOLDER / name for name in ("clip-toy-336", "llava-toy-v1.5", "llava-toy-v1.6")]
+    assert sum(path.stat().st_size for folder in folders for path in folder.iterdir()) < 12e6
+    for folder, aspect_ratio in zip(folders[1:], ("pad", "anyres"), strict=True):
+        config = json.loads((folder / "config.json").read_text())
+        assert config["image_aspect_ratio"] == aspect_ratio
+        assert config["mm_vision_select_layer"] == -2
+        assert config["mm_relevance_sign"] == 1
+
+
+def test_the_next_toy_answers_from_tiles(world):
+    """LLaVA-NeXT's way: overview and tiles; 16 tokens of each view are enough for Script, not for the wrong sign."""
+    tokenizer, model, processor, _ = load_pretrained_model(str(TOY_FOLDER / "llava-toy-v1.6"), device="cpu")
+    tiled = build_world(model, processor, 8, PER_SKILL)
+    tiled.asked = [a for a in tiled.asked if a.skill == "attribute"]
+    pruners = {
+        "unpruned": None,
+        "script": get_pruner("script", keep_tokens=16),
+        "wrong sign": get_pruner("script", keep_tokens=16, relevance_sign=-model.relevance_sign),
+    }
+    right = {n: np.mean(accuracy(model, tokenizer, tiled, tiled.encoded, p, batch=8)) for n, p in pruners.items()}
+    assert right["unpruned"] >= 0.75
+    assert right["script"] >= 0.75
+    assert right["script"] >= right["wrong sign"] + 0.25
