@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -169,6 +170,23 @@ def test_two_processes_killed_and_resumed(own, tmp_path):
     assert subprocess.run(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL, timeout=120).returncode == 0
     assert read_whole_lines(answers)
     assert texts(answers) == texts(tmp_path / "calm.jsonl")
+
+
+def test_started_by_a_launcher_on_two_machines(own, tmp_path):
+    """One process on each of two machines, told its place as accelerate and torchrun do: the same answers."""
+    assert ask(own, tmp_path / "one.jsonl") == 0
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    command = [sys.executable, "-m", "llava.eval.run", *own, "--answers-file", str(tmp_path / "two.jsonl")]
+    processes = [
+        subprocess.Popen(command, env={**ENVIRONMENT, **place, "MASTER_PORT": str(port), "RANK": str(rank)})
+        for rank in range(2)
+    ]
+    assert [process.wait(300) for process in processes] == [0, 0]
+    assert texts(tmp_path / "two.jsonl") == texts(tmp_path / "one.jsonl")
+    assert read_json(tmp_path / "two.run" / "summary.json")["processes"] == 2
 
 
 def test_turns_go_to_one_process_each(tmp_path):

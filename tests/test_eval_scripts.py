@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 def bash(script, *arguments, **variables):
     environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **variables}
     command = ["bash", str(script), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize("family", ["v1_5", "v1_6"])

@@ -15,8 +15,9 @@ import llava
 from llava.model.checkpoint import find_folder, read_json, weight_files
 
 LIBRARIES = ("torch", "transformers", "accelerate", "pillow", "numpy")
-# Of the evaluation, what an answer passes through; scorers and reports change none.
-ANSWERING = ("eval/answering.py", "eval/benchmarks.py", "eval/run.py")
+# Of the evaluation, what a question or an answer passes through; reports and scorers change none, but MMBench's says
+# which options are shown.
+ANSWERING = ("eval/answering.py", "eval/benchmarks.py", "eval/files.py", "eval/run.py", "eval/scorers/mmbench.py")
 SAMPLE_BYTES = 2**20
 
 

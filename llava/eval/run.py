@@ -347,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = Run(options)
         devices = torch.cuda.device_count() if run.device == "cuda" else None
         processes = options.processes or devices or 1
-        if devices is not None and processes > devices:
+        if devices is not None and not is_launched() and processes > devices:
             raise ValueError(f"{processes} processes need a GPU each, but {devices} can be used here")
         if processes > 1 and not is_launched():
             return run_processes("llava.eval.run", sys.argv[1:] if arguments is None else arguments, processes)

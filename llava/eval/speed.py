@@ -75,7 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary = {
         "two_processes": median(rates["two processes"]) / single,
         "batch_8": median(rates["batch 8"]) / single,
-        "overhead": {name: median(run["overhead"] for run in runs) for name, runs in found.items()},
+        "overhead": median(run["overhead"] for run in found["one process"]),
+        "overhead_two_processes": median(run["overhead"] for run in found["two processes"]),
+        "overhead_batch_8": median(run["overhead"] for run in found["batch 8"]),
         "questions_per_second": single,
         "limit": options.limit,
         "repeats": options.repeats,
