@@ -188,7 +188,8 @@ def test_the_evaluation_counts_made_tokens(load, name):
     answerer = Answerer(tokenizer, model, processor, "vicuna_v1", pruner, 2)
     picture = GOLDEN / "images" / "square336.png"
     question = Question(question_id=1, text="What is there?", prompt="What is there?", image=picture)
-    assert answerer.answer([answerer.prepare(0, question)])[0][1] == [16, 0]
+    cost = answerer.answer([answerer.prepare(0, question)])[0][1]
+    assert (cost["visual_tokens"], cost["average_tokens"], cost["newline_tokens"]) == (16, 16, 0)
 
 
 # --- DivPrune's official scope -------------------------------------------------------------------------------------
