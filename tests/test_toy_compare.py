@@ -4,12 +4,22 @@ import json
 
 import compare
 import pytest
+import torch
 from compare_report import Measured, Task, document, make_cells, plot, ranked
 
 from llava.eval.files import read_whole_lines
 from llava.eval.report import UNPRUNED
 from llava.model.builder import TOY_FOLDER
 from llava.pruning import list_pruners
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    """The command times on one thread; other tests need not."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
 
 MEASURED = {
     Task(UNPRUNED, None, "gqa"): Measured(80.0, 576, 576, 4e6),
@@ -82,7 +92,7 @@ def test_questions_are_drawn_from_all_categories(tmp_path):
     assert compare.draw_questions("pope", options).parent == TOY_FOLDER / "data/eval/pope"
 
 
-def test_small_comparison_goes_on_where_it_was(tmp_path, capsys):
+def test_small_comparison_goes_on_where_it_was(tmp_path):
     arguments = ["--methods", "first", "fastv", "--budgets", "32", "--limit", "6", "--benchmarks", "gqa", "pope"]
     arguments += ["--output-root", str(tmp_path / "runs"), "--out", str(tmp_path / "COMPARISON.md"), "--pictures", "2"]
     assert compare.main([*arguments, "--workers", "1"]) == 0

@@ -7,6 +7,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
 from llava.eval.report import COLUMNS, UNPRUNED
 from llava.pruning import DecoderPruner, pruner_class
 from llava.pruning.method_table import paper
@@ -175,10 +179,6 @@ def document(configuration: dict, cells: Sequence[Cell], times: dict[str, dict[s
 
 def plot(cells: Sequence[Cell]) -> bytes:
     """Relative mean against the true mean number of tokens, a line per method, as SVG; same bytes for same cells."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(9, 5.4), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.add_subplot()
