@@ -90,6 +90,10 @@ class PruningInputs:
             if value is not None and value.shape[0] not in (1, shape[0]):
                 raise ValueError(f"{name} must have 1 or {shape[0]} rows, got shape {tuple(value.shape)}")
 
+    def sign(self, asked: int | None) -> int:
+        """The sign of relevance in the joint space: as a method's option has it, or the host's."""
+        return self.relevance_sign if asked is None else asked
+
     @property
     def views(self) -> int:
         return self.features.shape[0]
@@ -176,6 +180,8 @@ class Pruner(ABC):
             value = getattr(self, option.name)
             if allowed and all(isinstance(a, str) for a in allowed) and value not in allowed:
                 raise ValueError(f"{option.name} must be one of {', '.join(allowed)}; got {value!r}")
+        if getattr(self, "relevance_sign", None) not in (None, -1, 1):  # an option of those that read relevance
+            raise ValueError(f"relevance_sign must be -1 or 1, got {self.relevance_sign}")
         if self.makes_tokens and self.scope != "view":
             raise ValueError(f"pruner '{self.name}' makes tokens of each view: scope must be view, got {self.scope!r}")
 

@@ -55,8 +55,6 @@ class CDPruner(Pruner):
         super().__post_init__()
         if self.theta is not None and not 0 < self.theta < 1:
             raise ValueError(f"theta must lie between 0 and 1, both excluded, got {self.theta}")
-        if self.relevance_sign not in (None, -1, 1):
-            raise ValueError(f"relevance_sign must be -1 or 1, got {self.relevance_sign}")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -65,7 +63,7 @@ class CDPruner(Pruner):
     def choose(self, inputs: PruningInputs, keep: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         raw = inputs.relevance
         if raw is None:
-            sign = inputs.relevance_sign if self.relevance_sign is None else self.relevance_sign
+            sign = inputs.sign(self.relevance_sign)
             raw = relevance_scores(inputs.image_embeds, inputs.text_embeds, inputs.text_mask, sign)
         groups = inputs.pictures if self.scaling == "picture" else None
         relevance = min_max(raw, inputs.valid, groups, OFFSET)

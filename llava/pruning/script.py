@@ -84,8 +84,6 @@ class Script(Pruner):
         super().__post_init__()
         if not 0 <= self.gsp_ratio <= 1:
             raise ValueError(f"gsp_ratio must lie between 0 and 1, got {self.gsp_ratio}")
-        if self.relevance_sign not in (None, -1, 1):
-            raise ValueError(f"relevance_sign must be -1 or 1, got {self.relevance_sign}")
         for name in ("epsilon", "kernel_exponent"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -129,7 +127,7 @@ class Script(Pruner):
         if self.relevance == "projector":
             sign = 1 if self.relevance_sign is None else self.relevance_sign
             return relevance_scores(inputs.features, pooled_query(inputs), sign=sign)
-        sign = inputs.relevance_sign if self.relevance_sign is None else self.relevance_sign
+        sign = inputs.sign(self.relevance_sign)
         return relevance_scores(inputs.image_embeds, inputs.text_embeds, inputs.text_mask, sign)
 
     def order(

@@ -58,11 +58,6 @@ class ScriptRelease(Pruner):
     minimum_degree: int = 4
     relevance_sign: int | None = -1
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.relevance_sign not in (None, -1, 1):
-            raise ValueError(f"relevance_sign must be -1 or 1, got {self.relevance_sign}")
-
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"image_embeds", "text_embeds"})
@@ -73,7 +68,7 @@ class ScriptRelease(Pruner):
         marked = stable_rank(redundancy, descending=True) < keep
         raw = inputs.relevance
         if raw is None:
-            sign = inputs.relevance_sign if self.relevance_sign is None else self.relevance_sign
+            sign = inputs.sign(self.relevance_sign)
             raw = sign * product_with_better_half(inputs.image_embeds, inputs.text_embeds, inputs.text_mask)
         relevance = scale(raw.nan_to_num(), inputs.valid)
         rank = residual_rank(conditional_kernel(similarity, relevance), keep, inputs.valid)

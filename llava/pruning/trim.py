@@ -51,11 +51,6 @@ class Trim(Pruner):
     adaptive: bool = False
     relevance_sign: int | None = None
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.relevance_sign not in (None, -1, 1):
-            raise ValueError(f"relevance_sign must be -1 or 1, got {self.relevance_sign}")
-
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"encoder_features", "image_embeds", "text_embeds"})
@@ -74,7 +69,7 @@ class Trim(Pruner):
     def choose(self, inputs: PruningInputs, keep: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         raw = inputs.relevance
         if raw is None:
-            sign = inputs.relevance_sign if self.relevance_sign is None else self.relevance_sign
+            sign = inputs.sign(self.relevance_sign)
             raw = relevance_scores(
                 inputs.image_embeds, inputs.text_embeds, inputs.text_mask, sign, normalise=self.normalise
             )
