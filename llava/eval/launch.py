@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 
 DEATH_SIGNAL_OPTION = 1  # PR_SET_PDEATHSIG of Linux
+SYSTEM = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: a fork must not load libraries
 PATIENCE = timedelta(days=30)  # ranks end hours apart; a barrier must not give up on them
 
 
@@ -44,8 +45,8 @@ def barrier(state: PartialState) -> None:
 
 def die_with_parent() -> None:
     """Have the system kill this process when its launcher dies, even by kill -9: no orphan writes on."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(DEATH_SIGNAL_OPTION, signal.SIGKILL)
+    if SYSTEM is not None:
+        SYSTEM.prctl(DEATH_SIGNAL_OPTION, signal.SIGKILL)
 
 
 def run_processes(module: str, arguments: Sequence[str], processes: int) -> int:
@@ -61,7 +62,8 @@ def run_processes(module: str, arguments: Sequence[str], processes: int) -> int:
         for rank in range(processes):
             place = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
             command = [sys.executable, "-m", module, *arguments]
-            running.append(subprocess.Popen(command, env={**os.environ, **place}))
+            # Bound to this process before the program starts: loading libraries takes seconds, in which it may die.
+            running.append(subprocess.Popen(command, env={**os.environ, **place}, preexec_fn=die_with_parent))
         while any(process.poll() is None for process in running):
             failed = next((process.returncode for process in running if process.poll()), 0)
             if failed:
