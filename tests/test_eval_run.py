@@ -18,6 +18,7 @@ from llava.eval import journal, run
 from llava.eval.benchmarks import BENCHMARKS, load_questions, run_tag
 from llava.eval.cost import prefill_flops
 from llava.eval.files import read_json, read_whole_lines
+from llava.pruning import get_pruner
 from records import GOLDEN
 
 CHECKPOINT = str(GOLDEN / "checkpoints" / "llava-v1.5-tiny")
@@ -85,6 +86,17 @@ def test_methods_inside_the_decoder_tell_their_average(own, tmp_path):
     config = read_json(GOLDEN / "checkpoints" / "llava-v1.5-tiny" / "config.json")
     shape = config["hidden_size"], config["intermediate_size"]
     assert summary["prefill_flops"] > prefill_flops([summary["average_tokens"]] * 3, *shape)  # it is convex
+
+
+def test_recycled_tokens_are_among_those_left(own, tmp_path):
+    """SparseVLM cuts twice in three layers, and its clusters stand in the prompt like any visual token."""
+    whole_picture = ("--pruner", "sparsevlm", "--keep-tokens", "300", "--pruner-args", "exclude_padding=false")
+    assert ask(own, tmp_path / "a.jsonl", *whole_picture) == 0
+    summary = read_json(tmp_path / "a.run" / "summary.json")
+    counts = get_pruner("sparsevlm").counts(576, 300, 3)
+    assert counts[-1] > get_pruner("sparsevlm").cuts(576, 300, 3)[-1].keep  # some are recycled
+    assert summary["visual_tokens"] == counts[-1]
+    assert summary["average_tokens"] == pytest.approx(sum(counts) / 3)
 
 
 def test_cut_short_and_gone_on_with(own, tmp_path, capsys):

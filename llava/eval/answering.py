@@ -128,12 +128,13 @@ class Answerer:
     def cost_of(self, tokens: KeptTokens) -> dict[str, float]:
         """Visual tokens left at the end of the decoder, their mean over layers, newline tokens, and prefill work.
 
-        Methods inside the decoder rank newline tokens like any other: there the mean and the work count them.
+        What a method inside the decoder has made of dropped tokens is among those left. Such methods rank newline
+        tokens like any other: their mean and their work count them.
         """
         config = self.model.config
         per_layer = tokens.per_layer or [tokens.patches] * config.num_hidden_layers
         return {
-            "visual_tokens": tokens.patches,
+            "visual_tokens": tokens.patches + tokens.recycled,
             "average_tokens": fmean(per_layer),
             "newline_tokens": tokens.newlines,
             "prefill_flops": prefill_flops(per_layer, config.hidden_size, config.intermediate_size),

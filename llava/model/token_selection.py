@@ -35,6 +35,8 @@ class KeptTokens:
         made: (V, k, d) the method's own tokens, projected; ``None`` if it makes none.
         per_layer: visual tokens, newlines among them, that enter each layer of the decoder, where a method inside it
             drops some; ``None`` where all layers see ``sequence``.
+        recycled: how many tokens a method inside the decoder has made of dropped ones, which stand beside ``sequence``
+            at its end.
     """
 
     sequence: Tensor
@@ -43,6 +45,7 @@ class KeptTokens:
     selection: Selection | None = None
     made: Tensor | None = None
     per_layer: tuple[int, ...] | None = None
+    recycled: int = 0
 
     @property
     def is_pruned(self) -> bool:
@@ -51,7 +54,8 @@ class KeptTokens:
     def surviving(self, places: Tensor) -> KeptTokens:
         """Only the tokens at some places (k,) of ``sequence``: those that a method inside the decoder has left."""
         sequence = self.sequence[places]
-        return replace(self, sequence=sequence, patches=int((sequence != NEWLINE).sum()))
+        recycled = 0 if self.per_layer is None else self.per_layer[-1] - len(sequence)
+        return replace(self, sequence=sequence, patches=int((sequence != NEWLINE).sum()), recycled=recycled)
 
     @property
     def newlines(self) -> int:

@@ -233,7 +233,9 @@ def decoder_counts(prompt: EmbeddedPrompts) -> str:
     counts = [tokens.per_layer or (len(tokens.sequence),) for tokens in prompt.kept]
     if any(tokens.per_layer for tokens in prompt.kept):
         average = sum(sum(layers) / len(layers) for layers in counts)
-        return f" left after the last cut in the decoder, {average:.1f} averaged over its layers"
+        recycled = sum(tokens.recycled for tokens in prompt.kept)
+        made = f" and {recycled} made of the others" if recycled else ""
+        return f"{made} left after the last cut in the decoder, {average:.1f} averaged over its layers"
     return "" if prompt.kept[0].is_pruned else ", nothing pruned"
 
 
