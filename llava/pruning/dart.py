@@ -9,27 +9,26 @@ import torch
 from torch import Tensor
 
 from llava.pruning.base import register
-from llava.pruning.decoder import Cut, CutInputs, DecoderPruner
-from llava.pruning.fastv import single_cut, single_layer
+from llava.pruning.decoder import CutInputs, SingleCut
 from llava.pruning.functional import cosine_similarity, stable_rank, working_dtype
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class DART(DecoderPruner):
+class DART(SingleCut):
     """After K layers keep pivot tokens and, for each pivot in turn, the visual tokens least similar to it.
 
     Paper: "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More" (Wen et al.,
     EMNLP 2025). Inputs at the cut: keys (B, n, k) and text_keys (B, t, k) of layer K - 1, and final (B, n, d) and
-    text_final (B, t, d), the hidden states through the decoder's last norm. Output: indices (B, R), R as in `fastv`.
-    Kept tokens keep their positions. No attention is computed.
+    text_final (B, t, d), the hidden states through the decoder's last norm. Output: indices (B, R), R as in
+    `SingleCut`. Kept tokens keep their positions. No attention is computed.
 
     1. Pivots: the 4 visual tokens and the 4 text tokens after the picture whose keys have the largest L1 norm.
     2. For each pivot, visual ones first, each by falling norm: of the tokens not yet taken, those with the smallest
        cosine similarity to it, (R - 4) / 8 of them.
 
     Args:
-        layer: K, as in `fastv`.
+        layer: K, how many layers see all tokens; see `SingleCut`.
         pivots: how many of each kind.
 
     Deviations from the paper: none known.
@@ -41,16 +40,12 @@ class DART(DecoderPruner):
     """
 
     name: ClassVar[str] = "dart"
-    watches: ClassVar[Literal["layer before", "layer after"]] = "layer before"
     queries: ClassVar[Literal["last", "text"]] = "text"
 
-    layer: int | None = None
     pivots: int = 4
 
     def __post_init__(self):
         super().__post_init__()
-        if self.layer is not None and self.layer < 1:
-            raise ValueError(f"layer must be at least 1, got {self.layer}")
         if self.pivots < 1:
             raise ValueError(f"pivots must be at least 1, got {self.pivots}")
 
@@ -62,15 +57,6 @@ class DART(DecoderPruner):
         visual, text = pivot_tokens(inputs.keys, inputs.text_keys, self.pivots, inputs.eligible)
         chosen = unlike_pivots(inputs.final, visual[:, :keep], inputs.text_final, text, keep, inputs.eligible)
         return chosen, None
-
-    def cut_layers(self, layers: int) -> list[int]:
-        return [single_layer(self.layer, 2, layers)]
-
-    def average_cuts(self, tokens: int, target: int, layers: int) -> list[Cut] | None:
-        return single_cut(self.cut_layers(layers)[0], tokens, target, layers)
-
-    def nominal_cuts(self, tokens: int, target: int, layers: int) -> list[Cut]:
-        return [Cut(self.cut_layers(layers)[0], target)]
 
 
 def pivot_tokens(

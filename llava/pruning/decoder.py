@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from llava.pruning.base import Pruner, PruningInputs, Selection
+from llava.pruning.base import Pruner, PruningInputs
 from llava.pruning.functional import lowest_ranked, stable_rank, working_dtype
 
 REFERENCE_LAYERS = 32  # the depth for which the published layers of the cuts are meant
@@ -171,14 +171,43 @@ class DecoderPruner(Pruner):
         kept = self.kept(cut.keep, able)
         return kept, self.made(able - kept) if cut.merge else 0
 
-    def select(self, inputs: PruningInputs, keep: int | None = None) -> Selection:
+    def choose(self, inputs: PruningInputs, keep: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         raise ValueError(
             f"pruner '{self.name}' chooses inside the decoder: it needs a host that attaches it to one, as "
             "llava.model.decoder_pruning does"
         )
 
-    def choose(self, inputs: PruningInputs, keep: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        raise NotImplementedError(f"pruner '{self.name}' chooses by choose_at")
+
+@dataclass(frozen=True, kw_only=True)
+class SingleCut(DecoderPruner):
+    """Base of the methods that drop tokens once: R of n stay after K layers.
+
+    R = (L m - K n) / (L - K), rounded, for m tokens on average over L layers.
+
+    Args:
+        layer: K, how many layers see all tokens. ``None`` is the published 2 in decoders of 32 layers and more; in
+            shallower ones 2 L / 32, at least 1.
+    """
+
+    watches: ClassVar[Literal["layer before", "layer after"]] = "layer before"
+
+    layer: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.layer is not None and self.layer < 1:
+            raise ValueError(f"layer must be at least 1, got {self.layer}")
+
+    def cut_layers(self, layers: int) -> list[int]:
+        return chosen_layers(self.layer, [2], layers)
+
+    def average_cuts(self, tokens: int, target: int, layers: int) -> list[Cut] | None:
+        after = self.cut_layers(layers)[0]
+        keep = int((layers * target - after * tokens) / (layers - after) + 0.5)
+        return [Cut(after, keep)] if keep >= 1 else None
+
+    def nominal_cuts(self, tokens: int, target: int, layers: int) -> list[Cut]:
+        return [Cut(self.cut_layers(layers)[0], target)]
 
 
 def tokens_per_layer(pruner: Pruner | None, tokens: int, layers: int) -> list[int]:
@@ -206,9 +235,15 @@ def scaled_layers(after: Sequence[int], layers: int) -> list[int]:
     return places
 
 
-def given_layers(text: str, layers: int) -> list[int]:
-    """Layers of cuts as an option gives them, "2/8/16". Raises ValueError where they do not fit the decoder."""
-    places = parse_layers(text)
+def chosen_layers(given: str | int | None, published: Sequence[int], layers: int) -> list[int]:
+    """Where cuts go: as an option gives them, "2/8/16", or as published for 32 layers where it is ``None``.
+
+    Raises:
+        ValueError: those given do not fit a decoder of ``layers`` layers.
+    """
+    if given is None:
+        return scaled_layers(published, layers)
+    places = parse_layers(str(given))
     if places[-1] >= layers:
         raise ValueError(f"a cut after {places[-1]} layers does not fit a decoder of {layers}")
     return places

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
 from llava.pruning.base import register
-from llava.pruning.decoder import Cut, CutInputs, DecoderPruner, highest, last_row_scores, scaled_layers
+from llava.pruning.decoder import CutInputs, SingleCut, highest, last_row_scores
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class FastV(DecoderPruner):
+class FastV(SingleCut):
     """After K layers keep the R visual tokens to which the last prompt token attends most.
 
     Paper: "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large Vision-Language
@@ -24,8 +24,7 @@ class FastV(DecoderPruner):
     2. The R tokens with the largest a stay, R = (L m - K n) / (L - K) for m tokens on average over L layers.
 
     Args:
-        layer: K, how many layers see all tokens. ``None`` is the published 2 in decoders of 32 layers and more; in
-            shallower ones 2 L / 32, at least 1.
+        layer: K, how many layers see all tokens; see `SingleCut`.
 
     Deviations from the paper: (1) the paper averages the attention that a token receives over all queries; like the
     released code we read the last query's row alone.
@@ -37,14 +36,6 @@ class FastV(DecoderPruner):
     """
 
     name: ClassVar[str] = "fastv"
-    watches: ClassVar[Literal["layer before", "layer after"]] = "layer before"
-
-    layer: int | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.layer is not None and self.layer < 1:
-            raise ValueError(f"layer must be at least 1, got {self.layer}")
 
     @property
     def reads(self) -> frozenset[str]:
@@ -52,27 +43,3 @@ class FastV(DecoderPruner):
 
     def choose_at(self, inputs: CutInputs, keep: int, make: int = 0) -> tuple[Tensor, Tensor | None]:
         return highest(last_row_scores(inputs.attention), keep, inputs.eligible), None
-
-    def cut_layers(self, layers: int) -> list[int]:
-        return [single_layer(self.layer, 2, layers)]
-
-    def average_cuts(self, tokens: int, target: int, layers: int) -> list[Cut] | None:
-        return single_cut(self.cut_layers(layers)[0], tokens, target, layers)
-
-    def nominal_cuts(self, tokens: int, target: int, layers: int) -> list[Cut]:
-        return [Cut(self.cut_layers(layers)[0], target)]
-
-
-def single_layer(given: int | None, published: int, layers: int) -> int:
-    """The layer of a method with one cut. Raises ValueError where a given one does not fit the decoder."""
-    if given is None:
-        return scaled_layers([published], layers)[0]
-    if given >= layers:
-        raise ValueError(f"a cut after {given} layers does not fit a decoder of {layers}")
-    return given
-
-
-def single_cut(after: int, tokens: int, target: int, layers: int) -> list[Cut] | None:
-    """R such that K n + (L - K) R = L m, rounded; ``None`` if that leaves no token."""
-    keep = int((layers * target - after * tokens) / (layers - after) + 0.5)
-    return [Cut(after, keep)] if keep >= 1 else None

@@ -12,11 +12,10 @@ from llava.pruning.decoder import (
     Cut,
     CutInputs,
     DecoderPruner,
-    given_layers,
+    chosen_layers,
     highest,
     last_row_scores,
     parse_layers,
-    scaled_layers,
 )
 
 
@@ -72,7 +71,7 @@ class PyramidDrop(DecoderPruner):
         return highest(last_row_scores(inputs.attention), keep, inputs.eligible), None
 
     def cut_layers(self, layers: int) -> list[int]:
-        return scaled_layers([2, 8, 16], layers) if self.layers is None else given_layers(self.layers, layers)
+        return chosen_layers(self.layers, [2, 8, 16], layers)
 
     def average_cuts(self, tokens: int, target: int, layers: int) -> list[Cut] | None:
         places = self.cut_layers(layers)

@@ -15,10 +15,9 @@ from llava.pruning.decoder import (
     Cut,
     CutInputs,
     DecoderPruner,
-    given_layers,
+    chosen_layers,
     highest,
     parse_layers,
-    scaled_layers,
 )
 from llava.pruning.functional import inner_products, stable_rank, working_dtype
 
@@ -119,7 +118,7 @@ class SparseVLM(DecoderPruner):
         return cluster_count(pool_size(dropped)) if self.version == 1 and dropped > 0 else 0
 
     def cut_layers(self, layers: int) -> list[int]:
-        return scaled_layers([3, 7, 16], layers) if self.layers is None else given_layers(self.layers, layers)
+        return chosen_layers(self.layers, [3, 7, 16], layers)
 
     def average_cuts(self, tokens: int, target: int, layers: int) -> list[Cut] | None:
         places = self.cut_layers(layers)
