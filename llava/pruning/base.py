@@ -18,6 +18,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from llava.pruning.functional import relevance_scores
+
 RELEVANCE_SOURCES = {"image_embeds", "text_embeds", "query_embeds"}  # not needed when the caller brings relevance
 
 _REGISTRY: dict[str, type[Pruner]] = {}
@@ -89,10 +91,6 @@ class PruningInputs:
             value = getattr(self, name)
             if value is not None and value.shape[0] not in (1, shape[0]):
                 raise ValueError(f"{name} must have 1 or {shape[0]} rows, got shape {tuple(value.shape)}")
-
-    def sign(self, asked: int | None) -> int:
-        """The sign of relevance in the joint space: as a method's option has it, or the host's."""
-        return self.relevance_sign if asked is None else asked
 
     @property
     def views(self) -> int:
@@ -180,8 +178,6 @@ class Pruner(ABC):
             value = getattr(self, option.name)
             if allowed and all(isinstance(a, str) for a in allowed) and value not in allowed:
                 raise ValueError(f"{option.name} must be one of {', '.join(allowed)}; got {value!r}")
-        if getattr(self, "relevance_sign", None) not in (None, -1, 1):  # an option of those that read relevance
-            raise ValueError(f"relevance_sign must be -1 or 1, got {self.relevance_sign}")
         if self.makes_tokens and self.scope != "view":
             raise ValueError(f"pruner '{self.name}' makes tokens of each view: scope must be view, got {self.scope!r}")
 
@@ -264,6 +260,38 @@ class Pruner(ABC):
     def make(self, inputs: PruningInputs, kept: Selection, count: int) -> Selection:
         """Add ``count`` tokens per view of the method's own to those kept: see `Selection.made`."""
         return kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelevancePruner(Pruner):
+    """Base of the methods that read how relevant a token is to the question.
+
+    Args:
+        relevance_sign: sign under which similarity in the joint space grows with relevance; ``None`` takes what the
+            host states, -1 for CLIP towers.
+    """
+
+    relevance_sign: int | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.relevance_sign not in (None, -1, 1):
+            raise ValueError(f"relevance_sign must be -1 or 1, got {self.relevance_sign}")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"image_embeds", "text_embeds"})
+
+    def sign(self, inputs: PruningInputs) -> int:
+        return inputs.relevance_sign if self.relevance_sign is None else self.relevance_sign
+
+    def joint_relevance(self, inputs: PruningInputs, normalise: bool = True) -> Tensor:
+        """Raw scores (B, n) in the joint space as `relevance_scores` gives them, or those that the caller brought."""
+        if inputs.relevance is not None:
+            return inputs.relevance
+        return relevance_scores(
+            inputs.image_embeds, inputs.text_embeds, inputs.text_mask, self.sign(inputs), normalise
+        )
 
 
 def keep_none(inputs: PruningInputs) -> Tensor:

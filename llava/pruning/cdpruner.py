@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from llava.pruning.base import Pruner, PruningInputs, register
-from llava.pruning.functional import cosine_similarity, greedy_map_rank, lowest_ranked, min_max, relevance_scores
+from llava.pruning.base import PruningInputs, RelevancePruner, register
+from llava.pruning.functional import cosine_similarity, greedy_map_rank, lowest_ranked, min_max
 
 OFFSET = 1e-6  # keeps the least relevant token in the kernel
 RANK_USED_UP = 1e-10  # a smaller remaining variance is rounding
@@ -17,7 +17,7 @@ RANK_USED_UP = 1e-10  # a smaller remaining variance is rounding
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class CDPruner(Pruner):
+class CDPruner(RelevancePruner):
     """Keep the m tokens that a DPP, weighted by relevance to the question, picks greedily.
 
     Paper: "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs". Inputs:
@@ -49,24 +49,15 @@ class CDPruner(Pruner):
 
     scaling: Literal["view", "picture"] = "view"
     theta: float | None = None
-    relevance_sign: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
         if self.theta is not None and not 0 < self.theta < 1:
             raise ValueError(f"theta must lie between 0 and 1, both excluded, got {self.theta}")
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"image_embeds", "text_embeds"})
-
     def choose(self, inputs: PruningInputs, keep: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        raw = inputs.relevance
-        if raw is None:
-            sign = inputs.sign(self.relevance_sign)
-            raw = relevance_scores(inputs.image_embeds, inputs.text_embeds, inputs.text_mask, sign)
         groups = inputs.pictures if self.scaling == "picture" else None
-        relevance = min_max(raw, inputs.valid, groups, OFFSET)
+        relevance = min_max(self.joint_relevance(inputs), inputs.valid, groups, OFFSET)
         weight = relevance
         if self.theta is not None:
             weight = (self.theta / (2 * (1 - self.theta)) * relevance).exp()

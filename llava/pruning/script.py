@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from llava.pruning.base import Pruner, PruningInputs, register
+from llava.pruning.base import PruningInputs, RelevancePruner, register
 from llava.pruning.functional import (
     cosine_similarity,
     greedy_map_rank,
@@ -24,7 +24,7 @@ from llava.pruning.random import random_scores
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Script(Pruner):
+class Script(RelevancePruner):
     """Drop tokens that repeat others, order the rest by a DPP conditioned on the question, keep the first m.
 
     Paper: "Script: Graph-Structured and Query-Conditioned Semantic Token Pruning for Multimodal Large Language
@@ -74,7 +74,6 @@ class Script(Pruner):
     gsp: bool = True
     relevance: Literal["clip", "projector", "none"] = "clip"
     dpp: bool = True
-    relevance_sign: int | None = None
     kernel_exponent: float = 1.0
     restrict: bool = False
     graph: Literal["bipartite", "exhaustive"] = "bipartite"
@@ -122,13 +121,10 @@ class Script(Pruner):
 
     def raw_relevance(self, inputs: PruningInputs) -> Tensor:
         """r (B, n) before scaling (Eq. 4), or the scores that the caller brought."""
-        if inputs.relevance is not None:
-            return inputs.relevance
-        if self.relevance == "projector":
-            sign = 1 if self.relevance_sign is None else self.relevance_sign
-            return relevance_scores(inputs.features, pooled_query(inputs), sign=sign)
-        sign = inputs.sign(self.relevance_sign)
-        return relevance_scores(inputs.image_embeds, inputs.text_embeds, inputs.text_mask, sign)
+        if self.relevance == "clip" or inputs.relevance is not None:
+            return self.joint_relevance(inputs)
+        sign = 1 if self.relevance_sign is None else self.relevance_sign
+        return relevance_scores(inputs.features, pooled_query(inputs), sign=sign)
 
     def order(
         self,

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.base import Pruner, PruningInputs, register
+from llava.pruning.base import PruningInputs, RelevancePruner, register
 from llava.pruning.functional import (
     conditional_kernel,
     cosine_similarity,
@@ -23,7 +23,7 @@ EPSILON = 1e-6
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class ScriptRelease(Pruner):
+class ScriptRelease(RelevancePruner):
     """Keep what the released code of Script keeps, so that it can be compared with the paper's method.
 
     Paper: "Script: Graph-Structured and Query-Conditioned Semantic Token Pruning for Multimodal Large Language
@@ -58,18 +58,15 @@ class ScriptRelease(Pruner):
     minimum_degree: int = 4
     relevance_sign: int | None = -1
 
-    @property
-    def needs(self) -> frozenset[str]:
-        return frozenset({"image_embeds", "text_embeds"})
-
     def choose(self, inputs: PruningInputs, keep: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         similarity = cosine_similarity(inputs.features)
         redundancy = self.redundancy(similarity)
         marked = stable_rank(redundancy, descending=True) < keep
         raw = inputs.relevance
         if raw is None:
-            sign = inputs.sign(self.relevance_sign)
-            raw = sign * product_with_better_half(inputs.image_embeds, inputs.text_embeds, inputs.text_mask)
+            raw = self.sign(inputs) * product_with_better_half(
+                inputs.image_embeds, inputs.text_embeds, inputs.text_mask
+            )
         relevance = scale(raw.nan_to_num(), inputs.valid)
         rank = residual_rank(conditional_kernel(similarity, relevance), keep, inputs.valid)
         chosen = rank < keep

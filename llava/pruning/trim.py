@@ -10,13 +10,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.base import Pruner, PruningInputs, Selection, register
-from llava.pruning.functional import lowest_ranked, relevance_scores, stable_rank
+from llava.pruning.base import PruningInputs, RelevancePruner, Selection, register
+from llava.pruning.functional import lowest_ranked, stable_rank
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Trim(Pruner):
+class Trim(RelevancePruner):
     """Keep the m - 1 tokens most relevant to the question, and the mean of all others as one token more.
 
     Paper: "Less is More: A Simple yet Effective Token Reduction Method for Efficient Multi-modal LLMs". Inputs:
@@ -49,11 +49,10 @@ class Trim(Pruner):
 
     normalise: bool = False
     adaptive: bool = False
-    relevance_sign: int | None = None
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"encoder_features", "image_embeds", "text_embeds"})
+        return super().needs | {"encoder_features"}
 
     @property
     def count_is_exact(self) -> bool:
@@ -67,13 +66,7 @@ class Trim(Pruner):
         return kept, eligible.any(-1).long() if self.adaptive else made
 
     def choose(self, inputs: PruningInputs, keep: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        raw = inputs.relevance
-        if raw is None:
-            sign = inputs.sign(self.relevance_sign)
-            raw = relevance_scores(
-                inputs.image_embeds, inputs.text_embeds, inputs.text_mask, sign, normalise=self.normalise
-            )
-        raw = raw.nan_to_num()
+        raw = self.joint_relevance(inputs, self.normalise).nan_to_num()
         scores = (raw if inputs.valid is None else raw.masked_fill(~inputs.valid, -torch.inf)).softmax(-1).nan_to_num()
         rank = stable_rank(scores, descending=True)
         details = {"relevance": scores}
