@@ -9,7 +9,7 @@ from transformers import CLIPVisionModelWithProjection
 from llava.eval.answering import Answerer
 from llava.eval.benchmarks import Question
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model.llava_arch import EncodedImages
+from llava.model.encoded_images import EncodedImages
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.token_selection import count_kept
 from llava.model.view_layout import NEWLINE, flat_layout, kept_places, with_made_tokens

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llava.mm_utils import anyres_grid, process_images, tokenizer_image_token
-from llava.model.llava_arch import EncodedImages
+from llava.model.encoded_images import EncodedImages
 from llava.model.token_selection import count_kept
 from llava.model.view_layout import NEWLINE, kept_sequence, padded_square_layout, tiled_layout
 from llava.pruning import get_pruner, list_pruners, pruner_class

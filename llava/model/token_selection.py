@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from llava.mm_utils import encode_text
+from llava.model.encoded_images import EncodedImages
 from llava.model.view_layout import NEWLINE, ViewLayout, kept_places, kept_sequence, with_made_tokens
 from llava.pruning import DecoderPruner, Pruner, PruningInputs, Selection
 
 if TYPE_CHECKING:
-    from llava.model.llava_arch import EncodedImages, LlavaMetaForCausalLM
+    from llava.model.llava_arch import LlavaMetaForCausalLM
 
 BESIDE_PATCHES = {"class_attention", "mean_attention", "key_metric", "class_features"}
 TOWER_FIELDS = BESIDE_PATCHES | {"image_embeds", "pixels"}

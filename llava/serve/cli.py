@@ -18,7 +18,8 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, conv_templates, template_for
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
 from llava.model.builder import DEFAULT_CHECKPOINT, load_pretrained_model
-from llava.model.llava_arch import EmbeddedPrompts, EncodedImages
+from llava.model.encoded_images import EncodedImages
+from llava.model.llava_arch import EmbeddedPrompts
 from llava.pruning import Pruner, get_pruner, list_pruners, parse_budget, parse_options
 from llava.serve.token_picture import draw_kept_tokens
 

@@ -18,7 +18,7 @@ from train_language import pick
 from views import GRID, VIEW, compressed, patch_objects
 
 from llava.mm_utils import anyres_grid, process_anyres_image
-from llava.model.llava_arch import EncodedImages
+from llava.model.encoded_images import EncodedImages
 from llava.model.view_layout import ViewLayout, kept_sequence, tiled_layout
 
 

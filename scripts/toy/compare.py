@@ -38,7 +38,7 @@ from llava.eval.files import write_whole
 from llava.eval.report import UNPRUNED, read_run
 from llava.eval.selection_speed import time_rows
 from llava.model.builder import DEFAULT_CHECKPOINT, TOY_FOLDER
-from llava.model.llava_arch import EncodedImages
+from llava.model.encoded_images import EncodedImages
 from llava.model.token_selection import select_tokens
 from llava.pruning import DecoderPruner, Pruner, get_pruner, list_pruners
 

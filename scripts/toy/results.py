@@ -27,7 +27,7 @@ from tqdm import tqdm
 from llava.conversation import conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.model.llava_arch import EncodedImages
+from llava.model.encoded_images import EncodedImages
 from llava.pruning import Pruner, get_pruner
 from llava.pruning.functional import relevance_scores
 

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from views import Views, normalize
 
 from llava.constants import IGNORE_INDEX
+from llava.model.encoded_images import EncodedImages
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.llava_arch import EncodedImages
 from llava.model.view_layout import flat_layout
 
 

@@ -13,7 +13,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import IGNORE_INDEX
 from llava.model.decoder_pruning import DecoderPruning, find_pruning, going_on_with
-from llava.model.llava_arch import EmbeddedPrompts, EncodedImages, LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.encoded_images import EncodedImages
+from llava.model.llava_arch import EmbeddedPrompts, LlavaMetaForCausalLM, LlavaMetaModel
 from llava.pruning import Pruner
 
 
