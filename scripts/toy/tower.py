@@ -34,10 +34,14 @@ def clip_config(vocabulary: int) -> CLIPConfig:
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)
 
 
+def frequencies(width: int) -> Tensor:
+    """Of the position embeddings, in radians per patch, for wavelengths from 5 to 125 patches: (width / 4,)."""
+    return 1.25 * 0.04 ** torch.linspace(0, 1, width // 4)
+
+
 def grid_positions(width: int) -> Tensor:
-    """Sines and cosines of row and column, wavelengths from 5 to 125 patches: (576, width)."""
-    waves = 1.25 * 0.04 ** torch.linspace(0, 1, width // 4)
-    phases = torch.arange(GRID)[:, None] * waves
+    """Sines and cosines of row and column: (576, width)."""
+    phases = torch.arange(GRID)[:, None] * frequencies(width)
     line = torch.cat((phases.sin(), phases.cos()), dim=1)  # (24, width / 2)
     rows, columns = line[:, None].expand(-1, GRID, -1), line[None].expand(GRID, -1, -1)
     return torch.cat((rows, columns), dim=-1).flatten(0, 1)
@@ -45,8 +49,8 @@ def grid_positions(width: int) -> Tensor:
 
 def column_shift(width: int, columns: int) -> Tensor:
     """The matrix (width, width) that turns a patch's `grid_positions` into those of one ``columns`` further right."""
-    waves = 1.25 * 0.04 ** torch.linspace(0, 1, width // 4)
-    cosine, sine = (columns * waves).cos().diag(), (columns * waves).sin().diag()
+    angles = columns * frequencies(width)
+    cosine, sine = angles.cos().diag(), angles.sin().diag()
     turned = torch.cat((torch.cat((cosine, sine), dim=1), torch.cat((-sine, cosine), dim=1)))
     return torch.block_diag(torch.eye(width // 2), turned)
 

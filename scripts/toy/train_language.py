@@ -210,20 +210,24 @@ def train_captions(
     every other step to tell what is there from what is not.
     """
     stage = Stage(work, "captions", model, settings)
+    kinds = (("checklists", make_checklist), ("captions", make_caption))
+    losses: defaultdict[str, list[float]] = defaultdict(list)
     for step in stage.steps():
         rng = np.random.default_rng([settings.seed, step])
         budget = settings.draw(rng)
         chosen = rng.choice(len(train.layouts), budget.pictures, replace=False)
         patches = [choose_patches(train.owners[picture], [], budget.tokens, rng) for picture in chosen]
-        make, talks = make_caption if step % 2 else make_checklist, []
+        kind, make = kinds[step % 2]
+        talks = []
         for picture, shown in zip(chosen, patches, strict=True):
             seen = {int(owner) for owner in train.owners[picture][shown] if owner >= 0}
             talks.append(make(train.layouts[picture], seen, rng, tokenizer))
         pictures = train.show(model, chosen, patches)
         stage.update(model(**pad_batch(talks, tokenizer.pad_token_id), images=pictures).loss)
+        losses[kind].append(stage.losses[-1])
         if stage.is_due(step):
-            checklists, captions = (float(np.mean(stage.losses[kind::2])) for kind in (0, 1))
-            stage.save(step, {"checklists": checklists, "captions": captions})
+            stage.save(step, {name: float(np.mean(values)) for name, values in losses.items()})
+            losses.clear()
 
 
 def train_questions(
