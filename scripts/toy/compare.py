@@ -16,7 +16,6 @@ import os
 import platform
 import random
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -28,6 +27,7 @@ from pathlib import Path
 import torch
 from compare_report import Measured, Task, document, make_cells, plot
 from files import write_bytes, write_text
+from results import describe_commit
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
@@ -167,11 +167,9 @@ def time_methods(arguments: Sequence[str], methods: Sequence[str], budget: int, 
 
 def describe(options: argparse.Namespace, questions: dict[str, Path], timed: dict[str, int]) -> dict:
     """What a reader needs to do it again."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
     return {
         "command": " ".join(["python scripts/toy/compare.py", *options.given]),
-        "commit": commit,
+        "commit": describe_commit(),
         "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores, {options.workers} processes of one thread",
         "versions": identity.library_versions(),
         "model": options.model_path.name,

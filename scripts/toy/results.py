@@ -3,7 +3,8 @@
     python scripts/toy/results.py
 
 Questions are drawn anew from scenes that neither training nor the committed test sets contain. Every cell is stored
-as soon as it is measured, so that an interrupted run goes on where it stopped; RESULTS.md is written at the end.
+as soon as it is measured, so that an interrupted run goes on where it stopped, as long as the code is the same;
+RESULTS.md is written at the end.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from questions import Question, color_check, color_of, existence, shape_of, text_check, written_on
+from questions import NO, YES, Question, color_check, color_of, existence, shape_of, text_check, written_on
 from scenes import make_scene, scene_rng
 from tqdm import tqdm
 
 from llava.conversation import conv_templates
+from llava.eval.identity import code_version
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.encoded_images import EncodedImages
@@ -131,9 +133,9 @@ def rows_of(sign: int, seeds: int) -> list[Row]:
 # --- measuring -----------------------------------------------------------------------------------------------------
 
 
-def accuracy(model, tokenizer, world: World, shown: EncodedImages, pruner: Pruner | None, batch: int) -> list[bool]:
-    """Whether each question is answered right."""
-    right = []
+def answers_of(model, tokenizer, world: World, pruner: Pruner | None, batch: int) -> list[str]:
+    """What the model answers to each question."""
+    texts = []
     for start in range(0, len(world.asked), batch):
         chunk = world.asked[start : start + batch]
         rows = [tokenizer_image_token(prompt_of(asked.question), tokenizer) for asked in chunk]
@@ -143,15 +145,36 @@ def accuracy(model, tokenizer, world: World, shown: EncodedImages, pruner: Prune
         answers = model.generate(
             ids,
             attention_mask=mask,
-            images=shown.pick([asked.scene for asked in chunk]),
+            images=world.encoded.pick([asked.scene for asked in chunk]),
             pruner=pruner,
             query=[asked.question.text for asked in chunk],
             sample_ids=[asked.scene for asked in chunk],
             max_new_tokens=6,
         )
-        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        right += [t.strip().lower() == a.question.answer.lower() for t, a in zip(texts, chunk, strict=True)]
-    return right
+        texts += [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    return texts
+
+
+def accuracy(model, tokenizer, world: World, pruner: Pruner | None, batch: int) -> list[bool]:
+    """Whether each question is answered right."""
+    texts = answers_of(model, tokenizer, world, pruner, batch)
+    return [text.lower() == a.question.answer.lower() for text, a in zip(texts, world.asked, strict=True)]
+
+
+def reading_report(world: World, texts: list[str]) -> dict[str, list[int]]:
+    """Of the questions about text, by what is to be read: [right, right but for the order of characters, all]."""
+    report: dict[str, list[int]] = {}
+    for asked, text in zip(world.asked, texts, strict=True):
+        truth = asked.question.answer
+        if asked.skill != "text":
+            continue
+        kind = "yes or no" if truth in (YES, NO) else "number" if truth.isdigit() else "word"
+        counts = report.setdefault(kind, [0, 0, 0])
+        is_right = text.lower() == truth.lower()
+        counts[0] += is_right
+        counts[1] += not is_right and sorted(text) == sorted(truth)
+        counts[2] += 1
+    return report
 
 
 def prompt_of(question: Question) -> str:
@@ -243,7 +266,13 @@ def merge_seeds(cells: dict[str, dict[str, list[float]]]) -> dict[str, dict[str,
     return merged
 
 
-def write_report(path: Path, configuration: dict, cells: dict, relevance: dict) -> None:
+def describe_commit() -> str:
+    """The commit of these sources, "-dirty" if they were changed since; "unknown" outside a repository."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def write_report(path: Path, configuration: dict, cells: dict, reading: dict, relevance: dict) -> None:
     cells = merge_seeds(cells)
     labels = list(dict.fromkeys(key.rsplit("|", 1)[0] for key in cells if not key.startswith("unpruned")))
     labels.sort(key=lambda label: label != "script")
@@ -272,6 +301,12 @@ def write_report(path: Path, configuration: dict, cells: dict, relevance: dict) 
             lines.append(f"| {label} | " + " | ".join(f"{100 * a:.1f} ± {100 * s:.1f}" for a, s in row) + " |")
         lines.append("")
     lines += [
+        "## What is read of signs, unpruned",
+        "",
+        "| | right | right but for the order | questions |",
+        "|---|---|---|---|",
+        *(f"| {kind} | " + " | ".join(map(str, counts)) + " |" for kind, counts in sorted(reading.items())),
+        "",
         "## Does relevance find the asked object?",
         "",
         "AUC: the probability that a patch of the asked object is more relevant than one that is not. "
@@ -308,6 +343,7 @@ def main() -> None:
         "questions": len(world.asked),
         "seeds": options.seeds,
         "budgets": options.budgets,
+        "code": code_version(),
         "weights": str(round(sum(float(p.double().abs().sum()) for p in model.parameters()), 3)),
     }
     store = options.out.with_suffix(".json")
@@ -318,14 +354,16 @@ def main() -> None:
     jobs = [("unpruned|576", None, None)] + [(f"{row.label}|{m}", row, m) for row in rows for m in options.budgets]
     for key, row, m in tqdm([job for job in jobs if job[0] not in cells], desc="cells"):
         pruner = None if row is None else row.pruner(m)
-        cells[key] = summarise(world, accuracy(model, tokenizer, world, world.encoded, pruner, options.batch))
+        cells[key] = summarise(world, accuracy(model, tokenizer, world, pruner, options.batch))
         partial = store.with_suffix(".tmp")
         partial.write_text(json.dumps({"configuration": configuration, "cells": cells}, indent=1))
         partial.replace(store)
+    reading = reading_report(world, answers_of(model, tokenizer, world, None, options.batch))
     relevance = relevance_report(model, world, tuple(options.budgets), sign)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     machine = f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()} CPU"
-    write_report(options.out, {**configuration, "commit": commit, "machine": machine}, cells, relevance)
+    write_report(
+        options.out, {**configuration, "commit": describe_commit(), "machine": machine}, cells, reading, relevance
+    )
     print(options.out.read_text())
 
 
