@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 
+from llava.checkpoint import CheckpointError, find_folder
 from llava.model import builder
 from llava.model.builder import load_pretrained_model
-from llava.model.checkpoint import CheckpointError, find_folder
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.pruning import get_pruner
 from records import GOLDEN

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import llava
-from llava.model.checkpoint import find_folder, read_json, weight_files
+from llava.checkpoint import find_folder, read_json, weight_files
 
 LIBRARIES = ("torch", "transformers", "accelerate", "pillow", "numpy")
 # Of the evaluation, what a question or an answer passes through; reports and scorers change none, but MMBench's says

@@ -21,6 +21,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from llava.checkpoint import find_folder
 from llava.conversation import conv_templates, template_for
 from llava.eval import identity, journal, score
 from llava.eval.answering import Answerer, BrokenQuestion, Prepared, Stopwatch, prepared_batches
@@ -29,7 +30,6 @@ from llava.eval.files import require
 from llava.eval.launch import barrier, is_launched, join_processes, run_processes
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import DEFAULT_CHECKPOINT, check_files, load_pretrained_model, pick_device, read_config
-from llava.model.checkpoint import find_folder
 from llava.pruning import Pruner, get_pruner, list_pruners, parse_budget, parse_options
 
 OWN_SECTION = "Your own questions"

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
+from llava.checkpoint import CheckpointError, find_folder, read_json, read_tensors, weight_files
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
+from llava.joint_space.clip import check_joint_space
 from llava.mm_utils import get_model_name_from_path
-from llava.model.checkpoint import CheckpointError, find_folder, read_json, read_tensors, weight_files
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.multimodal_encoder.clip_encoder import check_joint_space
 from llava.pruning import Pruner
 
 MODEL_TYPES = ("llava", "llava_llama")  # "llava" is what checkpoints of 2023 are called

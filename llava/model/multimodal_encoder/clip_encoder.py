@@ -10,22 +10,15 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-)
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from llava.model.checkpoint import CheckpointError, find_folder, read_json, read_tensors
+from llava.checkpoint import fill_module, find_folder, read_tensors
+from llava.joint_space.clip import ClipJointSpace
 
 # Pillow resizes as LLaVA's training did; the library's default is torchvision, whose bicubic differs, where installed.
 CLIPImageProcessor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
 
 VISION_PREFIX = "vision_model."
-PROJECTION = "visual_projection.weight"
 
 
 @dataclass(frozen=True)
@@ -53,7 +46,7 @@ class CLIPVisionTower(nn.Module):
         select_feature: "patch" drops the class token, "cls_patch" keeps it.
     """
 
-    relevance_sign = -1  # patches of the second-to-last layer are less similar to what they show (see script.py)
+    relevance_sign = ClipJointSpace.relevance_sign
 
     def __init__(
         self, name: str, select_layer: int = -2, select_feature: Literal["patch", "cls_patch"] = "patch"
@@ -101,7 +94,7 @@ class CLIPVisionTower(nn.Module):
         with torch.device("meta"):
             tower = CLIPVisionModelWithProjection(config)
         del tower.visual_projection  # part of the joint space; LLaVA's checkpoints do not have it
-        _fill(tower, weights or read_tensors(self.folder, (VISION_PREFIX,)), self.folder, dtype)
+        fill_module(tower, weights or read_tensors(self.folder, (VISION_PREFIX,)), self.folder, dtype)
         self.vision_tower = tower.to(device).requires_grad_(False).eval()
 
     def forward(self, pixels: Tensor, any_size: bool = False) -> Tensor:
@@ -164,10 +157,7 @@ class CLIPVisionTower(nn.Module):
     # Script: the joint space in which patches and question meet, for methods that ask for it
     def image_embeds(self, features: Tensor) -> Tensor:
         """Patches (V, n, c) -> joint space (V, n, e) float32, by CLIP's last norm and projection, patch by patch."""
-        norm = self.vision_tower.vision_model.post_layernorm
-        weight, bias = norm.weight.float(), norm.bias.float()
-        features = F.layer_norm(features.float(), norm.normalized_shape, weight, bias, norm.eps)
-        return F.linear(features, self.joint_space().visual_projection.to(features.device))
+        return self.joint_space().image_embeds(features, self.vision_tower.vision_model.post_layernorm)
 
     def text_embeds(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Questions -> joint space; see `ClipJointSpace.text_embeds`."""
@@ -202,74 +192,3 @@ class CLIPVisionTower(nn.Module):
     @property
     def num_patches(self) -> int:
         return self.num_patches_per_side**2
-
-
-class ClipJointSpace:
-    """The space in which CLIP compares pictures and texts: its text encoder and both projections.
-
-    No module of the model, so that checkpoints saved from it stay in LLaVA's format.
-
-    Raises:
-        CheckpointError: a file that it needs is missing; see `check_joint_space`.
-    """
-
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device | str) -> None:
-        check_joint_space(folder)
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
-        config = CLIPTextConfig.from_pretrained(folder)
-        self.max_length = config.max_position_embeddings
-        with torch.device("meta"):
-            model = CLIPTextModelWithProjection(config)
-        tensors = read_tensors(folder, ("text_model.", "text_projection.", PROJECTION))
-        self.visual_projection = tensors.pop(PROJECTION).float().to(device)  # (e, c)
-        _fill(model, tensors, folder, dtype)
-        self.text_model = model.to(device).requires_grad_(False).eval()
-
-    def segments(self, text: str) -> list[list[int]]:
-        """Token ids of a text, cut into pieces that fit the encoder, each with its own start and end token."""
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        room = self.max_length - 2
-        pieces = [ids[start : start + room] for start in range(0, max(len(ids), 1), room)]
-        return [[self.tokenizer.bos_token_id, *piece, self.tokenizer.eos_token_id] for piece in pieces]
-
-    @torch.inference_mode()
-    def text_embeds(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """T texts -> embeddings (T, M, e) float32 of their segments and mask (T, M), False where a text has fewer."""
-        segments = [self.segments(text) for text in texts]
-        counts = torch.tensor([len(pieces) for pieces in segments])
-        rows = self.tokenizer.pad({"input_ids": [ids for pieces in segments for ids in pieces]}, return_tensors="pt")
-        outputs = self.text_model(**rows.to(self.text_model.device)).text_embeds.float()
-        embeds = nn.utils.rnn.pad_sequence(outputs.split(counts.tolist()), batch_first=True)
-        mask = torch.arange(embeds.shape[1]) < counts[:, None]
-        return embeds, mask.to(embeds.device)
-
-
-def check_joint_space(folder: Path) -> None:
-    """Raise CheckpointError unless ``folder`` holds CLIP's tokenizer and text weights; lists what is missing."""
-    has = {name: (folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "merges.txt")}
-    missing = []
-    if not has["tokenizer.json"] and not (has["vocab.json"] and has["merges.txt"]):
-        missing.append("tokenizer.json (or vocab.json and merges.txt)")
-    if "text_config" not in read_json(folder / "config.json"):
-        missing.append("text_config in config.json")
-    try:
-        found = read_tensors(folder, ("text_projection.", PROJECTION))
-        missing += [f"weights {name}" for name in ("text_projection.weight", PROJECTION) if name not in found]
-    except CheckpointError as error:
-        missing.append(str(error))
-    if missing:
-        raise CheckpointError(
-            f"relevance=clip needs CLIP's text tower, but {folder} lacks: {'; '.join(missing)}. "
-            f"relevance=projector needs no text tower"
-        )
-
-
-def _fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
-    """Give a module built on the meta device its tensors, cast to ``dtype``; CheckpointError if one is missing."""
-    missing = [name for name in model.state_dict() if name not in tensors]
-    if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} tensors of {type(model).__name__}, first {missing[0]}")
-    model.load_state_dict({name: tensors[name].to(dtype) for name in model.state_dict()}, assign=True)
-    for module in model.modules():
-        if hasattr(module, "position_ids"):  # not stored in checkpoints
-            module.position_ids = torch.arange(module.position_ids.shape[-1])[None]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 WEIGHT_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -115,3 +115,14 @@ def read_tensors(folder: Path, prefixes: Iterable[str]) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
             found |= {name: tensor for name, tensor in state.items() if name.startswith(prefixes)}
     return found
+
+
+def fill_module(model: nn.Module, tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
+    """Give a module built on the meta device its tensors, cast to ``dtype``; CheckpointError if one is missing."""
+    missing = [name for name in model.state_dict() if name not in tensors]
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} tensors of {type(model).__name__}, first {missing[0]}")
+    model.load_state_dict({name: tensors[name].to(dtype) for name in model.state_dict()}, assign=True)
+    for module in model.modules():
+        if hasattr(module, "position_ids"):  # not stored in checkpoints
+            module.position_ids = torch.arange(module.position_ids.shape[-1])[None]

@@ -1,0 +1,94 @@
+"""CLIP's joint space: its text encoder and both projections, beside whatever model reads its patch features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionConfig
+
+from llava.checkpoint import CheckpointError, fill_module, read_json, read_tensors
+
+PROJECTION = "visual_projection.weight"
+LAST_NORM = "vision_model.post_layernorm."
+
+
+class ClipJointSpace:
+    """The space in which CLIP compares pictures and texts: its text encoder and both projections.
+
+    No module of the model, so that checkpoints saved from it stay in their own format.
+
+    Raises:
+        CheckpointError: a file that it needs is missing; see `check_joint_space`.
+    """
+
+    relevance_sign = -1  # patches of the second-to-last layer are less similar to what they show (see script.py)
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device | str) -> None:
+        check_joint_space(folder)
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
+        config = CLIPTextConfig.from_pretrained(folder)
+        self.max_length = config.max_position_embeddings
+        with torch.device("meta"):
+            model = CLIPTextModelWithProjection(config)
+        tensors = read_tensors(folder, ("text_model.", "text_projection.", PROJECTION, LAST_NORM))
+        self.visual_projection = tensors.pop(PROJECTION).float().to(device)  # (e, c)
+        self.last_norm = nn.LayerNorm(
+            self.visual_projection.shape[1], CLIPVisionConfig.from_pretrained(folder).layer_norm_eps
+        )
+        self.last_norm.load_state_dict({name: tensors.pop(LAST_NORM + name) for name in ("weight", "bias")})
+        self.last_norm.to(device).requires_grad_(False)
+        fill_module(model, tensors, folder, dtype)
+        self.text_model = model.to(device).requires_grad_(False).eval()
+
+    def image_embeds(self, features: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        """Patches (V, n, c) -> joint space (V, n, e) float32, by CLIP's last norm and projection, patch by patch.
+
+        Args:
+            norm: a tower's own last norm; ``None`` takes that of the CLIP folder.
+        """
+        norm = self.last_norm if norm is None else norm
+        weight, bias = (parameter.float().to(features.device) for parameter in (norm.weight, norm.bias))
+        features = F.layer_norm(features.float(), norm.normalized_shape, weight, bias, norm.eps)
+        return F.linear(features, self.visual_projection.to(features.device))
+
+    def segments(self, text: str) -> list[list[int]]:
+        """Token ids of a text, cut into pieces that fit the encoder, each with its own start and end token."""
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        room = self.max_length - 2
+        pieces = [ids[start : start + room] for start in range(0, max(len(ids), 1), room)]
+        return [[self.tokenizer.bos_token_id, *piece, self.tokenizer.eos_token_id] for piece in pieces]
+
+    @torch.inference_mode()
+    def text_embeds(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """T texts -> embeddings (T, M, e) float32 of their segments and mask (T, M), False where a text has fewer."""
+        segments = [self.segments(text) for text in texts]
+        counts = torch.tensor([len(pieces) for pieces in segments])
+        rows = self.tokenizer.pad({"input_ids": [ids for pieces in segments for ids in pieces]}, return_tensors="pt")
+        outputs = self.text_model(**rows.to(self.text_model.device)).text_embeds.float()
+        embeds = nn.utils.rnn.pad_sequence(outputs.split(counts.tolist()), batch_first=True)
+        mask = torch.arange(embeds.shape[1]) < counts[:, None]
+        return embeds, mask.to(embeds.device)
+
+
+def check_joint_space(folder: Path) -> None:
+    """Raise CheckpointError unless ``folder`` holds CLIP's tokenizer and text weights; lists what is missing."""
+    has = {name: (folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "merges.txt")}
+    missing = []
+    if not has["tokenizer.json"] and not (has["vocab.json"] and has["merges.txt"]):
+        missing.append("tokenizer.json (or vocab.json and merges.txt)")
+    if "text_config" not in read_json(folder / "config.json"):
+        missing.append("text_config in config.json")
+    try:
+        found = read_tensors(folder, ("text_projection.", PROJECTION))
+        missing += [f"weights {name}" for name in ("text_projection.weight", PROJECTION) if name not in found]
+    except CheckpointError as error:
+        missing.append(str(error))
+    if missing:
+        raise CheckpointError(
+            f"relevance=clip needs CLIP's text tower, but {folder} lacks: {'; '.join(missing)}. "
+            f"relevance=projector needs no text tower"
+        )
