@@ -88,7 +88,8 @@ def test_forward_is_the_first_step_of_generate(host):
         output = greedy(host, host.batch(), return_dict_in_generate=True, output_logits=True)
         found = logits(host, host.batch())
         torch.testing.assert_close(found[:, -1], output.logits[0], rtol=1e-4, atol=1e-4)
-        assert torch.equal(logits(host, host.batch(), logits_to_keep=1), found[:, -1:])
+        last = logits(host, host.batch(), logits_to_keep=1)
+        torch.testing.assert_close(last, found[:, -1:], rtol=1e-4, atol=1e-4)
 
 
 def test_ways_of_decoding_agree(host):
@@ -181,13 +182,13 @@ def test_it_is_the_language_model_on_the_kept_rows(host):
         given["deepstack_visual_embeds"] = [layer[kept[visual]] for layer in seen["deepstack_visual_embeds"]]
     with torch.no_grad():
         expected = language_model(**given)[0]
-    torch.testing.assert_close(outputs[0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs[-1], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_labels_follow_their_tokens(host):
     arguments = host.batch()
     labels = arguments["input_ids"].masked_fill(arguments["input_ids"] == IMAGE, -100)
-    labels = labels.masked_fill(arguments["attention_mask"] == 0, -100)
+    labels = labels.masked_fill(arguments["attention_mask"].cumsum(-1) <= 1, -100)  # nothing foretells the first token
     with torch.no_grad(), pruner()(host.model) as handle:
         output = host.model(**host.batch(), labels=labels)
     columns = kept_columns(host, handle, arguments)
@@ -272,19 +273,16 @@ VIDEO_FAMILIES = [
 def test_video_and_image_in_one_prompt(name):
     host = family(name)
     frames = 3
-    together = host.prompts([[2, "video", 3, "image", 4], [3, "image", 2]], [1, 2], video=True)
+    together = host.prompts([[2, "video", 3, "image", 4], [7]], [0], video=True)
     expected = greedy(host, together)
     with pruner(500)(host.model):
         assert torch.equal(greedy(host, together), expected)
     with pruner()(host.model) as handle:
         found = answers(host, together)
         assert torch.equal(answers(host, together, use_cache=False), found)
-        shown = [one for one in handle.kept if together["input_ids"][one.picture.row, one.picture.columns[0]] == VIDEO]
-        assert [one.per_view for one in shown] == [[3] * frames]
-        assert [len(one.per_view) for one in handle.kept][0] == frames
-        alone = host.prompts([[2, "video", 3, "image", 4]], [1], video=True)
-        alone["input_ids"] = together["input_ids"][:1]
-        alone["attention_mask"] = together["attention_mask"][:1]
-        if host.token_types:
-            alone[host.token_types] = together[host.token_types][:1]
+        of_video, of_image = handle.kept
+        assert together["input_ids"][0, of_video.picture.columns[0]] == VIDEO
+        assert of_video.per_view == [3] * frames
+        assert set(of_image.per_view) == {3}
+        alone = host.prompts([[2, "video", 3, "image", 4]], [0], video=True)
         assert torch.equal(answers(host, alone)[0], found[0])

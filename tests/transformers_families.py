@@ -58,7 +58,7 @@ class Family:
     token_types: str | None = None
 
     def prompts(self, rows, shown, video=False, padding="left"):
-        """Arguments of a call: ``rows`` of pieces, numbers of text tokens or "image"; the ``shown`` images, in order."""
+        """Arguments of a call: ``rows`` of pieces (so many text tokens, "image", "video"), the ``shown`` images."""
         counts = iter(self.image_tokens[i] for i in shown)
         generator = torch.Generator().manual_seed(5)
         lines = []
@@ -248,10 +248,8 @@ def qwen(name, model, patch):
     images = {"pixel_values": grid_pixels(GRIDS), "image_grid_thw": GRIDS}
     grid = torch.tensor([[3, 4, 6]])
     video = {"pixel_values_videos": grid_pixels(grid), "video_grid_thw": grid}
-    pieces = [18]
-    if name == "qwen3_vl":
-        pieces = [6, 6, 6]  # time stamps stand between frames
-    else:
+    pieces = [6, 6, 6] if name == "qwen3_vl" else [18]  # Qwen3-VL writes time stamps between frames
+    if name == "qwen2_5_vl":
         video["second_per_grid_ts"] = torch.tensor([1.0])
     return Family(name, model, images, [12, 8, 9], video, pieces, token_types="mm_token_type_ids", adjacent=False)
 

@@ -87,8 +87,11 @@ def capture_prompt(host: Host, arguments: dict[str, Any], observe_projector: boo
 
     def remember(modality: str, compute: Callable[..., Any]) -> Callable[..., Any]:
         def spy(*positional: Any, **named: Any) -> Any:
+            before = dict(features)
             output = compute(*positional, **named)
-            features[modality] = output.pooler_output  # of a video that is computed as an image, the outer call's
+            # Qwen3-VL computes videos as images: then the outer call, which ends last, is the one that counts.
+            features.update(before)
+            features[modality] = output.pooler_output
             return output
 
         return spy
