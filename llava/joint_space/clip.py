@@ -68,10 +68,11 @@ class ClipJointSpace:
         segments = [self.segments(text) for text in texts]
         counts = torch.tensor([len(pieces) for pieces in segments])
         rows = self.tokenizer.pad({"input_ids": [ids for pieces in segments for ids in pieces]}, return_tensors="pt")
-        outputs = self.text_model(**rows.to(self.text_model.device)).text_embeds.float()
+        rows = {name: value.to(self.text_model.device, non_blocking=True) for name, value in rows.items()}
+        outputs = self.text_model(**rows).text_embeds.float()
         embeds = nn.utils.rnn.pad_sequence(outputs.split(counts.tolist()), batch_first=True)
         mask = torch.arange(embeds.shape[1]) < counts[:, None]
-        return embeds, mask.to(embeds.device)
+        return embeds, mask.to(embeds.device, non_blocking=True)
 
 
 def check_joint_space(folder: Path) -> None:

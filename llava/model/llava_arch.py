@@ -24,7 +24,15 @@ from llava.model.encoded_images import EncodedImages
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.prompt_stages import PictureSpan, PromptRow
-from llava.model.token_selection import KeptTokens, count_kept, decoder_budget, eligible_layout, select_tokens
+from llava.model.questions import Questions
+from llava.model.token_selection import (
+    KeptTokens,
+    count_kept,
+    decoder_budget,
+    eligible_layout,
+    keeps_everything,
+    select_tokens,
+)
 from llava.model.view_layout import (
     MERGE_TYPES,
     NEWLINE,
@@ -240,13 +248,16 @@ class LlavaMetaForCausalLM(ABC):
                 len(row) + sum(visual[p] - 1 for p in pictures) for row, pictures in zip(rows, of_row, strict=True)
             ]
             self._check_length(max(lengths), truncate)  # before the tower runs
-            if not isinstance(images, EncodedImages):
-                images = self.encode_pictures(images, image_sizes)
             # Script: choose the visual tokens that go on, by the question of the row that a picture stands in
             queries = self._queries(rows, query)
             owners = [row for row, pictures in enumerate(of_row) for _ in pictures]
             ids = None if sample_ids is None else [sample_ids[row] for row in owners]
-            kept = select_tokens(self, pruner, images, [queries[row] for row in owners], ids)
+            tokens = self.layouts_of(images, image_sizes)[0][0].eligible.shape[1]
+            selecting = None if pruner is None or keeps_everything(pruner, tokens) else pruner
+            questions = Questions(self, selecting, [queries[row] for row in owners])  # begun before the vision tower
+            if not isinstance(images, EncodedImages):
+                images = self.encode_pictures(images, image_sizes)
+            kept = select_tokens(self, pruner, images, questions, ids)
             features = self.gather_tokens(images, kept)
         embed = self.get_input_embeddings()
         texts = embed(torch.cat(rows).clamp_min(0).to(embed.weight.device)).split([len(row) for row in rows])

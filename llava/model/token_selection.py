@@ -8,10 +8,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llava.mm_utils import encode_text
 from llava.model.encoded_images import EncodedImages
+from llava.model.questions import Questions
 from llava.model.view_layout import NEWLINE, ViewLayout, kept_places, kept_sequence, with_made_tokens
 from llava.pruning import DecoderPruner, Pruner, PruningInputs, Selection
 
@@ -88,14 +88,14 @@ def select_tokens(
     model: LlavaMetaForCausalLM,
     pruner: Pruner | None,
     encoded: EncodedImages,
-    queries: Sequence[str | None],
+    questions: Questions,
     sample_ids: Sequence[int] | None = None,
 ) -> list[KeptTokens]:
     """Run a pruner on the views of all pictures at once.
 
     Args:
         pruner: ``None``, or a budget of all tokens or more, keeps everything bit for bit.
-        queries: the question that goes with each picture.
+        questions: what was asked about each picture, made for the same pruner.
         sample_ids: a number per picture that seeds random methods; 0 for each where not given.
     """
     tokens = encoded.features.shape[1]
@@ -105,7 +105,7 @@ def select_tokens(
         return keep_everything(encoded)
     if pruner.scope == "official":
         return [select_from_sequence(model, pruner, encoded.pick([picture])) for picture in range(len(encoded))]
-    inputs = gather_inputs(model, pruner, encoded, queries, sample_ids)
+    inputs = gather_inputs(model, pruner, encoded, questions, sample_ids)
     first_view = 0
     if pruner.scope == "view":
         whole = pruner.select(inputs)
@@ -235,7 +235,7 @@ def gather_inputs(
     model: LlavaMetaForCausalLM,
     pruner: Pruner,
     encoded: EncodedImages,
-    queries: Sequence[str | None],
+    questions: Questions,
     sample_ids: Sequence[int] | None = None,
 ) -> PruningInputs:
     """What the pruner asks for, over the V views of all pictures; expensive fields only if it names them."""
@@ -267,30 +267,7 @@ def gather_inputs(
         fields[name] = encoded.field(name, tower).to(device)
     if "encode" in pruner.needs:
         fields["encode"] = partial(model.encode_images, any_size=True)
-    if pruner.needs & {"text_embeds", "query_embeds"}:
-        distinct = list(dict.fromkeys(queries))
-        if None in distinct:
-            raise ValueError(f"pruner '{pruner.name}' selects by the question: pass query=, or load a tokenizer")
-        row = torch.tensor([distinct.index(query) for query in queries])[picture_of_view].to(device)
-        if "text_embeds" in pruner.needs:
-            embeds, mask = tower.text_embeds(distinct)
-            fields["text_embeds"], fields["text_mask"] = embeds.to(device)[row], mask.to(device)[row]
-        if "query_embeds" in pruner.needs:
-            embeds, mask = embed_queries(model, distinct)
-            fields["query_embeds"], fields["query_mask"] = embeds.to(device)[row], mask.to(device)[row]
-    return PruningInputs(features, **fields)
-
-
-def embed_queries(model: LlavaMetaForCausalLM, queries: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """T questions -> input embeddings of the language model (T, l, d), and a mask (T, l)."""
-    if model.tokenizer is None:
-        raise ValueError("relevance=projector needs the model's tokenizer: load it with load_pretrained_model")
-    embed = model.get_input_embeddings()
-    ids = [torch.tensor(encode_text(query, model.tokenizer), dtype=torch.long) for query in queries]
-    lengths = torch.tensor([len(row) for row in ids])
-    padded = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(embed.weight.device)
-    mask = torch.arange(padded.shape[1]) < lengths[:, None]
-    return embed(padded), mask.to(padded.device)
+    return PruningInputs(features, **fields, **questions.of_views(picture_of_view, device))
 
 
 def join_views(inputs: PruningInputs, views: slice) -> PruningInputs:
