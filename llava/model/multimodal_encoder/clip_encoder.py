@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +60,7 @@ class CLIPVisionTower(nn.Module):
         self.folder: Path | None = None
         self.image_processor: Any = None
         self._joint_space: ClipJointSpace | None = None
+        self._compiled_layers: Callable[[Tensor, bool], tuple[Tensor, Tensor]] | None = None
 
     @property
     def is_loaded(self) -> bool:
@@ -107,19 +108,23 @@ class CLIPVisionTower(nn.Module):
         Args:
             any_size: read pictures that are not of the tower's own size (V, 3, h, w), with interpolated positions.
         """
-        vision = self.vision_tower.vision_model
-        layer_inputs: list[Tensor] = []
-
-        def remember(_: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
-            layer_inputs.append(arguments[0] if arguments else keywords["hidden_states"])
-
-        hook = vision.encoder.layers[-1].register_forward_pre_hook(remember, with_kwargs=True)
-        try:
-            hidden = vision(pixels.to(self.device, self.dtype), interpolate_pos_encoding=any_size).last_hidden_state
-        finally:
-            hook.remove()
+        layers = self._compiled_layers or self._layers
+        layer_input, hidden = layers(pixels.to(self.device, self.dtype), any_size)
         features = hidden[:, 1:] if self.select_feature == "patch" else hidden
-        return TowerOutput(features, hidden[:, 0], layer_inputs[0])
+        return TowerOutput(features, hidden[:, 0], layer_input)
+
+    def _layers(self, pixels: Tensor, any_size: bool) -> tuple[Tensor, Tensor]:
+        """Pixels -> what goes into the last layer that is read, and what comes out of it: both (V, 1 + n, c)."""
+        vision = self.vision_tower.vision_model
+        hidden = vision.pre_layrnorm(vision.embeddings(pixels, interpolate_pos_encoding=any_size))
+        *before, last = vision.encoder.layers
+        for layer in before:
+            hidden = layer(hidden, None)
+        return hidden, last(hidden, None)
+
+    def compile_layers(self, **options: Any) -> None:
+        """Run the tower through `torch.compile` from now on; ``options`` are those of torch.compile."""
+        self._compiled_layers = torch.compile(self._layers, **options)
 
     # Script: the last layer's attention, computed beside its own kernel for methods that ask for it
     def class_attention(self, layer_input: Tensor) -> Tensor:
