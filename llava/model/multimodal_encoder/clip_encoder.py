@@ -86,17 +86,22 @@ class CLIPVisionTower(nn.Module):
         self.folder = find_folder(self.name, near)
         self.image_processor = CLIPImageProcessor.from_pretrained(self.folder)
         config = CLIPVisionConfig.from_pretrained(self.folder, attn_implementation=attn_implementation)
+        with torch.device("meta"):
+            tower = self.build(config)
+        fill_module(tower, weights or read_tensors(self.folder, (VISION_PREFIX,)), self.folder, dtype)
+        self.vision_tower = tower.to(device).requires_grad_(False).eval()
+
+    def build(self, config: CLIPVisionConfig) -> CLIPVisionModelWithProjection:
+        """The layers that are read, with new weights. Raises ValueError if ``select_layer`` is not among them."""
         depth = self.select_layer if self.select_layer >= 0 else config.num_hidden_layers + 1 + self.select_layer
         if not 0 < depth <= config.num_hidden_layers:
             raise ValueError(
                 f"mm_vision_select_layer {self.select_layer} is outside {config.num_hidden_layers} layers"
             )
         config.num_hidden_layers = depth
-        with torch.device("meta"):
-            tower = CLIPVisionModelWithProjection(config)
+        tower = CLIPVisionModelWithProjection(config)
         del tower.visual_projection  # part of the joint space; LLaVA's checkpoints do not have it
-        fill_module(tower, weights or read_tensors(self.folder, (VISION_PREFIX,)), self.folder, dtype)
-        self.vision_tower = tower.to(device).requires_grad_(False).eval()
+        return tower
 
     def forward(self, pixels: Tensor, any_size: bool = False) -> Tensor:
         """Pixels (V, 3, s, s) -> patch features (V, n, c) in the tower's dtype."""
@@ -171,8 +176,12 @@ class CLIPVisionTower(nn.Module):
     def joint_space(self) -> ClipJointSpace:
         """CLIP's text tower and projections, loaded when first asked for."""
         if self._joint_space is None:
-            self._joint_space = ClipJointSpace(self.folder, self.dtype, self.device)
+            self._joint_space = ClipJointSpace.load(self.folder, self.dtype, self.device)
         return self._joint_space
+
+    def use_joint_space(self, space: ClipJointSpace) -> None:
+        """Take a text tower and projections that were not loaded from this tower's folder."""
+        self._joint_space = space
 
     @property
     def dtype(self) -> torch.dtype:
