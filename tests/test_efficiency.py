@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from llava.eval import efficiency
+from llava.eval import efficiency_subject
 from llava.eval.cost import count_macs, prefill_flops
 from llava.eval.efficiency import Row, Subject, main, make_rows, measure, summary_of
+from llava.eval.efficiency_table import print_table
 from llava.eval.geometry import GEOMETRIES, build_random
 from llava.model.builder import DEFAULT_CHECKPOINT, TOY_FOLDER, load_pretrained_model
 from llava.pruning import PruningInputs, get_pruner
@@ -59,7 +60,7 @@ def test_stages_and_the_whole_lead_to_the_same_prompt(subject):
         encoded = subject.encode()
         kept = subject.select(row, encoded, subject.read_question(row))
         prompts = subject.embed(row, subject.pixels)
-    start = efficiency.TEXT_BEFORE
+    start = efficiency_subject.TEXT_BEFORE
     for picture, embeds in zip(kept, prompts.inputs_embeds, strict=True):
         torch.testing.assert_close(embeds[start : start + 32], picture)
 
@@ -71,14 +72,14 @@ def test_figures_of_the_table(subject):
     found = {row.name: summary_of(row, limit, rows[0]) for row in rows}
     config = subject.model.config
     token_bytes = 2 * config.num_hidden_layers * config.hidden_size * 4
-    text = efficiency.TEXT_BEFORE + efficiency.TEXT_AFTER
+    text = efficiency_subject.TEXT_BEFORE + efficiency_subject.TEXT_AFTER
     for name, tokens in (("unpruned", 576), ("limit", 64), ("script", 64)):
         figures = found[name]
         assert figures["visual_tokens"] == figures["average_tokens"] == tokens
         assert figures["visual_cache_bytes"] == tokens * token_bytes
         assert figures["cache_bytes"] == (tokens + text) * token_bytes
         assert figures["formula_macs"] == prefill_flops([tokens] * 4, config.hidden_size, config.intermediate_size)
-        assert set(figures["milliseconds"]) == set(efficiency.STAGES)
+        assert set(figures["milliseconds"]) == set(efficiency_subject.STAGES)
         assert not figures["note"]
     fastv = found["fastv"]
     assert fastv["cache_bytes"] == fastv["visual_cache_bytes"] + text * token_bytes  # layers of different length
@@ -98,15 +99,15 @@ def test_a_method_that_this_model_cannot_host_keeps_its_line_and_says_why():
 
 def test_an_interruption_keeps_the_complete_repeats(subject, monkeypatch, capsys):
     rows = make_rows(["script"], [64], 576)
-    usual, calls = efficiency.measure_times, []
+    usual, calls = subject.times, []
 
     def impatient(*arguments):
         calls.append(arguments)
         if len(calls) == 5:  # in the second repeat
             raise KeyboardInterrupt
-        usual(*arguments)
+        return usual(*arguments)
 
-    monkeypatch.setattr(efficiency, "measure_times", impatient)
+    monkeypatch.setattr(subject, "times", impatient)
     assert measure(subject, rows, repeats=3, warm_up=0, new_tokens=2) == 1
     assert {len(values) for row in rows for values in row.seconds.values()} == {1}
     assert "interrupted after 1 of 3 repeats" in capsys.readouterr().err
@@ -143,6 +144,6 @@ def test_bad_input_is_refused_before_work(arguments, message, capsys):
 
 
 def test_the_papers_rows_stand_beside_ours_and_are_marked(capsys):
-    efficiency.print_table([], "llava-v1.6-vicuna-7b", 1)
+    print_table([], "llava-v1.6-vicuna-7b", 1)
     printed = capsys.readouterr().out
     assert "| paper: Script | 320 | 2,050 (printed: 4.1 TFLOPs) |" in printed

@@ -17,210 +17,22 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from PIL import Image
-from torch import Tensor
 from tqdm import tqdm
-from transformers.generation.streamers import BaseStreamer
 
-from llava.constants import IMAGE_TOKEN_INDEX
-from llava.eval.cost import count_macs, prefill_flops
+from llava.eval.efficiency_subject import STAGES, Row, Subject
 from llava.eval.efficiency_table import plot, print_table
 from llava.eval.geometry import GEOMETRIES, build_random
-from llava.eval.selection_speed import extra_memory, synchronise
-from llava.mm_utils import process_images
 from llava.model.builder import DEFAULT_CHECKPOINT, load_pretrained_model
-from llava.model.encoded_images import EncodedImages
-from llava.model.llava_arch import EmbeddedPrompts
-from llava.model.questions import Questions
-from llava.model.token_selection import select_tokens
-from llava.pruning import Pruner, get_pruner, list_pruners, parse_budget
+from llava.pruning import get_pruner, list_pruners, parse_budget
 
-STAGES = ("preprocess", "vision", "text tower", "selection", "prefill", "first token", "decode")
 PRESETS = ("toy", *GEOMETRIES)
-QUESTION = "What color is the star?"
-TEXT_BEFORE, TEXT_AFTER = 35, 20  # LLaVA's system prompt, and a question of usual length
-
-
-@dataclass
-class Row:
-    """A line of the table: a way to give the language model its visual tokens.
-
-    Args:
-        name: of the method, "unpruned" or "limit".
-        keep: tokens per view; ``None`` for all.
-        pruner: ``None`` for the unpruned model and the limit.
-        seconds: by stage, one entry per repeat.
-        note: why a figure is missing.
-    """
-
-    name: str
-    keep: int | None
-    pruner: Pruner | None = None
-    seconds: dict[str, list[float]] = field(default_factory=lambda: {stage: [] for stage in STAGES})
-    figures: dict[str, Any] = field(default_factory=dict)
-    note: str = ""
-
-
-class Clock(BaseStreamer):
-    """Notes when `generate` hands out each token."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        synchronise(self.device)
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
-class Subject:
-    """The model under measurement, with a picture and a prompt for each of ``batch`` rows.
-
-    Every method is a stage of the pipeline on its own; `answer` is all of it as a user runs it.
-    """
-
-    def __init__(self, model: Any, image_processor: Any, size: tuple[int, int], batch: int, device: str) -> None:
-        self.model, self.image_processor, self.batch, self.device = model, image_processor, batch, device
-        self.dtype = next(model.parameters()).dtype
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randint(0, 256, (size[1] // 8, size[0] // 8, 3), generator=generator, dtype=torch.uint8)
-        picture = Image.fromarray(noise.numpy()).resize(size, Image.BICUBIC)
-        self.pictures, self.sizes = [picture] * batch, [picture.size] * batch
-        text = torch.randint(3, 700, (TEXT_BEFORE + TEXT_AFTER,), generator=generator)
-        ids = torch.cat([text[:TEXT_BEFORE], torch.tensor([IMAGE_TOKEN_INDEX]), text[TEXT_BEFORE:]])
-        self.ids = ids.expand(batch, -1)
-        self.queries = [QUESTION] * batch
-        self.chosen: Tensor | None = None
-        self.pixels = self.preprocess().to(device, self.dtype)
-
-    def preprocess(self) -> Tensor:
-        """Pictures -> pixels (batch, views or nothing, 3, s, s) float32."""
-        return process_images(self.pictures, self.image_processor, self.model.config)
-
-    def encode(self) -> EncodedImages:
-        """Pixels -> projected features, the tower and the projector."""
-        return self.model.encode_pictures(self.pixels, self.sizes)
-
-    def read_question(self, row: Row) -> Questions:
-        """The text tower, where the method asks for it."""
-        return Questions(self.model, row.pruner, self.queries)
-
-    def select(self, row: Row, encoded: EncodedImages, questions: Questions) -> list[Tensor]:
-        """Features -> the kept ones in reading order, picture by picture."""
-        if row.name == "limit":
-            return [self.given(row, encoded)]
-        kept = select_tokens(self.model, row.pruner, encoded, questions)
-        return self.model.gather_tokens(encoded, kept)
-
-    def given(self, row: Row, encoded: EncodedImages) -> Tensor:
-        """The limit's tokens (batch, t, d): the first of each view, by numbers that lie on the device already."""
-        views, tokens, width = encoded.features.shape
-        if self.chosen is None or self.chosen.numel() != views * row.keep:
-            first = torch.arange(views)[:, None] * tokens + torch.arange(row.keep)
-            self.chosen = first.flatten().to(self.device)
-        return encoded.features.flatten(0, 1)[self.chosen].reshape(self.batch, -1, width)
-
-    def embed(self, row: Row, images: Tensor | EncodedImages) -> EmbeddedPrompts | Tensor:
-        """The prompts with the visual tokens in their place; embeddings (batch, T, d) alone for the limit."""
-        if row.name != "limit":
-            asked = {"images": images, "image_sizes": self.sizes, "pruner": row.pruner, "query": self.queries}
-            return self.model.embed_prompts(self.ids, **asked, padding_side="left")
-        encoded = images if isinstance(images, EncodedImages) else self.encode()
-        before, after = (
-            self.model.get_input_embeddings()(ids.to(self.device))
-            for ids in (self.ids[:, :TEXT_BEFORE], self.ids[:, TEXT_BEFORE + 1 :])
-        )
-        return torch.cat([before, self.given(row, encoded), after], dim=1)
-
-    def prefill(self, prompts: EmbeddedPrompts | Tensor) -> Any:
-        """One pass of the language model over the prompts: its output, with the cache."""
-        pruning = None if isinstance(prompts, Tensor) else prompts.decoder_pruning(self.model.get_model())
-        embeds = prompts if isinstance(prompts, Tensor) else prompts.inputs_embeds
-        with nullcontext() if pruning is None else pruning.attached():
-            decoder_device = self.model.lm_head.weight.device  # "meta" where operations are only counted
-            return self.model(inputs_embeds=embeds.to(decoder_device), use_cache=True, logits_to_keep=1)
-
-    def answer(self, row: Row, new_tokens: int) -> list[float]:
-        """Pixels to ``new_tokens`` tokens, as a user gets them: seconds until each."""
-        clock = Clock(self.device)
-        synchronise(self.device)
-        start = time.perf_counter()
-        prompts = self.embed(row, self.pixels)
-        if isinstance(prompts, Tensor):
-            given = {"inputs_embeds": prompts, "attention_mask": prompts.new_ones(prompts.shape[:2], dtype=torch.long)}
-        else:
-            given = {"inputs": prompts}
-        self.model.generate(**given, max_new_tokens=new_tokens, min_new_tokens=new_tokens, streamer=clock)
-        return [moment - start for moment in clock.times[-new_tokens:]]
-
-
-def measure_times(subject: Subject, row: Row, new_tokens: int) -> None:
-    """Add one repeat of every stage to ``row.seconds``."""
-
-    @contextmanager
-    def timed(stage: str) -> Iterator[None]:
-        synchronise(subject.device)
-        start = time.perf_counter()
-        yield
-        synchronise(subject.device)
-        row.seconds[stage].append(time.perf_counter() - start)
-
-    with timed("preprocess"):
-        subject.preprocess()
-    with timed("vision"):
-        encoded = subject.encode()
-    with timed("text tower"):
-        questions = subject.read_question(row)
-    with timed("selection"):
-        subject.select(row, encoded, questions)
-    prompts = subject.embed(row, encoded)
-    with timed("prefill"):
-        output = subject.prefill(prompts)
-    del output, prompts, encoded
-    moments = subject.answer(row, new_tokens)
-    row.seconds["first token"].append(moments[0])
-    row.seconds["decode"].append((moments[-1] - moments[0]) / max(1, len(moments) - 1))
-
-
-def measure_counts(subject: Subject, row: Row, encoded: EncodedImages, vision_macs: int) -> None:
-    """Put into ``row.figures`` what does not depend on the clock: tokens, work, cache, and memory."""
-    config = subject.model.config
-    prompts = subject.embed(row, encoded)
-    if isinstance(prompts, Tensor):
-        per_layer = [prompts.shape[1] - TEXT_BEFORE - TEXT_AFTER] * config.num_hidden_layers
-    else:
-        tokens = prompts.kept[0]
-        per_layer = tokens.per_layer or [len(tokens.sequence)] * config.num_hidden_layers
-    value_bytes = subject.model.lm_head.weight.element_size()
-    key_width = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
-    row.figures |= {
-        "visual_tokens": per_layer[-1],
-        "average_tokens": statistics.fmean(per_layer),
-        "formula_macs": prefill_flops(per_layer, config.hidden_size, config.intermediate_size),
-        "visual_cache_bytes": 2 * sum(per_layer) * key_width * value_bytes,
-    }
-    cache = subject.prefill(prompts).past_key_values
-    macs = vision_macs + count_macs(lambda: subject.prefill(subject.embed(row, encoded)))
-    row.figures |= {
-        "counted_macs": macs / subject.batch,
-        "cache_bytes": sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // subject.batch,
-    }
-    del prompts, cache
-    if subject.model.lm_head.weight.device.type != "meta":
-        row.figures["extra_memory_bytes"] = extra_memory(
-            lambda: subject.prefill(subject.embed(row, subject.pixels)), subject.device
-        )
 
 
 def make_rows(pruners: Sequence[str], budgets: Sequence[int], tokens: int) -> list[Row]:
@@ -234,12 +46,11 @@ def make_rows(pruners: Sequence[str], budgets: Sequence[int], tokens: int) -> li
     return rows
 
 
-def guarded(row: Row, call: Callable[[], None]) -> None:
-    """Run a measurement; a method that this model cannot host, or that does not fit, keeps its line and says why."""
-    if row.note:
-        return
+@contextmanager
+def guarded(row: Row) -> Iterator[None]:
+    """A measurement; a method that this model cannot host, or that does not fit, keeps its line and says why."""
     try:
-        call()
+        yield
     except torch.OutOfMemoryError:
         row.note = "out of memory"
         torch.cuda.empty_cache()
@@ -255,13 +66,16 @@ def measure(subject: Subject, rows: list[Row], repeats: int, warm_up: int, new_t
     """
     completed = 0
     try:
-        encoded = subject.encode()
-        vision_macs = count_macs(subject.encode)
         for row in tqdm(rows, desc="work and memory", leave=False):
-            guarded(row, lambda row=row: measure_counts(subject, row, encoded, vision_macs))
+            with guarded(row):
+                for figures in subject.counts(row):
+                    row.figures |= figures
         for repeat in range(warm_up + repeats):
-            for row in tqdm(rows, desc=f"repeat {repeat + 1} of {warm_up + repeats}", leave=False):
-                guarded(row, lambda row=row: measure_times(subject, row, new_tokens))
+            able = [row for row in rows if not row.note]
+            for row in tqdm(able, desc=f"repeat {repeat + 1} of {warm_up + repeats}", leave=False):
+                with guarded(row):
+                    for stage, seconds in subject.times(row, new_tokens).items():
+                        row.seconds[stage].append(seconds)
             if repeat == warm_up - 1:
                 for row in rows:
                     row.seconds = {stage: [] for stage in STAGES}
@@ -285,13 +99,13 @@ def summary_of(row: Row, limit: Row | None, unpruned: Row) -> dict[str, Any]:
         pairs = zip(row.seconds[stage], other.seconds[stage], strict=True)
         return statistics.median(own / others for own, others in pairs)
 
-    if "first token" in timed:
+    if "first token" in timed and not row.note:
         if limit is not None and limit.seconds["first token"]:
             found["share_of_limit"] = round(1 / over(limit, "first token"), 4)
         if unpruned.seconds["first token"]:
             found["faster_first_token"] = round(1 / over(unpruned, "first token"), 3)
             found["faster_prefill"] = round(1 / over(unpruned, "prefill"), 3)
-            if not row.note and found["faster_first_token"] < 0.98:
+            if found["faster_first_token"] < 0.98:
                 grown = {stage: over(unpruned, stage) for stage in ("vision", "prefill")}
                 grown["selection"] = 1 + found["milliseconds"]["selection"] / found["milliseconds"]["first token"]
                 worst = max(grown, key=grown.get)
