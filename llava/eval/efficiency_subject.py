@@ -97,7 +97,7 @@ class Subject:
 
     def read_question(self, row: Row) -> Questions:
         """The text tower, where the method asks for it."""
-        return Questions(self.model, row.pruner, self.queries)
+        return Questions(self.model, row.pruner, self.model.get_vision_tower().num_patches, self.queries)
 
     def select(self, row: Row, encoded: EncodedImages, questions: Questions) -> list[Tensor]:
         """Features -> the kept ones in reading order, picture by picture."""

@@ -23,15 +23,18 @@ class Questions:
     is embedded once.
 
     Args:
-        pruner: says which embeddings are needed; ``None`` needs none.
+        pruner: says which embeddings are needed; ``None``, or one that keeps all of a view's ``tokens``, needs none.
         queries: one per picture; ``None`` where the prompt could not be read.
 
     Raises:
         ValueError: the pruner selects by the question and there is none.
     """
 
-    def __init__(self, model: LlavaMetaForCausalLM, pruner: Pruner | None, queries: Sequence[str | None]) -> None:
-        needs = frozenset() if pruner is None else pruner.needs & {"text_embeds", "query_embeds"}
+    def __init__(
+        self, model: LlavaMetaForCausalLM, pruner: Pruner | None, tokens: int, queries: Sequence[str | None]
+    ) -> None:
+        selects = pruner is not None and pruner.count(tokens) < tokens
+        needs = pruner.needs & {"text_embeds", "query_embeds"} if selects else frozenset()
         self._embedded: dict[str, Tensor] = {}  # rows: distinct questions
         self._stream: torch.cuda.Stream | None = None
         if not needs:

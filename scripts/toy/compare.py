@@ -137,7 +137,7 @@ def time_methods(arguments: Sequence[str], methods: Sequence[str], budget: int, 
 
     def select(pruner: Pruner | None, turns: Iterator[int]) -> None:
         number = next(turns)
-        questions = Questions(model, pruner, [clean_question(shown[number].question.text)])
+        questions = Questions(model, pruner, encoded.features.shape[1], [clean_question(shown[number].question.text)])
         select_tokens(model, pruner, encoded.pick([number]), questions)
 
     def prefill(pruner: Pruner | None, turns: Iterator[int]) -> None:
