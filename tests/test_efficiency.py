@@ -1,11 +1,12 @@
 """The efficiency command: its counts against formulas, its limit against the model's own path, its table."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 
-from llava.eval import efficiency_subject
+from llava.eval import efficiency_subject, efficiency_transformers
 from llava.eval.cost import count_macs, prefill_flops
 from llava.eval.efficiency import Row, Subject, main, make_rows, measure, summary_of
 from llava.eval.efficiency_table import print_table
@@ -95,6 +96,68 @@ def test_a_method_that_this_model_cannot_host_keeps_its_line_and_says_why():
     measure(one, rows, repeats=1, warm_up=0, new_tokens=2)
     assert "tokenizer" in summary_of(rows[1], None, rows[0])["note"]
     assert rows[0].seconds["first token"]
+
+
+TINY_TEXT = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+    "vocab_size": 2048,
+}
+TINY = {
+    "qwen2.5-vl-7b": partial(
+        efficiency_transformers.qwen2_5_vl,
+        TINY_TEXT,
+        {
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_heads": 2,
+            "patch_size": 4,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+        },
+        side=16,
+    ),
+    "internvl3-8b": partial(
+        efficiency_transformers.internvl3,
+        TINY_TEXT,
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "image_size": [64, 64],
+            "patch_size": [4, 4],
+        },
+        tiles=3,
+    ),
+}
+
+
+@pytest.mark.parametrize("preset", TINY)
+def test_figures_of_models_of_transformers(preset):
+    """The presets' own builders with smaller numbers: counts, work and cache of the library's classes."""
+    built = efficiency_transformers.build_random_transformers(TINY[preset], torch.float32, "cpu")
+    subject = efficiency_transformers.TransformersSubject(built, 2, "cpu")
+    rows = [
+        Row("unpruned", None),
+        Row("limit", 10),
+        Row("script", 10, get_pruner("script", keep_tokens=10, relevance="projector")),
+        Row("fastv", 10, get_pruner("fastv", keep_tokens=10)),
+    ]
+    assert measure(subject, rows, repeats=1, warm_up=0, new_tokens=2) == 1
+    unpruned, limit, script, fastv = (summary_of(row, rows[1], rows[0]) for row in rows)
+    kept, text = 10 * built.views, efficiency_subject.TEXT_BEFORE + efficiency_subject.TEXT_AFTER
+    token_bytes = 2 * 2 * 32 * 4
+    assert (unpruned["visual_tokens"], limit["visual_tokens"], script["visual_tokens"]) == (built.tokens, kept, kept)
+    assert unpruned["cache_bytes"] == (built.tokens + text) * token_bytes
+    assert limit["cache_bytes"] == script["cache_bytes"] == (kept + text) * token_bytes
+    assert limit["counted_macs"] < script["counted_macs"] < unpruned["counted_macs"]
+    assert "fastv" in fastv["note"]
+    assert "generate" not in built.model.__dict__  # nothing stays attached
 
 
 def test_an_interruption_keeps_the_complete_repeats(subject, monkeypatch, capsys):

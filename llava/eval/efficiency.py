@@ -28,11 +28,17 @@ from tqdm import tqdm
 
 from llava.eval.efficiency_subject import STAGES, Row, Subject
 from llava.eval.efficiency_table import plot, print_table
+from llava.eval.efficiency_transformers import (
+    TRANSFORMERS_PRESETS,
+    TransformersSubject,
+    build_random_transformers,
+)
 from llava.eval.geometry import GEOMETRIES, build_random
 from llava.model.builder import DEFAULT_CHECKPOINT, load_pretrained_model
 from llava.pruning import get_pruner, list_pruners, parse_budget
 
-PRESETS = ("toy", *GEOMETRIES)
+AnySubject = Subject | TransformersSubject
+PRESETS = ("toy", *GEOMETRIES, *TRANSFORMERS_PRESETS)
 
 
 def make_rows(pruners: Sequence[str], budgets: Sequence[int], tokens: int) -> list[Row]:
@@ -59,7 +65,9 @@ def guarded(row: Row) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def measure(subject: Subject, rows: list[Row], repeats: int, warm_up: int, new_tokens: int) -> int:
+def measure(
+    subject: Subject | TransformersSubject, rows: list[Row], repeats: int, warm_up: int, new_tokens: int
+) -> int:
     """Fill the rows, taken in turn so that all meet the same machine; returns how many repeats were completed.
 
     Interrupted (Ctrl-C) it keeps what is complete.
@@ -143,11 +151,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def load_subjects(options: argparse.Namespace) -> Iterator[Subject]:
+def load_subjects(options: argparse.Namespace) -> Iterator[AnySubject]:
     """The model, with each batch size in turn."""
     half = options.counts_only or options.device.startswith("cuda")
     dtype = getattr(torch, options.dtype or ("bfloat16" if half else "float32"))
     loaded = {"dtype": dtype, "device": options.device, "attn_implementation": options.attn_implementation}
+    if options.model_path is None and options.preset in TRANSFORMERS_PRESETS:
+        if options.counts_only or options.compile_tower:
+            raise ValueError(f"{options.preset} is a model of Transformers: no --counts-only, no --compile-tower")
+        built = build_random_transformers(TRANSFORMERS_PRESETS[options.preset], **loaded)
+        yield from (TransformersSubject(built, batch, options.device) for batch in options.batch_sizes)
+        return
     if options.model_path or options.preset == "toy":
         _, model, image_processor, _ = load_pretrained_model(options.model_path or DEFAULT_CHECKPOINT, **loaded)
         size = (672, 672) if getattr(model.config, "image_aspect_ratio", None) == "anyres" else (336, 336)
@@ -170,11 +184,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         budgets = [parse_budget(text) for text in options.keep_tokens]
         if any(isinstance(budget, float) for budget in budgets):
             raise ValueError("--keep-tokens takes counts here, not shares")
-        make_rows(options.pruners, budgets, 576)
+        make_rows(options.pruners, budgets, sys.maxsize)  # names and counts, before anything is loaded
         subjects = load_subjects(options)
         batches = []
         for subject in subjects:
-            rows = make_rows(options.pruners, budgets, subject.model.get_vision_tower().num_patches)
+            rows = make_rows(options.pruners, budgets, subject.tokens_per_view)
             repeats = 0 if options.counts_only else options.repeats
             warm_up = 0 if options.counts_only else options.warm_up
             completed = measure(subject, rows, repeats, warm_up, options.new_tokens)

@@ -87,6 +87,10 @@ class Subject:
         self.vision_macs = 0
         self.pixels = self.preprocess().to(device, self.dtype)
 
+    @property
+    def tokens_per_view(self) -> int:
+        return self.model.get_vision_tower().num_patches
+
     def preprocess(self) -> Tensor:
         """Pictures -> pixels (batch, views or nothing, 3, s, s) float32."""
         return process_images(self.pictures, self.image_processor, self.model.config)
@@ -97,7 +101,7 @@ class Subject:
 
     def read_question(self, row: Row) -> Questions:
         """The text tower, where the method asks for it."""
-        return Questions(self.model, row.pruner, self.model.get_vision_tower().num_patches, self.queries)
+        return Questions(self.model, row.pruner, self.tokens_per_view, self.queries)
 
     def select(self, row: Row, encoded: EncodedImages, questions: Questions) -> list[Tensor]:
         """Features -> the kept ones in reading order, picture by picture."""
