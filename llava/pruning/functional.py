@@ -8,10 +8,12 @@ stay what they are. A row that is zero or not finite, or whose squared norm leav
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
-from llava.pruning.greedy import place_by_map, place_by_max_min
+from llava.pruning import greedy, kernels
 
 COLUMN_BLOCK = 512  # columns of half-precision features that are widened at a time
 
@@ -247,12 +249,13 @@ def greedy_map_rank(
     candidates: Tensor | None = None,
     epsilon: float = 1e-6,
     stop: float | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """Place of every token in the greedy MAP order of L = diag(r) S diag(r), computed until k members are placed.
 
     The Cholesky recursion keeps, for each token i, the vector u_i of its coefficients on the chosen tokens and its
-    remaining variance v_i; L itself is never built, and the loop ends as soon as every view has k chosen tokens
-    that belong to ``member`` or has used up its rank.
+    remaining variance v_i; L itself is never built. A view's loop ends as soon as k of its chosen tokens belong to
+    ``member``, or its rank is used up.
 
     Args:
         similarity: (B, n, n).
@@ -261,17 +264,23 @@ def greedy_map_rank(
         member: (B, n) bool, the tokens that count towards k; ``None`` means all.
         candidates: (B, n) bool, the tokens that may be chosen at all; ``None`` means all.
         epsilon, stop: as in `greedy_map`.
+        overwrite: ``similarity`` is not needed any more and may lose its content, which spares a copy on CUDA.
 
     Returns:
         (B, n) int64, a permutation per view: chosen tokens by step, then the other candidates by descending
         relevance (diagonal of L where none is given) and index, then the tokens that may not be chosen.
     """
-    leftover = similarity.diagonal(dim1=-2, dim2=-1) if relevance is None else relevance
+    diagonal = similarity.diagonal(dim1=-2, dim2=-1)
+    variance, leftover = diagonal.clone(), diagonal
+    if relevance is not None:
+        variance, leftover = diagonal * relevance.square(), relevance  # v_i = L_ii
     if candidates is not None:
-        leftover = leftover.masked_fill(~candidates, -torch.inf)
+        variance, leftover = (values.masked_fill(~candidates, -torch.inf) for values in (variance, leftover))
     rank = similarity.shape[-1] + stable_rank(leftover, descending=True)
     stop = epsilon if stop is None else stop
-    place_by_map(rank, similarity, k, relevance, member, candidates, epsilon, stop)
+    if kernels.usable(similarity) and not overwrite:
+        similarity = similarity.clone(memory_format=torch.contiguous_format)
+    _loops(similarity).place_by_map(rank, similarity, k, variance, relevance, member, epsilon, stop)
     return stable_rank(rank)
 
 
@@ -290,8 +299,45 @@ def max_min_rank(distance: Tensor, k: int, candidates: Tensor | None = None) -> 
     Returns:
         (B, n) int64, a permutation per view: chosen tokens by step, then other candidates by index, then the rest.
     """
-    views, n, _ = distance.shape
-    blocked = distance.new_zeros(views, n, dtype=torch.bool) if candidates is None else ~candidates
+    n = distance.shape[-1]
+    itself = torch.eye(n, dtype=torch.bool, device=distance.device)
+    blocked = torch.zeros_like(distance[:, 0], dtype=torch.bool) if candidates is None else ~candidates
+    score = distance.masked_fill(itself | blocked[:, None, :], torch.inf).amin(-1)  # distance to the nearest other
     rank = n + stable_rank(blocked.int())
-    place_by_max_min(rank, distance, k, candidates)
+    _loops(distance).place_by_max_min(rank, distance.contiguous(), k, score.masked_fill(blocked, -torch.inf))
     return stable_rank(rank)
+
+
+@torch.no_grad()
+def unprojected_rank(
+    similarity: Tensor, k: int, relevance: Tensor, candidates: Tensor | None = None, epsilon: float = 1e-6
+) -> Tensor:
+    """Place of every token in the greedy order of L = diag(r) S diag(r) without Eq. 11's projection, k tokens long.
+
+    v_i falls by (L_ij / (sqrt(v_j) + epsilon))^2 after each choice j; once the largest v is no longer positive nothing
+    changes any more. What Script's released code does; see script_release.py.
+
+    Args:
+        similarity: (B, n, n).
+        relevance: (B, n) r.
+        candidates: (B, n) bool, the tokens that may be chosen at all; ``None`` means all.
+
+    Returns:
+        (B, n) int64, as `max_min_rank`.
+    """
+    variance = similarity.diagonal(dim1=-2, dim2=-1) * relevance.square()
+    blocked = torch.zeros_like(variance, dtype=torch.bool) if candidates is None else ~candidates
+    variance.masked_fill_(blocked, -torch.inf)
+    rank = variance.shape[1] + stable_rank(blocked.int())
+    relevance = relevance.contiguous()
+    _loops(similarity).place_unprojected(rank, similarity.contiguous(), k, relevance, variance, epsilon)
+    return stable_rank(rank)
+
+
+def _loops(tensor: Tensor) -> ModuleType:
+    """The greedy loops for a tensor's device."""
+    if not kernels.usable(tensor):
+        return greedy
+    from llava.pruning.kernels import greedy as fused  # imports triton
+
+    return fused

@@ -5,8 +5,8 @@ On CUDA the kernels of `llava.pruning.kernels` take their place, under the same 
 beforehand; what a step writes goes into them. The one exception is the result (B, n) of ``embedding_bag``, which has
 no form with ``out``.
 
-A view whose tokens are used up goes on choosing until all views are done: what it chooses then is not written, and no
-view reads another's numbers.
+A view that is done goes on choosing until all views are: what it chooses then is not written, and no view reads
+another's numbers.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ def place_by_map(
     rank: Tensor,
     similarity: Tensor,
     k: int,
+    variance: Tensor,
     relevance: Tensor | None,
     member: Tensor | None,
-    candidates: Tensor | None,
     epsilon: float,
     stop: float,
 ) -> None:
     """The steps of `functional.greedy_map_rank`, into ``rank`` (B, n) int64.
+
+    ``variance`` (B, n) holds v_i = L_ii, and -inf at tokens that may not be chosen; it is overwritten.
 
     With u_i = r_i w_i, Eq. 11 is w_i = r_j (S_ji - <w_j, w_i>) / sqrt(v_j + epsilon), and v_i falls by (r_i w_i)^2:
     the row of L is never built. <w_j, w_i> for all i is a weighted sum of the rows that earlier steps left.
@@ -34,14 +36,10 @@ def place_by_map(
     """
     views, n, _ = similarity.shape
     rows = similarity.reshape(views * n, n)
-    diagonal = similarity.diagonal(dim1=-2, dim2=-1)
-    residual = diagonal.clone() if relevance is None else diagonal * relevance.square()  # v_i = L_ii
-    if candidates is not None:
-        residual.masked_fill_(~candidates, -torch.inf)
     weight = None if relevance is None else relevance.to(similarity.dtype).contiguous()
     first_of_view = torch.arange(views, device=rank.device)[:, None] * n
     chosen = rank.new_empty(n, views, 1)
-    variance = similarity.new_empty(n, views, 1)
+    largest = similarity.new_empty(n, views, 1)
     place = rank.new_empty(views)  # of the chosen tokens among the B n of all views
     own_weight = similarity.new_empty(views)
     scale, row, fall = similarity.new_empty(views, 1), similarity.new_empty(views, n), similarity.new_empty(views, n)
@@ -49,8 +47,8 @@ def place_by_map(
 
     step, next_look = 0, k
     while True:
-        j, v = chosen[step], variance[step]
-        torch.max(residual, dim=1, keepdim=True, out=(v, j))  # the lowest index among equals
+        j, v = chosen[step], largest[step]
+        torch.max(variance, dim=1, keepdim=True, out=(v, j))  # the lowest index among equals
         torch.add(j, first_of_view, out=place[:, None])
         torch.index_select(rows, 0, place, out=row)
         if step:
@@ -61,18 +59,18 @@ def place_by_map(
         w = torch.div(row, scale, out=basis.row(step))
         if weight is not None:
             w = torch.mul(w, weight, out=fall)
-        residual.addcmul_(w, w, value=-1)
-        residual.view(-1).index_fill_(0, place, -torch.inf)
+        variance.addcmul_(w, w, value=-1)
+        variance.view(-1).index_fill_(0, place, -torch.inf)
         step += 1
         if step == min(next_look, n):
-            alive = (variance[:step, :, 0] > stop).cumprod(0).bool().mT  # (B, step); NaN ends a view as well
+            alive = (largest[:step, :, 0] > stop).cumprod(0).bool().mT  # (B, step); NaN ends a view as well
             order = chosen[:step, :, 0].mT
             counted = alive if member is None else alive & member.gather(1, order)
             missing = int(torch.where(alive[:, -1], k - counted.sum(-1), 0).max())
             if missing <= 0 or step == n:
                 break
             next_look = step + missing  # no view is done before
-    _write_steps(rank, order, alive)
+    _write_steps(rank, order, alive & (counted.cumsum(-1) - counted.long() < k))  # a view ends with its k-th member
 
 
 class _Basis:
@@ -115,15 +113,14 @@ class _Basis:
         )[0]
 
 
-def place_by_max_min(rank: Tensor, distance: Tensor, k: int, candidates: Tensor | None) -> None:
-    """The steps of `functional.max_min_rank`, into ``rank`` (B, n) int64."""
+def place_by_max_min(rank: Tensor, distance: Tensor, k: int, score: Tensor) -> None:
+    """The steps of `functional.max_min_rank`, into ``rank`` (B, n) int64.
+
+    ``score`` (B, n) decides the first choice; -inf at tokens that may not be chosen.
+    """
     views, n, _ = distance.shape
     rows = distance.reshape(views * n, n)
-    blocked = torch.zeros_like(rank, dtype=torch.bool) if candidates is None else ~candidates
-    itself = torch.eye(n, dtype=torch.bool, device=distance.device)
-    score = distance.masked_fill(itself | blocked[:, None, :], torch.inf).amin(-1)  # distance to the nearest other
-    score.masked_fill_(blocked, -torch.inf)
-    nearest = torch.full_like(score, torch.inf).masked_fill_(blocked, -torch.inf)  # distance to the nearest chosen
+    nearest = torch.where(score > -torch.inf, torch.inf, score)  # distance to the nearest chosen token
     first_of_view = torch.arange(views, device=rank.device)[:, None] * n
     chosen, best = rank.new_empty(k, views, 1), distance.new_empty(k, views, 1)
     place, row = rank.new_empty(views), distance.new_empty(views, n)
@@ -134,6 +131,27 @@ def place_by_max_min(rank: Tensor, distance: Tensor, k: int, candidates: Tensor 
         nearest.view(-1).index_fill_(0, place, -torch.inf)
         score = nearest
     _write_steps(rank, chosen[..., 0].mT, (best[..., 0] > -torch.inf).mT)
+
+
+def place_unprojected(
+    rank: Tensor, similarity: Tensor, k: int, relevance: Tensor, variance: Tensor, epsilon: float
+) -> None:
+    """The steps of `functional.unprojected_rank`, into ``rank`` (B, n) int64; ``variance`` as in `place_by_map`."""
+    views, n, _ = similarity.shape
+    rows = similarity.reshape(views * n, n)
+    first_of_view = torch.arange(views, device=rank.device)[:, None] * n
+    chosen, largest = rank.new_empty(k, views, 1), similarity.new_empty(k, views, 1)
+    place, row = rank.new_empty(views), similarity.new_empty(views, n)
+    for step in range(k):
+        v = largest[step]
+        torch.max(variance, dim=1, keepdim=True, out=(v, chosen[step]))
+        torch.add(chosen[step], first_of_view, out=place[:, None])
+        torch.index_select(rows, 0, place, out=row).mul_(relevance)
+        own = relevance.view(-1)[place][:, None]
+        row.mul_(own * (v > 0) / (v.clamp_min(0).sqrt() + epsilon))
+        variance.addcmul_(row, row, value=-1)
+        variance.view(-1).index_fill_(0, place, -torch.inf)
+    _write_steps(rank, chosen[..., 0].mT, (largest[..., 0] > -torch.inf).mT)
 
 
 def _write_steps(rank: Tensor, order: Tensor, alive: Tensor) -> None:

@@ -37,7 +37,7 @@ def greedy_map_rank(
     for step in range(n):
         j = variance.argmax(-1)
         v = variance[every, j]
-        alive = v > stop
+        alive = (v > stop) & (placed < k)
         projection = basis[every, :step, j][:, None] @ basis[:, :step]
         e = (kernel[every, j] - projection[:, 0]) / (v + epsilon).sqrt()[:, None]
         basis[:, step] = torch.where(alive[:, None], e, 0.0)
@@ -45,7 +45,7 @@ def greedy_map_rank(
         variance[every, j] = torch.where(alive, -torch.inf, v)
         rank[every, j] = torch.where(alive, step, rank[every, j])
         placed += alive if member is None else alive & member[every, j]
-        if bool(((placed >= k) | ~alive).all()):
+        if not bool(alive.any()):
             break
     return rank.argsort(dim=-1).argsort(dim=-1)
 
