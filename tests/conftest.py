@@ -9,6 +9,9 @@ from functools import cache
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which transformers may do
+
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from records import GOLDEN, load_picture, unpack

@@ -149,6 +149,7 @@ class Script(RelevancePruner):
                 member=kept_by_gsp,
                 candidates=candidates,
                 epsilon=self.epsilon,
+                overwrite=True,
             )
         if relevance is not None:
             score = -relevance

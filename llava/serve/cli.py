@@ -50,6 +50,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--device-map", help="spread the language model over GPUs: auto, balanced, ...")
     parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
     parser.add_argument("--attn-implementation", help="sdpa, eager, flash_attention_2, ...")
+    parser.add_argument(
+        "--compile-tower", action="store_true", help="torch.compile the vision tower: the first picture is slow"
+    )
     parser.add_argument("--load-4bit", action="store_true")
     parser.add_argument("--load-8bit", action="store_true")
     parser.add_argument("--show-tokens", type=Path, metavar="OUT.png", help="write a picture of the kept tokens")
@@ -101,6 +104,7 @@ class Session:
             dtype=options.dtype,
             attn_implementation=options.attn_implementation,
             pruner=self.pruner,
+            compile_tower=options.compile_tower,
         )
         if options.image_grid:
             self.model.config.image_grid_pinpoints = [parse_grid(options.image_grid)]

@@ -20,8 +20,8 @@ from llava.pruning import Pruner
 class LlavaCausalLM(LlavaMetaForCausalLM):
     """Base of all families, to stand before the library's own class: `forward` and `generate` with pictures.
 
-    Both take, beside the library's own arguments, ``images``, ``image_sizes``, ``pruner``, ``query`` and
-    ``sample_ids`` as described in `LlavaMetaForCausalLM.embed_prompts`.
+    Both take, beside the library's own arguments, ``images``, ``image_sizes``, ``pruner``, ``query``,
+    ``sample_ids`` and ``modalities`` as described in `LlavaMetaForCausalLM.embed_prompts`.
     """
 
     # The tower is loaded apart (builder.py); old checkpoints carry rotary tables that the library computes itself.
@@ -42,6 +42,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         pruner: Pruner | None = None,
         query: str | Sequence[str] | None = None,
         sample_ids: Sequence[int] | None = None,
+        modalities: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, vocabulary) over the spliced prompt, and the loss if ``labels`` (B, L) are given.
@@ -51,7 +52,15 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         pruning = None
         if inputs_embeds is None and images is not None:
             prompts = self.embed_prompts(  # Script: pruner and query come in here
-                input_ids, attention_mask, labels, images, image_sizes, pruner, query, sample_ids
+                input_ids,
+                attention_mask,
+                labels,
+                images,
+                image_sizes,
+                pruner,
+                query,
+                sample_ids,
+                modalities=modalities,
             )
             input_ids, inputs_embeds, labels = None, prompts.inputs_embeds, prompts.labels
             attention_mask, position_ids = prompts.attention_mask, prompts.position_ids
@@ -91,6 +100,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         pruner: Pruner | None = None,
         query: str | Sequence[str] | None = None,
         sample_ids: Sequence[int] | None = None,
+        modalities: str | Sequence[str] | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Answer prompts; rows of different length are padded on the left whatever side they came in with.
@@ -121,6 +131,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
                 query=query,
                 sample_ids=sample_ids,
                 padding_side="left",
+                modalities=modalities,
             )
         mask = prompts.attention_mask.long()
         pruning = prompts.decoder_pruning(self.model)
