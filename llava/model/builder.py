@@ -142,7 +142,7 @@ def read_config(folder: Path, base_folder: Path | None = None) -> LlavaConfig | 
     values = read_json(folder / "config.json")
     model_type, architecture = values.get("model_type"), next(iter(values.get("architectures") or []), None)
     family = CONFIG_OF.get(architecture, MODEL_TYPES.get(model_type))
-    if family is None or "mm_vision_tower" not in values:
+    if family is None or model_type not in MODEL_TYPES or "mm_vision_tower" not in values:
         raise ValueError(
             f"{folder} is no LLaVA checkpoint in the original format: model_type {model_type!r}, expected one of "
             f"{', '.join(MODEL_TYPES)} with mm_vision_tower (llava-hf conversions are models of Transformers itself)"

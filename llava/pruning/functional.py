@@ -8,8 +8,13 @@ stay what they are. A row that is zero or not finite, or whose squared norm leav
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from llava.pruning.blocks import CosineRows
 
 COLUMN_BLOCK = 512  # columns of half-precision features that are widened at a time
 BLAS_TILE = 64  # no BLAS kernel works on more columns at once
@@ -35,7 +40,7 @@ def cosine_similarity(rows: Tensor, others: Tensor | None = None) -> Tensor:
     """
     if others is None:
         similarity = inner_products(rows, rows)
-        scale = _inverse_norm(similarity.diagonal(dim1=-2, dim2=-1))
+        scale = inverse_norm(similarity.diagonal(dim1=-2, dim2=-1))
         similarity.mul_(scale[:, :, None]).mul_(scale[:, None, :])
         similarity.diagonal(dim1=-2, dim2=-1).copy_(scale > 0)
     else:
@@ -43,7 +48,7 @@ def cosine_similarity(rows: Tensor, others: Tensor | None = None) -> Tensor:
         similarity = inner_products(rows, others)
         for side, view in ((rows, similarity), (others, similarity.mT)):
             norm = torch.linalg.vector_norm(side, dim=-1, dtype=similarity.dtype)
-            view.mul_(_inverse_norm(norm.square())[:, :, None])
+            view.mul_(inverse_norm(norm.square())[:, :, None])
     return similarity.nan_to_num_(nan=0.0)  # infinity times zero, at rows without a direction
 
 
@@ -58,7 +63,7 @@ def inner_products(rows: Tensor, others: Tensor) -> Tensor:
     return product
 
 
-def _inverse_norm(square: Tensor) -> Tensor:
+def inverse_norm(square: Tensor) -> Tensor:
     """1 / norm from squared norms; 0 for rows without a direction."""
     limits = torch.finfo(square.dtype)
     directed = (square >= limits.tiny) & (square <= limits.max)
@@ -165,7 +170,7 @@ def redundancy_graph(
         block = cosine_similarity(features) if similarity is None else similarity
         others = ~torch.eye(block.shape[-1], dtype=torch.bool, device=block.device)
         pairs = others if valid is None else others & (valid[:, :, None] & valid[:, None, :])
-        return _degree_score(block, tau, gamma, pairs, dim=-1)
+        return degree_score(block, tau, gamma, pairs, dim=-1)
     if graph != "bipartite":
         raise ValueError(f"graph must be 'bipartite' or 'exhaustive', got {graph!r}")
     if similarity is None:
@@ -174,12 +179,12 @@ def redundancy_graph(
         block = similarity[:, 0::2, 1::2]
     pairs = None if valid is None else valid[:, 0::2, None] & valid[:, None, 1::2]
     scores = block.new_empty(block.shape[0], sum(block.shape[1:]))
-    scores[:, 0::2], joined = _degree_score(block, tau, gamma, pairs, dim=-1)
-    scores[:, 1::2], _ = _degree_score(block, tau, gamma, pairs, dim=-2)
+    scores[:, 0::2], joined = degree_score(block, tau, gamma, pairs, dim=-1)
+    scores[:, 1::2], _ = degree_score(block, tau, gamma, pairs, dim=-2)
     return scores, joined
 
 
-def _degree_score(block: Tensor, tau: float, gamma: float, pairs: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
+def degree_score(block: Tensor, tau: float, gamma: float, pairs: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
     """Redundancy of one side of a similarity block, summed over ``dim``, and the share of ``pairs`` with an edge."""
     edges = block >= tau
     if pairs is not None:
@@ -237,7 +242,7 @@ def greedy_map(kernel: Tensor, k: int, epsilon: float = 1e-6, stop: float | None
 
 
 def greedy_map_rank(
-    similarity: Tensor,
+    similarity: Tensor | CosineRows,
     k: int,
     *,
     relevance: Tensor | None = None,
@@ -253,7 +258,7 @@ def greedy_map_rank(
     that belong to ``member`` or has used up its rank.
 
     Args:
-        similarity: (B, n, n).
+        similarity: (B, n, n), or `blocks.CosineRows`, which computes its rows when they are asked for.
         k: number of members that must be placed.
         relevance: (B, n) r; ``None`` means ones.
         member: (B, n) bool, the tokens that count towards k; ``None`` means all.
@@ -282,7 +287,10 @@ def greedy_map_rank(
         variance = residual.gather(1, chosen)
         alive = variance > stop
         # Eq. 11: e_i = (L_ji - <u_j, u_i>) / sqrt(v_j + epsilon)
-        row = similarity.gather(1, chosen[:, :, None].expand(-1, -1, n))
+        if isinstance(similarity, Tensor):
+            row = similarity.gather(1, chosen[:, :, None].expand(-1, -1, n))
+        else:
+            row = similarity.rows(chosen)
         if relevance is not None:
             row = row * (relevance * relevance.gather(1, chosen))[:, None, :]
         if step == basis.shape[1]:
