@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -209,8 +210,6 @@ def test_modalities_are_counted_per_visual(loaded, model, pixels):
 @pytest.mark.parametrize("mode", ["average", "bilinear"])
 def test_full_source_gives_the_recorded_cosines(video, loaded, model, monkeypatch, mode):
     """The patches' embeddings are pooled as the features are, then compared with the question."""
-    from PIL import Image
-
     monkeypatch.setattr(model.config, "mm_spatial_pool_mode", mode)
     tower = model.get_vision_tower()
     monkeypatch.setattr(tower, "image_embeds_source", "pixels")
@@ -224,8 +223,6 @@ def test_full_source_gives_the_recorded_cosines(video, loaded, model, monkeypatc
 
 
 def test_bridge_from_the_checkpoints_own_tower_is_as_recorded(video, loaded, model):
-    from PIL import Image
-
     frames = [Image.open(path).convert("RGB") for path in sorted((video / "frames/clipA").glob("*.png"))]
     tower = model.get_vision_tower()
     features = tower(loaded[2](images=frames, return_tensors="pt")["pixel_values"])
@@ -262,7 +259,7 @@ def test_without_siglip_relevance_comes_from_the_projector(loaded, model, pixels
         tower.joint_space()
 
 
-def test_a_folder_of_siglip_can_be_given(video, tmp_path, monkeypatch):
+def test_a_folder_of_siglip_can_be_given(video):
     checkpoint = str(video / "checkpoints/llava-video-tiny-qwen2")
     _, model, _, _ = load_pretrained_model(
         checkpoint, device="cpu", joint_space_path=str(video / "checkpoints" / SIGLIP)
@@ -289,7 +286,7 @@ def test_slow_fast_and_pruning_exclude_each_other(loaded, model, pixels, monkeyp
         embed(model, ids_of(loaded), pixels[:1], pruner=get_pruner("script", keep_tokens=16))
 
 
-def test_checkpoints_of_pictures_refuse_videos(load, pixels):
+def test_checkpoints_of_pictures_refuse_videos(load):
     model = load("llava-v1.5-tiny")[1]
     with pytest.raises(ValueError, match="not made for videos"):
         model.encode_pictures([torch.zeros(2, 3, 336, 336)], modality="video")
