@@ -9,41 +9,81 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava.pruning.functional import cosine_similarity, degree_score, inner_products, inverse_norm, working_dtype
+from llava.pruning.functional import (
+    cosine_similarity,
+    degree_score,
+    inner_products,
+    inverse_norm,
+    stable_rank,
+    working_dtype,
+)
 
 ROWS = 256  # rows of similarities that are looked at together
 
 
-class CosineRows:
-    """Cosine similarities (B, n, n) of features (B, n, d), of which only the rows asked for are computed.
+def map_rank_by_rows(
+    features: Tensor,
+    k: int,
+    *,
+    relevance: Tensor | None = None,
+    member: Tensor | None = None,
+    candidates: Tensor | None = None,
+    epsilon: float = 1e-6,
+) -> Tensor:
+    """`greedy_map_rank` (B, n) of the cosine similarities of features (B, n, d), one row of them at each step.
 
-    Stands for the matrix in `greedy_map_rank`: k chosen tokens cost k n d products instead of n^2 d, and k rows of n
-    instead of n.
+    A step costs n d products for the row of the chosen token, and as many as it has predecessors for each token; it
+    leaves one row of n numbers.
     """
+    cosines = CosineRows(features)
+    variance = cosines.diagonal if relevance is None else cosines.diagonal * relevance.square()  # v_i = L_ii
+    leftover = cosines.diagonal if relevance is None else relevance
+    if candidates is not None:
+        variance, leftover = (values.masked_fill(~candidates, -torch.inf) for values in (variance, leftover))
+    views, n = variance.shape
+    rank = n + stable_rank(leftover, descending=True)
+    placed = torch.zeros(views, dtype=torch.int64, device=rank.device)
+    basis: list[Tensor] = []  # blocks of e_i of the steps so far, (B, ROWS, n) each
+    for step in range(n):
+        chosen = variance.argmax(dim=-1, keepdim=True)  # (B, 1), lowest index among equals
+        largest = variance.gather(1, chosen)
+        alive = largest > epsilon
+        row = cosines.rows(chosen)  # (B, 2, n), the same twice: see `CosineRows.rows`
+        if relevance is not None:
+            row = row * (relevance * relevance.gather(1, chosen))[:, None]
+        for block in basis:  # Eq. 11: e_i = (L_ji - <u_j, u_i>) / sqrt(v_j + epsilon)
+            row = row - block.gather(2, chosen[:, None].expand(-1, ROWS, 2)).mT @ block
+        row = torch.where(alive, row[:, 0] / (largest.clamp_min(epsilon) + epsilon).sqrt(), 0.0)
+        if step % ROWS == 0:
+            basis.append(row.new_zeros(views, ROWS, n))
+        basis[-1][:, step % ROWS] = row
+        variance = (variance - row.square()).scatter(1, chosen, torch.where(alive, -torch.inf, largest))
+        rank.scatter_(1, chosen, torch.where(alive, step, rank.gather(1, chosen)))
+        placed += (alive if member is None else alive & member.gather(1, chosen)).squeeze(1)
+        if step + 1 >= k and bool(((placed >= k) | ~alive.squeeze(1)).all()):
+            break
+    return stable_rank(rank)
+
+
+class CosineRows:
+    """Cosine similarities (B, n, n) of features (B, n, d), of which only the rows asked for are computed."""
 
     def __init__(self, features: Tensor) -> None:
         self.features = features
-        self.shape = torch.Size((*features.shape[:2], features.shape[1]))
-        self.device = features.device
         norm = torch.linalg.vector_norm(features, dim=-1, dtype=working_dtype(features.dtype))
         self._inverse_norm = inverse_norm(norm.square())  # (B, n)
-
-    def new_zeros(self, *shape: int) -> Tensor:
-        return self._inverse_norm.new_zeros(*shape)
-
-    def diagonal(self, dim1: int = -2, dim2: int = -1) -> Tensor:
-        """(B, n): 1, or 0 for a row without a direction."""
-        return (self._inverse_norm > 0).to(self._inverse_norm.dtype)
+        self.diagonal = (self._inverse_norm > 0).to(self._inverse_norm.dtype)  # (B, n), 0 without a direction
 
     def rows(self, chosen: Tensor) -> Tensor:
-        """Row of one token per view: chosen (B, 1) int64 -> (B, 1, n)."""
-        width = self.features.shape[-1]
-        # The row twice: with a single vector BLAS does not treat exact duplicates alike (see `greedy_map_rank`).
-        own = self.features.gather(1, chosen[:, :, None].expand(-1, 2, width))
-        row = inner_products(own, self.features)[:, :1]
-        row = row * self._inverse_norm[:, None] * self._inverse_norm.gather(1, chosen)[:, None]
-        row = row.nan_to_num(nan=0.0)
-        return row.scatter(2, chosen[:, :, None], self.diagonal().gather(1, chosen)[:, :, None])
+        """The row of one token per view, twice: chosen (B, 1) int64 -> (B, 2, n).
+
+        With a single vector BLAS does not treat exact duplicates alike, and they must tie (see `greedy_map_rank`).
+        """
+        own = self.features.gather(1, chosen[:, :, None].expand(-1, 2, self.features.shape[-1]))
+        scale = self._inverse_norm * self._inverse_norm.gather(1, chosen)
+        rows = (inner_products(own, self.features) * scale[:, None]).nan_to_num(nan=0.0)
+        place = chosen[:, :, None].expand(-1, 2, 1)
+        return rows.scatter(2, place, self.diagonal.gather(1, chosen)[:, None].expand(-1, 2, 1))
 
 
 def redundancy_by_blocks(

@@ -8,13 +8,8 @@ stay what they are. A row that is zero or not finite, or whose squared norm leav
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from llava.pruning.blocks import CosineRows
 
 COLUMN_BLOCK = 512  # columns of half-precision features that are widened at a time
 BLAS_TILE = 64  # no BLAS kernel works on more columns at once
@@ -242,7 +237,7 @@ def greedy_map(kernel: Tensor, k: int, epsilon: float = 1e-6, stop: float | None
 
 
 def greedy_map_rank(
-    similarity: Tensor | CosineRows,
+    similarity: Tensor,
     k: int,
     *,
     relevance: Tensor | None = None,
@@ -258,7 +253,7 @@ def greedy_map_rank(
     that belong to ``member`` or has used up its rank.
 
     Args:
-        similarity: (B, n, n), or `blocks.CosineRows`, which computes its rows when they are asked for.
+        similarity: (B, n, n).
         k: number of members that must be placed.
         relevance: (B, n) r; ``None`` means ones.
         member: (B, n) bool, the tokens that count towards k; ``None`` means all.
@@ -287,10 +282,7 @@ def greedy_map_rank(
         variance = residual.gather(1, chosen)
         alive = variance > stop
         # Eq. 11: e_i = (L_ji - <u_j, u_i>) / sqrt(v_j + epsilon)
-        if isinstance(similarity, Tensor):
-            row = similarity.gather(1, chosen[:, :, None].expand(-1, -1, n))
-        else:
-            row = similarity.rows(chosen)
+        row = similarity.gather(1, chosen[:, :, None].expand(-1, -1, n))
         if relevance is not None:
             row = row * (relevance * relevance.gather(1, chosen))[:, None, :]
         if step == basis.shape[1]:

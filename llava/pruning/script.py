@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from llava.pruning.base import Pruner, PruningInputs, RelevancePruner, register
-from llava.pruning.blocks import CosineRows, redundancy_by_blocks
+from llava.pruning.blocks import map_rank_by_rows, redundancy_by_blocks
 from llava.pruning.functional import (
     cosine_similarity,
     greedy_map_rank,
@@ -103,9 +104,7 @@ class Script(RelevancePruner):
     def choose(self, inputs: PruningInputs, keep: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         details: dict[str, Tensor] = {}
         many = self.scope == "clip"
-        similarity = None
-        if self.dpp:
-            similarity = CosineRows(inputs.features) if many else cosine_similarity(inputs.features)
+        similarity = cosine_similarity(inputs.features) if self.dpp and not many else None
         kept_by_gsp = redundancy = relevance = None
         if self.gsp:
             if many:
@@ -147,7 +146,7 @@ class Script(RelevancePruner):
         self,
         inputs: PruningInputs,
         keep: int,
-        similarity: Tensor | CosineRows | None,
+        similarity: Tensor | None,
         redundancy: Tensor | None,
         relevance: Tensor | None,
         kept_by_gsp: Tensor | None,
@@ -159,8 +158,10 @@ class Script(RelevancePruner):
             if self.restrict and kept_by_gsp is not None:
                 candidates = kept_by_gsp if valid is None else kept_by_gsp & valid
             weight = relevance if relevance is None or self.kernel_exponent == 1 else relevance**self.kernel_exponent
-            return greedy_map_rank(
-                similarity,
+            rank = partial(map_rank_by_rows, inputs.features)
+            if self.scope != "clip":
+                rank = partial(greedy_map_rank, similarity)
+            return rank(
                 keep,
                 relevance=weight,
                 member=kept_by_gsp,
