@@ -210,10 +210,10 @@ conv_templates: dict[str, Conversation] = {
     "llava_v1": Conversation(CURIOUS_HUMAN, USER_ASSISTANT, TWO, " ", "</s>", "v1"),
     "v1_mmtag": Conversation(IMAGE_TAGS, USER_ASSISTANT, TWO, " ", "</s>", "v1_mmtag"),
     "llava_llama_2": Conversation(LLAVA_LLAMA_2_SYSTEM, USER_ASSISTANT, LLAMA_2, "<s>", "</s>", "llama_v2"),
+    "mpt": Conversation(MPT_SYSTEM, CHATML, MPT, "<|im_end|>", version="mpt"),
     "qwen_1_5": _QWEN,
     "qwen_2": _QWEN,
     "qwen_2_5": Conversation(QWEN_2_5_SYSTEM, CHATML, CHATML_LINES, "<|im_end|>", version="qwen"),
-    "mpt": Conversation(MPT_SYSTEM, CHATML, MPT, "<|im_end|>", version="mpt"),
 }
 
 

@@ -32,7 +32,7 @@ from llava.model.token_selection import (
 )
 from llava.model.view_layout import FRAME_END, NEWLINE, SlowFast, ViewLayout
 from llava.model.visual_layouts import VIDEO, VideoReading, as_views, modality_list, pick_visuals, picture_layouts
-from llava.model.visual_pooling import pool_patches, shrink_plane
+from llava.model.visual_pooling import derived_tokens, pool_patches
 from llava.pruning import DecoderPruner, Pruner
 
 
@@ -105,40 +105,18 @@ class LlavaMetaForCausalLM(ABC):
             seen = self.get_vision_tower().observe(pixels)
         patches = self.project(seen.features)
         pool_mode = VideoReading.of(self.config).pool_mode if modality == VIDEO else None
-        features = patches if pool_mode is None else pool_patches(patches, pool_mode)
+        derived = derived_tokens(patches, [pair[0] for pair in layouts], pool_mode)
         return EncodedImages(
-            features,
+            patches if pool_mode is None else pool_patches(patches, pool_mode),
             seen.features,
             [pair[0] for pair in layouts],
             [pair[1] for pair in layouts],
             seen.class_features,
             seen.layer_input,
             pixels,
-            derived=self._derived_tokens(patches, [pair[0] for pair in layouts], pool_mode),
+            derived=derived,
             pool_mode=pool_mode,
         )
-
-    def _derived_tokens(
-        self, patches: Tensor, layouts: Sequence[ViewLayout], pool_mode: str | None
-    ) -> list[Tensor | None]:
-        """For each picture (k, d) tokens that unpruned prompts read in place of patches (V, n, d), or ``None``."""
-        derived: list[Tensor | None] = []
-        first = 0
-        for layout in layouts:
-            views = patches[first : first + layout.views]
-            first += layout.views
-            if layout.derived is None:
-                derived.append(None)
-            elif isinstance(layout.derived, SlowFast):
-                if not hasattr(self.get_model(), "faster_token"):
-                    raise ValueError("add_faster_video needs model.faster_token, which this checkpoint does not have")
-                derived.append(pool_patches(views, pool_mode, layout.derived.stride).flatten(0, 1))
-            else:
-                rows = layout.of_patches.sequence[views.shape[1] :]  # behind the overview
-                numbers = rows.reshape(int((rows == NEWLINE).sum()), -1)[:, :-1]
-                plane = views.flatten(0, 1)[numbers.to(views.device)]
-                derived.append(shrink_plane(plane, layout.derived.size))
-        return derived
 
     def layouts_of(
         self,
@@ -164,7 +142,10 @@ class LlavaMetaForCausalLM(ABC):
         layouts = []
         for count, size, kind in zip(views, sizes, modality_list(modalities, len(views)), strict=True):
             if kind == VIDEO:
-                layouts.append((VideoReading.of(self.config).layout(count, side),) * 2)
+                reading = VideoReading.of(self.config)
+                if reading.slow_every is not None and not hasattr(self.get_model(), "faster_token"):
+                    raise ValueError("add_faster_video needs model.faster_token, which this checkpoint does not have")
+                layouts.append((reading.layout(count, side),) * 2)
             else:
                 layouts.append(picture_layouts(self.config, count, side, tokens, view_pixels, size, in_views))
         return layouts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,8 @@ from llava.pruning import DecoderPruner, Pruner, PruningInputs, Selection
 
 if TYPE_CHECKING:
     from llava.model.llava_arch import LlavaMetaForCausalLM
+
+logger = logging.getLogger(__name__)
 
 BESIDE_PATCHES = {"class_attention", "mean_attention", "key_metric", "class_features"}
 TOWER_FIELDS = BESIDE_PATCHES | {"encoder_features", "image_embeds", "pixels"}
@@ -101,6 +104,7 @@ def select_tokens(
     tokens = encoded.features.shape[1]
     if pruner is not None and not keeps_everything(pruner, tokens):
         check_possible(pruner, encoded)
+        pruner = suited(model, pruner)
     if isinstance(pruner, DecoderPruner):
         return keep_until_the_decoder(pruner, encoded, model.config.num_hidden_layers)
     if pruner is None or keeps_everything(pruner, tokens):
@@ -137,6 +141,22 @@ def select_tokens(
         layout = layout_to_read(pruner, layout, encoded.layouts_with_padding[picture])
         kept.append(_keep(pruner, layout, numbers, selection, own))
     return kept
+
+
+def suited(model: LlavaMetaForCausalLM, pruner: Pruner) -> Pruner:
+    """The pruner itself, or its form for a model whose joint space is not at hand.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if "text_embeds" not in pruner.needs or model.get_vision_tower().has_joint_space:
+        return pruner
+    logger.warning(
+        "the full %s is not at hand: relevance comes from the projector's space, a weak signal; joint_space_path "
+        "(--siglip-path) says where it is",
+        model.get_vision_tower().name,
+    )
+    return pruner.without_joint_space()
 
 
 def check_possible(pruner: Pruner, encoded: EncodedImages) -> None:
@@ -246,7 +266,7 @@ def count_parts(pruner: Pruner, layout: ViewLayout) -> tuple[int, list[int]]:
     """Kept patches of a picture, and made tokens of each of its views."""
     views, tokens = layout.eligible.shape
     count = pruner.count(tokens)
-    if pruner.scope == "global":
+    if pruner.scope != "view":
         return min(count * views, int(layout.eligible.sum())), [0] * views
     kept, made = pruner.stand(count, layout.eligible)
     return int(kept.sum()), made.tolist()

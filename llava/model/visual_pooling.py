@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 from torch.nn import functional as F
+
+from llava.model.view_layout import NEWLINE, SlowFast, ViewLayout
 
 POOL_MODES = ("average", "max", "bilinear")
 
@@ -37,3 +40,28 @@ def shrink_plane(plane: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize a picture's tiles, joined to one plane (h, w, d), to ``size`` (rows, columns): (rows x columns, d)."""
     resized = F.interpolate(plane.permute(2, 0, 1)[None], size=size, mode="bilinear")
     return resized[0].flatten(1).mT
+
+
+def derived_tokens(
+    patches: Tensor, layouts: Sequence[ViewLayout], pool_mode: str | None = None
+) -> list[Tensor | None]:
+    """For each picture (k, d) the tokens that its unpruned layout reads beside patches, or ``None`` if there are none.
+
+    Args:
+        patches: (V, n, d) projected, not pooled, of the views of all pictures.
+        pool_mode: of videos.
+    """
+    derived: list[Tensor | None] = []
+    first = 0
+    for layout in layouts:
+        views = patches[first : first + layout.views]
+        first += layout.views
+        if layout.derived is None:
+            derived.append(None)
+        elif isinstance(layout.derived, SlowFast):
+            derived.append(pool_patches(views, pool_mode, layout.derived.stride).flatten(0, 1))
+        else:
+            behind_overview = layout.of_patches.sequence[views.shape[1] :]
+            rows = behind_overview.reshape(int((behind_overview == NEWLINE).sum()), -1)[:, :-1]
+            derived.append(shrink_plane(views.flatten(0, 1)[rows.to(views.device)], layout.derived.size))
+    return derived

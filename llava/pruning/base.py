@@ -307,6 +307,17 @@ class RelevancePruner(Pruner):
     def needs(self) -> frozenset[str]:
         return frozenset({"image_embeds", "text_embeds"})
 
+    def without_joint_space(self) -> Pruner:
+        """The method for a host that has no joint space of patches and texts.
+
+        Raises:
+            ValueError: there is none.
+        """
+        raise ValueError(
+            f"pruner '{self.name}' compares patches with the question in a joint space, for which this model lacks "
+            "the text tower: give the folder of its full vision-language encoder, or take another method"
+        )
+
     def sign(self, inputs: PruningInputs) -> int:
         return inputs.relevance_sign if self.relevance_sign is None else self.relevance_sign
 

@@ -38,7 +38,7 @@ def cosine_similarity(rows: Tensor, others: Tensor | None = None) -> Tensor:
     """
     if others is None:
         similarity = inner_products(rows, rows)
-        scale = _inverse_norm(similarity.diagonal(dim1=-2, dim2=-1))
+        scale = inverse_norm(similarity.diagonal(dim1=-2, dim2=-1))
         similarity.mul_(scale[:, :, None]).mul_(scale[:, None, :])
         similarity.diagonal(dim1=-2, dim2=-1).copy_(scale > 0)
     else:
@@ -46,7 +46,7 @@ def cosine_similarity(rows: Tensor, others: Tensor | None = None) -> Tensor:
         similarity = inner_products(rows, others)
         for side, view in ((rows, similarity), (others, similarity.mT)):
             norm = torch.linalg.vector_norm(side, dim=-1, dtype=similarity.dtype)
-            view.mul_(_inverse_norm(norm.square())[:, :, None])
+            view.mul_(inverse_norm(norm.square())[:, :, None])
     return similarity.nan_to_num_(nan=0.0)  # infinity times zero, at rows without a direction
 
 
@@ -61,7 +61,7 @@ def inner_products(rows: Tensor, others: Tensor) -> Tensor:
     return product
 
 
-def _inverse_norm(square: Tensor) -> Tensor:
+def inverse_norm(square: Tensor) -> Tensor:
     """1 / norm from squared norms; 0 for rows without a direction."""
     limits = torch.finfo(square.dtype)
     directed = (square >= limits.tiny) & (square <= limits.max)
@@ -168,7 +168,7 @@ def redundancy_graph(
         block = cosine_similarity(features) if similarity is None else similarity
         others = ~torch.eye(block.shape[-1], dtype=torch.bool, device=block.device)
         pairs = others if valid is None else others & (valid[:, :, None] & valid[:, None, :])
-        return _degree_score(block, tau, gamma, pairs, dim=-1)
+        return degree_score(block, tau, gamma, pairs, dim=-1)
     if graph != "bipartite":
         raise ValueError(f"graph must be 'bipartite' or 'exhaustive', got {graph!r}")
     if similarity is None:
@@ -177,12 +177,12 @@ def redundancy_graph(
         block = similarity[:, 0::2, 1::2]
     pairs = None if valid is None else valid[:, 0::2, None] & valid[:, None, 1::2]
     scores = block.new_empty(block.shape[0], sum(block.shape[1:]))
-    scores[:, 0::2], joined = _degree_score(block, tau, gamma, pairs, dim=-1)
-    scores[:, 1::2], _ = _degree_score(block, tau, gamma, pairs, dim=-2)
+    scores[:, 0::2], joined = degree_score(block, tau, gamma, pairs, dim=-1)
+    scores[:, 1::2], _ = degree_score(block, tau, gamma, pairs, dim=-2)
     return scores, joined
 
 
-def _degree_score(block: Tensor, tau: float, gamma: float, pairs: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
+def degree_score(block: Tensor, tau: float, gamma: float, pairs: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
     """Redundancy of one side of a similarity block, summed over ``dim``, and the share of ``pairs`` with an edge."""
     edges = block >= tau
     if pairs is not None:

@@ -83,6 +83,10 @@ class SigLIPVisionTower(VisionTower):
         space = self.joint_space()
         return space.image_embeds_of_pixels(source) if source.ndim == 4 else space.image_embeds(source)
 
+    @property
+    def has_joint_space(self) -> bool:
+        return self._joint_space is not None or self.joint_folder is not None
+
     def joint_space(self) -> SiglipJointSpace:
         """SigLIP's text tower, last layer and head, loaded when first asked for.
 

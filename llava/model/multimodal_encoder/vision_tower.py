@@ -87,6 +87,11 @@ class VisionTower(nn.Module, ABC):
         """Attention to the patches of what stands for the whole picture: (V, n, c) -> (V, heads, n) float32."""
 
     @property
+    def has_joint_space(self) -> bool:
+        """Whether `joint_space` can be had of files on this machine."""
+        return True
+
+    @property
     def is_loaded(self) -> bool:
         return hasattr(self, "vision_tower")
 
