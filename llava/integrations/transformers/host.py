@@ -58,9 +58,9 @@ class UnsupportedModelError(ValueError):
 
     def __init__(self, model: nn.Module, reason: str) -> None:
         super().__init__(
-            f"{type(model).__name__} cannot be pruned: {reason}. Classes that are tested: {', '.join(TESTED_CLASSES)}; "
-            "others of the library work if they put features in place of placeholder tokens and call one language "
-            "model with inputs_embeds="
+            f"{type(model).__name__} cannot be pruned: {reason}. "
+            f"Classes that are tested: {', '.join(TESTED_CLASSES)}; others of the library work if they "
+            "put features in place of placeholder tokens and call one language model with inputs_embeds="
         )
 
 

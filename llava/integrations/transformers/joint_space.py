@@ -38,9 +38,9 @@ class HostJointSpace:
         found = getattr(config, "model_type", None)
         if found != model_type or not hasattr(host.base, "multi_modal_projector"):
             raise ValueError(
-                f"{kind}={name!r}: the vision tower of {type(host.model).__name__} is a {found}, whose features are not "
-                f"those of a {model_type} one by one. Leave {kind}= out: relevance is then read in the language model's "
-                "space"
+                f"{kind}={name!r}: the vision tower of {type(host.model).__name__} is a {found}, whose features are "
+                f"not those of a {model_type} one by one. Leave {kind}= out: relevance is then read in the language "
+                "model's space"
             )
         folder = find_folder(name)
         theirs = (CLIPVisionConfig if kind == "clip" else SiglipVisionConfig).from_pretrained(folder)
@@ -53,7 +53,8 @@ class HostJointSpace:
         self.into_space = self._way(config, theirs, kind)
         space = ClipJointSpace if kind == "clip" else SiglipJointSpace
         self.space = space(folder, host.model.dtype, _device(host))
-        self.relevance_sign = self.space.relevance_sign
+        # A tower whose patches behave otherwise says so in its checkpoint.
+        self.relevance_sign = getattr(host.model.config, "mm_relevance_sign", None) or self.space.relevance_sign
 
     def _way(self, config: Any, theirs: Any, kind: str) -> str:
         """Name of the space's function that takes the features which this host hands to its projector."""
@@ -68,7 +69,8 @@ class HostJointSpace:
         if depth != theirs.num_hidden_layers - 1:
             raise ValueError(
                 f"this model reads layer {layer} of a SigLIP of {config.num_hidden_layers} layers; the joint space "
-                f"starts from layer {theirs.num_hidden_layers - 1} of {theirs.num_hidden_layers}, or from the whole tower"
+                f"starts from layer {theirs.num_hidden_layers - 1} of {theirs.num_hidden_layers}, or from the whole "
+                "tower"
             )
         return "image_embeds"
 
@@ -92,8 +94,8 @@ class HostJointSpace:
             places = (input_ids == token).to(embeds.device)
             if int(places.sum()) != len(embeds):
                 raise ValueError(
-                    f"{type(self.host.model).__name__} makes {int(places.sum())} {modality} tokens of {len(embeds)} patches: "
-                    "no token has a place of its own in the joint space. Leave clip= or siglip= out"
+                    f"{type(self.host.model).__name__} makes {int(places.sum())} {modality} tokens of {len(embeds)} "
+                    "patches: no token has a place of its own in the joint space. Leave clip= or siglip= out"
                 )
             if table is None:
                 table = embeds.new_zeros(*input_ids.shape, embeds.shape[-1])

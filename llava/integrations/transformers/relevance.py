@@ -1,8 +1,8 @@
 """How relevant each visual token is to the question, on a host that is not ours.
 
-Without a joint space the question is the mean of its tokens' embeddings in the language model, and relevance the cosine
-with it: the projector was trained to put features into that space, so the sign is +1. Where the vision tower is a
-CLIP or SigLIP whose folder is named, relevance is read in that model's joint space, with that space's sign.
+Without a joint space the question is the mean of its tokens' embeddings in the language model, and relevance the
+cosine with it: the projector was trained to put features into that space, so the sign is +1. Where the vision tower is
+a CLIP or SigLIP whose folder is named, relevance is read in that model's joint space, with that space's sign.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava.integrations.question import find_questions
 from llava.integrations.transformers.capture import Capture
 from llava.integrations.transformers.host import Host
 from llava.integrations.transformers.joint_space import HostJointSpace
@@ -24,6 +25,7 @@ from llava.pruning.script import pooled_query
 
 JOINT = frozenset({"image_embeds", "text_embeds"})
 GIVEN = JOINT | {"query_embeds"}
+IMAGE_MARK = "<image>"  # known to question.py
 
 Describe = Callable[[Sequence[Candidates], Tensor], dict[str, Any]]
 
@@ -163,11 +165,20 @@ class RelevanceSource:
             )
         found = {}
         for row, column in last.items():
-            after = input_ids[row, column + 1 :][attention_mask[row, column + 1 :].bool()]
-            found[row] = question_after(self.tokenizer.decode(after, skip_special_tokens=False))
+            text = self._rendered(input_ids[row], attention_mask[row].bool(), column)
+            found[row] = find_questions(text, scope="latest_turn")[0].text
             if not found[row]:
-                raise ValueError(f"row {row} has no text after its last picture to select by: pass query=")
+                raise ValueError(f"row {row} has no question that could be read out of its prompt: pass query=")
         return found
+
+    def _rendered(self, ids: Tensor, real: Tensor, last: int) -> str:
+        """The text of a prompt (L,) with one mark where its last visual token stands."""
+        unspoken = {*self.host.placeholders.values(), self.tokenizer.pad_token_id, self.tokenizer.bos_token_id}
+        unspoken -= {None, self.tokenizer.eos_token_id}  # the end token closes turns of some templates
+        text = real & ~torch.isin(ids, torch.tensor(sorted(unspoken), device=ids.device))
+        columns = torch.arange(len(ids), device=ids.device)
+        before, after = (self.tokenizer.decode(ids[text & part]) for part in (columns < last, columns > last))
+        return f"{before}{IMAGE_MARK}{after}"
 
     def embed(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """T questions -> input embeddings of the language model (T, l, d), and a mask (T, l)."""
@@ -205,16 +216,13 @@ def checked_tokenizer(host: Host, processor: Any) -> Any:
     token = getattr(processor, "image_token_id", None)
     if isinstance(token, int) and token != host.placeholders["image"]:
         raise ValueError(
-            f"this processor is of another model: its image token has the id {token}, in {type(host.model).__name__} it "
-            f"is {host.placeholders['image']}"
+            f"this processor is of another model: its image token has the id {token}, in "
+            f"{type(host.model).__name__} it is {host.placeholders['image']}"
         )
     rows = host.model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows and max(tokenizer.get_vocab().values()) >= rows + len(host.placeholders):
         raise ValueError(
-            f"this tokenizer is of another model: it has {len(tokenizer)} tokens, {type(host.model).__name__} embeds {rows}"
+            f"this tokenizer is of another model: it has {len(tokenizer)} tokens, {type(host.model).__name__} "
+            f"embeds {rows}"
         )
     return tokenizer
-
-
-def question_after(text: str) -> str:
-    return text.strip()

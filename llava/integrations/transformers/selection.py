@@ -91,8 +91,8 @@ def select_tokens(
 
     Args:
         inputs_embeds: (B, L, d), visual features in their places.
-        describe: from `Candidates` of equal size and their features (V, n, d) to the other `PruningInputs` fields that the
-            method reads.
+        describe: from `Candidates` of equal size and their features (V, n, d) to the other `PruningInputs` fields
+            that the method reads.
     """
     candidates = candidates_of(pruner, pictures)
     groups: dict[tuple[int, int], list[Candidates]] = {}
@@ -101,7 +101,7 @@ def select_tokens(
     check_groups(pruner, groups)
     kept_columns: dict[int, list[Tensor]] = {index: [] for index in range(len(pictures))}
     made: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    whole = {index: True for index in range(len(pictures))}
+    whole = dict.fromkeys(range(len(pictures)), True)
     for (tokens, keep), group in groups.items():
         if keep >= tokens:
             for one in group:
