@@ -40,8 +40,8 @@ def load_transformers_model(
         architecture = (config.architectures or [config.model_type])[0]
         if type(config) not in AutoModelForImageTextToText._model_mapping or not hasattr(transformers, architecture):
             raise ValueError(
-                f"{name} is a {architecture}, which is none of the library's models of pictures and text (a checkpoint "
-                "in LLaVA's original format: leave --hf out)"
+                f"{name} is a {architecture}, which is none of the library's models of pictures and text (a "
+                "checkpoint in LLaVA's original format: leave --hf out)"
             )
         processor = AutoProcessor.from_pretrained(name)
         model = AutoModelForImageTextToText.from_pretrained(
@@ -52,7 +52,7 @@ def load_transformers_model(
             quantization_config=quantization_config,
         )
     except ImportError as error:
-        if "torchvision" in str(error):
+        if "torchvision" in str(error).lower():
             raise ImportError(
                 f"the processor of {name} has a part for videos, which needs torchvision: "
                 f'pip install "script-llava[hf]" ({TESTED_WITHOUT_TORCHVISION})'
