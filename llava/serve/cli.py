@@ -17,7 +17,7 @@ from llava.conversation import Conversation, conv_templates, template_for
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
 from llava.model.builder import DEFAULT_CHECKPOINT, load_pretrained_model
 from llava.model.encoded_images import EncodedImages
-from llava.model.token_selection import suited
+from llava.model.questions import suited
 from llava.model.visual_layouts import IMAGE, VIDEO
 from llava.model.visual_pooling import POOL_MODES
 from llava.pruning import Pruner, get_pruner, list_pruners, parse_budget, parse_options
