@@ -58,10 +58,9 @@ class RelevanceSource:
 
     def _check_method(self) -> None:
         pruner = self.pruner
-        if pruner.place == "projected" and pruner.needs <= GIVEN:
+        if pruner.place == "decoder" or (pruner.place == "projected" and pruner.needs <= GIVEN):
             return
         where = {
-            "decoder": "inside the decoder",
             "encoder": "on the features before the projector",
             "pixels": "on the pixels",
             "projected": f"on {', '.join(sorted(pruner.needs - GIVEN))}",
