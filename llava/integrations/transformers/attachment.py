@@ -92,6 +92,8 @@ class AttachedPruner:
             raise ValueError(f"positions must be auto, packed or original, got {positions!r}")
         self.pruner = pruner
         self.host: Host = find_host(model)
+        if pruner.place == "encoder" and positions == "original":
+            raise ValueError(f"pruner '{pruner.name}' makes tokens, which have no position in the whole prompt")
         if find_attached(model) is not None:
             raise RuntimeError("a pruner is attached to this model already: remove it first (its handle's remove())")
         self.query = query
@@ -245,15 +247,18 @@ class AttachedPruner:
         prompt, mask = arguments["input_ids"], arguments["attention_mask"]
         names = {"input_ids", "attention_mask", "position_ids", *TOKEN_TYPES}
         given = {name: value for name, value in arguments.items() if name in names and value is not None}
-        capture = capture_prompt(self.host, given | self.host.visual_inputs(arguments), self.relevance.reads_encoder)
+        given |= self.host.visual_inputs(arguments)
+        source = self.relevance
+        capture = capture_prompt(self.host, given, source.reads_encoder, source.watched_layer)
         pictures = find_pictures(self.host, capture, prompt)
         question = self.query if query is None else query
-        describe = self.relevance.describer(capture, pictures, prompt, mask, question)
+        describe = source.describer(capture, pictures, prompt, mask, question)
         inside = isinstance(self.pruner, DecoderPruner)
         if inside:
             self.kept = keep_until_the_decoder(pictures)
         else:
-            self.kept = select_tokens(self.pruner, pictures, capture.inputs_embeds, describe)
+            project = getattr(self.host.base, "multi_modal_projector", None)
+            self.kept = select_tokens(self.pruner, pictures, capture.inputs_embeds, describe, project)
         columns = mask.bool().cpu().clone()
         for one in self.kept:
             columns[one.picture.row, one.picture.columns] &= one.kept
