@@ -271,10 +271,14 @@ def gather_inputs(
         distinct = list(dict.fromkeys(queries))
         if None in distinct:
             raise ValueError(f"pruner '{pruner.name}' selects by the question: pass query=, or load a tokenizer")
-        row = torch.tensor([distinct.index(query) for query in queries])[picture_of_view].to(device)
+        row = torch.tensor([distinct.index(query) for query in queries])[picture_of_view]
+        row = row.to(device, non_blocking=True)
         if "text_embeds" in pruner.needs:
             embeds, mask = tower.text_embeds(distinct)
-            fields["text_embeds"], fields["text_mask"] = embeds.to(device)[row], mask.to(device)[row]
+            fields["text_embeds"], fields["text_mask"] = (
+                embeds.to(device)[row],
+                mask.to(device, non_blocking=True)[row],
+            )
         if "query_embeds" in pruner.needs:
             embeds, mask = embed_queries(model, distinct)
             fields["query_embeds"], fields["query_mask"] = embeds.to(device)[row], mask.to(device)[row]
@@ -288,9 +292,9 @@ def embed_queries(model: LlavaMetaForCausalLM, queries: Sequence[str]) -> tuple[
     embed = model.get_input_embeddings()
     ids = [torch.tensor(encode_text(query, model.tokenizer), dtype=torch.long) for query in queries]
     lengths = torch.tensor([len(row) for row in ids])
-    padded = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(embed.weight.device)
+    padded = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(embed.weight.device, non_blocking=True)
     mask = torch.arange(padded.shape[1]) < lengths[:, None]
-    return embed(padded), mask.to(padded.device)
+    return embed(padded), mask.to(padded.device, non_blocking=True)
 
 
 def join_views(inputs: PruningInputs, views: slice) -> PruningInputs:
