@@ -5,6 +5,8 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels are not tested: pip install triton")
 
+from test_greedy import KINDS, options_of, rows_of
+
 from llava.pruning import PruningInputs, get_pruner, kernels
 from llava.pruning.functional import (
     cosine_similarity,
@@ -16,7 +18,6 @@ from llava.pruning.functional import (
 )
 from llava.pruning.kernels import greedy, scores
 from records import selection_cases
-from test_greedy import KINDS, options_of, rows_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: see conftest.py
 

@@ -1,4 +1,4 @@
-"""Scores of tokens as Triton kernels: one pass over a similarity matrix each, every sum by one program in one order."""
+"""Scores of tokens as Triton kernels: one pass over a matrix each, every sum by one program and in one order."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 ROWS = 16  # tokens per program
 COLUMNS = 256  # numbers of a row that are read at a time
-WARPS = 4
+WARPS = 8
 
 
 def scale_to_cosines(products: Tensor) -> Tensor:
-    """Inner products (B, n, n) of rows with each other -> their cosines, in place, as `functional.cosine_similarity`."""
+    """Inner products (B, n, n) of rows with each other -> `functional.cosine_similarity`, in place."""
     views, n, _ = products.shape
     squares = products.diagonal(dim1=-2, dim2=-1).clone()  # programs write the diagonal while others still scale by it
     limits = torch.finfo(products.dtype)
