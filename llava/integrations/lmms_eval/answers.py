@@ -60,6 +60,10 @@ class AnswerBook:
         for path in sorted(folder.glob("answers_*.jsonl")):
             for line in path.read_text(encoding="utf-8").splitlines():
                 self._read(line)
+        self._own_file = folder / f"answers_{rank}.jsonl"
+        if self._own_file.is_file() and not self._own_file.read_bytes().endswith(b"\n"):
+            with self._own_file.open("a", encoding="utf-8") as file:
+                file.write("\n")  # behind a line that a kill has torn
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         path = self.folder / SETTINGS_FILE
@@ -92,10 +96,8 @@ class AnswerBook:
             entry = {"key": key, "task": task, "document": document, "answer": asdict(answer)}
             lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
         if self.folder is not None:
-            path = self.folder / f"answers_{self.rank}.jsonl"
-            torn = path.is_file() and not path.read_bytes().endswith(b"\n")
-            with path.open("a", encoding="utf-8") as file:
-                file.write("\n" * torn + "".join(lines))
+            with self._own_file.open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         if self.folder is not None:
