@@ -20,6 +20,7 @@ from llava.checkpoint import find_folder
 from llava.conversation import conv_templates
 from llava.eval.benchmarks import OUTPUT_ROOT, run_tag
 from llava.eval.harness_results import TASKS, newest_results
+from llava.eval.harness_tasks import JUDGE_FREE, write_judge_free_task
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import check_files, read_config
 from llava.pruning import Pruner, get_pruner, list_pruners, parse_budget, parse_options
@@ -43,9 +44,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     model.add_argument("--keep-tokens", default="full", metavar="N", help="per view: a count, a share, or full")
     model.add_argument("--pruner", default="script", metavar="NAME", help=f"one of {', '.join(list_pruners())}")
     model.add_argument("--pruner-args", nargs="+", default=[], metavar="KEY=VALUE", help="options of the pruner")
+    model.add_argument("--seed", type=int, default=0, help="of random methods; another seed is another run")
     model.add_argument("--device", default="auto", help="auto, cpu or cuda")
     model.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
-    model.add_argument("--model-args", nargs="+", default=[], metavar="KEY=VALUE", help="further model arguments")
+    model.add_argument(
+        "--model-args", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="further model arguments"
+    )
     how = parser.add_argument_group("how")
     how.add_argument("--batch-size", type=int, default=1, help="questions at once (%(default)s)")
     how.add_argument("--processes", type=int, help="default: one per visible GPU, or 1")
@@ -64,14 +68,22 @@ def require_harness() -> None:
         )
 
 
+def pruner_options(options: argparse.Namespace) -> list[str]:
+    """``--pruner-args``, with the seed of a random method."""
+    given = list(options.pruner_args)
+    seeded = hasattr(get_pruner(options.pruner, **parse_options(options.pruner, given)), "seed")
+    if seeded and options.seed and not any(text.startswith("seed=") for text in given):
+        given.append(f"seed={options.seed}")
+    return given
+
+
 def check_model(options: argparse.Namespace) -> tuple[Pruner | None, bool]:
     """The pruner asked for (``None`` for "full"), and whether the checkpoint cuts pictures into tiles.
 
     Raises:
         ValueError, OSError: options or files that do not fit; before anything is loaded.
     """
-    keywords = parse_options(options.pruner, options.pruner_args)
-    pruner = get_pruner(options.pruner, **keywords)
+    keywords = parse_options(options.pruner, pruner_options(options))
     if options.keep_tokens == "full":
         pruner = None
     else:
@@ -105,7 +117,7 @@ class HarnessRun:
             raise FileNotFoundError(f"there is no folder {options.include_path} of task files")
         self.tasks = options.tasks or TASKS[options.benchmark].task
         keep = None if pruner is None else pruner.keep_tokens
-        tag = options.tag or run_tag(keep, tiled, options.pruner, options.pruner_args)
+        tag = options.tag or run_tag(keep, tiled, options.pruner, options.pruner_args, options.seed)
         if options.limit is not None and options.tag is None:
             tag += f"-first{options.limit}"
         place = options.benchmark or self.tasks.replace(",", "+")
@@ -120,7 +132,7 @@ class HarnessRun:
             "pretrained": options.model_path,
             "pruner": options.pruner,
             "keep_tokens": options.keep_tokens,
-            "pruner_args": " ".join(options.pruner_args),
+            "pruner_args": " ".join(pruner_options(options)),
             "conv_template": options.conv_mode,
             "dtype": options.dtype,
             "on_error": options.on_error,
@@ -140,8 +152,11 @@ class HarnessRun:
         command = [*launcher, "-m", "lmms_eval", "--model", options.model, "--model_args", self.model_arguments()]
         command += ["--tasks", self.tasks, "--batch_size", str(options.batch_size), "--device", options.device]
         command += ["--output_path", str(self.folder), "--log_samples"]
-        if options.include_path is not None:
-            command += ["--include_path", str(options.include_path)]
+        include = options.include_path
+        if include is None and JUDGE_FREE in self.tasks.split(","):
+            include = write_judge_free_task(self.folder / "tasks")
+        if include is not None:
+            command += ["--include_path", str(include)]
         if options.limit is not None:
             command += ["--limit", str(options.limit)]
         return command + options.harness
@@ -154,7 +169,7 @@ def execute(run: HarnessRun) -> int:
     print(shlex.join(command), flush=True)
     code = subprocess.run(command).returncode
     after = newest_results(run.folder)
-    if code == 0 and after is None or after == before:
+    if (code == 0 and after is None) or after == before:
         print(f"error: lmms-eval has written no result file into {run.folder}; see above", file=sys.stderr)
         return code or 1
     print(f"results: {after}")

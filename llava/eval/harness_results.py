@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from llava.eval.files import read_json
+from llava.eval.harness_tasks import JUDGE_FREE
 
 RESULTS = "_results.json"
 LOCAL = "_local"  # ends the name of an official task on data of one's own: EVAL.md
@@ -59,7 +60,7 @@ TASKS = {
     "ai2d": HarnessTask("ai2d", ("exact_match",)),
     "chartqa": HarnessTask("chartqa", ("relaxed_overall",)),
     "ocrbench": HarnessTask("ocrbench", ("ocrbench_accuracy",), 1000.0),
-    "hallusionbench": HarnessTask("hallusion_bench_image", ("aAcc", "qAcc", "fAcc"), 1.0),
+    "hallusionbench": HarnessTask(JUDGE_FREE, ("aAcc", "qAcc", "fAcc")),
     "pope": HarnessTask("pope", ("pope_f1_score",)),
     "mme": HarnessTask("mme", ("mme_perception_score",), 1.0),
     "gqa": HarnessTask("gqa", ("exact_match",)),
@@ -72,6 +73,7 @@ class HarnessScore:
     """A task's scores from one result file, and the scores of its items by document where they were logged."""
 
     benchmark: str
+    tasks: tuple[str, ...]
     scores: dict[str, float]
     items: dict[str, float]
     questions: int
@@ -140,7 +142,7 @@ def _score(
                 scores[column] = 100.0 * fmean(part)
     counts = results.get("n-samples", {})
     questions = sum(counts.get(name, {}).get("effective", 0) for name in own)
-    return HarnessScore(benchmark, scores, items, questions)
+    return HarnessScore(benchmark, tuple(own), scores, items, questions)
 
 
 def item_score(record: Any) -> float | None:

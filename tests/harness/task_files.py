@@ -12,19 +12,20 @@ import yaml
 OFFICIAL = Path(importlib.util.find_spec("lmms_eval").origin).parent / "tasks"
 
 
-def write_task(folder, official, split, dataset, name=None, **changes):
+def write_task(folder, official, split, dataset, name=None, more=""):
     """A task file ``<official name>_local``: prompts, extraction and aggregation stay the official ones.
 
     Args:
         official: path below the harness's tasks.
         dataset: keyword arguments of `load_dataset`; "path" is the format.
+        more: further lines of the file.
     """
     path = OFFICIAL / official
     task = name or f"{path.stem}_local"
     kwargs = {key: value for key, value in dataset.items() if key != "path"}
     config = {"include": str(path), "task": task, "test_split": split, "dataset_path": dataset["path"]}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{task}.yaml").write_text(yaml.safe_dump(config | {"dataset_kwargs": kwargs} | changes))
+    (folder / f"{task}.yaml").write_text(yaml.safe_dump(config | {"dataset_kwargs": kwargs}) + more)
     return task
 
 

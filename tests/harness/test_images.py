@@ -14,6 +14,7 @@ from task_files import write_pictures, write_task
 
 from llava.eval.files import read_json
 from llava.eval.harness_results import newest_results, read_scores
+from llava.eval.harness_tasks import JUDGE_FREE, JUDGE_FREE_METRICS
 
 ROOT = Path(__file__).parents[2]
 TOY = ROOT / "playground/toy"
@@ -75,11 +76,12 @@ def root(tmp_path_factory):
         for number, (picture, fields) in enumerate(rows[:4])
     ]
     data = write_pictures(root / "hallusion", "image", hallusion)
-    write_task(tasks, "hallusion_bench/hallusion_bench_image.yaml", "image", data)
+    name = f"{JUDGE_FREE}_local"
+    write_task(tasks, "hallusion_bench/hallusion_bench_image.yaml", "image", data, name, JUDGE_FREE_METRICS)
     return root
 
 
-TASKS = "pope_local,ai2d_local,chartqa_local,ocrbench_local"
+TASKS = f"pope_local,ai2d_local,chartqa_local,ocrbench_local,{JUDGE_FREE}_local"
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +96,11 @@ def test_official_tasks_are_scored_and_say_what_was_pruned(root, pruned):
     assert results["throughput"]["avg_visual_tokens"] == 16.0
     assert results["throughput"]["avg_unreadable_questions"] == 0
     scores = {score.benchmark: score for score in read_scores(path)}
-    assert set(scores) == {"pope", "ai2d", "chartqa", "ocrbench"}
+    assert set(scores) == {"pope", "ai2d", "chartqa", "ocrbench", "hallusionbench"}
     assert scores["pope"].scores["pope"] > 80  # the toy knows its scenes; prompts and scoring are the harness's
     assert scores["pope"].questions == len(scores["pope"].items) == 24
     assert scores["chartqa"].scores["chartqa"] == 100 * sum(scores["chartqa"].items.values()) / 4
+    assert scores["hallusionbench"].scores["hallusionbench"] > 50  # the mean of three metrics, no judge asked
     assert scores["ocrbench"].scores["ocrbench"] <= 4.0
 
 

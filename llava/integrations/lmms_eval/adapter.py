@@ -161,7 +161,9 @@ class PrunedModel(lmms):
             for question in own:
                 visuals = self._open(question)
                 files = [visual.content for visual in visuals if isinstance(visual.content, str)]
-                missing = [file for file in files if not file.startswith(("http:", "https:")) and not Path(file).exists()]
+                missing = [
+                    file for file in files if not file.startswith(("http:", "https:")) and not Path(file).exists()
+                ]
                 if missing:
                     raise UnreadableVisual(f"{_place(question)}: there is no file or folder {missing[0]}")
                 if not files:

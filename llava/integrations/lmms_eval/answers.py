@@ -76,7 +76,9 @@ class AnswerBook:
         differing = [name for name in {**there, **settings} if there.get(name) != settings.get(name)]
         if differing:
             changes = "; ".join(f"{name}: {there.get(name)!r}, now {settings.get(name)!r}" for name in differing)
-            raise ValueError(f"{self.folder} holds answers given under other settings ({changes}): name another folder")
+            raise ValueError(
+                f"{self.folder} holds answers given under other settings ({changes}): name another folder"
+            )
 
     def _read(self, line: str) -> None:
         try:
