@@ -107,14 +107,18 @@ def read_tensors(folder: Path, prefixes: Iterable[str]) -> dict[str, Tensor]:
     for path, names in weight_files(folder).items():
         if names is not None and not any(name.startswith(prefixes) for name in names):
             continue
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                names = [name for name in file.keys() if name.startswith(prefixes)]  # noqa: SIM118 (not a dict)
-                found |= {name: file.get_tensor(name) for name in names}
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-            found |= {name: tensor for name, tensor in state.items() if name.startswith(prefixes)}
+        found |= read_weight_file(path, prefixes)
     return found
+
+
+def read_weight_file(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+    """Tensors of one weight file whose names start with one of ``prefixes``, on the CPU in their stored dtype."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefixes)]  # noqa: SIM118 (not a dict)
+            return {name: file.get_tensor(name) for name in names}
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    return {name: tensor for name, tensor in state.items() if name.startswith(prefixes)}
 
 
 def fill_module(model: nn.Module, tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
