@@ -24,8 +24,11 @@ class CheckpointError(OSError):
     """A checkpoint is missing, incomplete or damaged; the message names the file."""
 
 
-def find_folder(name: str, near: Path | None = None) -> Path:
+def find_folder(name: str, near: Path | None = None, download: bool = True) -> Path:
     """Folder of a checkpoint: a path, a path relative to the folder ``near`` or its parents, or a name on the hub.
+
+    Args:
+        download: False takes from the hub only what was downloaded before.
 
     Raises:
         CheckpointError: found nowhere; the message lists the places.
@@ -42,7 +45,7 @@ def find_folder(name: str, near: Path | None = None) -> Path:
     if Path(name).is_absolute() or name.count("/") != 1:
         raise CheckpointError(f"no checkpoint at {looked}")
     try:
-        return Path(snapshot_download(name, allow_patterns=DOWNLOAD_PATTERNS))
+        return Path(snapshot_download(name, allow_patterns=DOWNLOAD_PATTERNS, local_files_only=not download))
     except Exception as error:  # the hub's client raises a different class for each reason
         raise CheckpointError(
             f"no checkpoint at {looked}, and '{name}' cannot be had from the hub: {error}"
@@ -82,6 +85,20 @@ def weight_files(folder: Path) -> dict[Path, list[str] | None]:
     for shard in shards:
         _check_whole(shard)
     return shards
+
+
+def tensor_names(folder: Path) -> set[str]:
+    """Names of all tensors of a checkpoint, as its index or its files tell."""
+    names: set[str] = set()
+    for path, listed in weight_files(folder).items():
+        if listed is not None:
+            names.update(listed)
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                names.update(file.keys())
+        else:
+            names.update(torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
+    return names
 
 
 def _check_whole(path: Path) -> None:

@@ -20,6 +20,7 @@ class SeparatorStyle(Enum):
     MPT = "roles carry their own markers"
     PLAIN = "no roles"
     LLAMA_2 = "instruction brackets, the system text inside the first"
+    CHATML = "roles carry their own markers, each turn ends its line; an empty message is still to be answered"
 
 
 @dataclass
@@ -79,6 +80,10 @@ class Conversation:
             case SeparatorStyle.MPT:
                 body = "".join(role if text is None else role + text + self.sep for role, text in turns)
                 return self.system + self.sep + body
+            case SeparatorStyle.CHATML:
+                end = self.sep + "\n"
+                system = self.system + end if self.system else ""
+                return system + "".join(role + text + end if text else role for role, text in turns)
             case SeparatorStyle.PLAIN:
                 ends = (self.sep, self.sep2 or self.sep)
                 return self.system + "".join(t + ends[i % 2] for i, (_, t) in enumerate(turns) if t is not None)
@@ -172,7 +177,7 @@ ENERGY_ANSWER = (
 USER_ASSISTANT = ("USER", "ASSISTANT")
 HUMAN_ASSISTANT = ("Human", "Assistant")
 CHATML = ("<|im_start|>user\n", "<|im_start|>assistant\n")
-SINGLE, TWO, MPT, PLAIN, LLAMA_2 = SeparatorStyle
+SINGLE, TWO, MPT, PLAIN, LLAMA_2, CHATML_LINES = SeparatorStyle
 
 _V0 = Conversation(
     CURIOUS_HUMAN,
@@ -184,6 +189,9 @@ _V0 = Conversation(
 )
 _VICUNA_V1 = Conversation(CURIOUS_USER, USER_ASSISTANT, TWO, " ", "</s>", "v1")
 _PLAIN = Conversation("", ("", ""), PLAIN, "\n")
+QWEN_SYSTEM = "<|im_start|>system\nYou are a helpful assistant."
+QWEN_2_5_SYSTEM = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+_QWEN = Conversation(QWEN_SYSTEM, CHATML, CHATML_LINES, "<|im_end|>", version="qwen")
 _CHATML = Conversation("<|im_start|>system\nAnswer the questions.", CHATML, MPT, "<|im_end|>", version="mpt")
 
 conv_templates: dict[str, Conversation] = {
@@ -203,6 +211,9 @@ conv_templates: dict[str, Conversation] = {
     "v1_mmtag": Conversation(IMAGE_TAGS, USER_ASSISTANT, TWO, " ", "</s>", "v1_mmtag"),
     "llava_llama_2": Conversation(LLAVA_LLAMA_2_SYSTEM, USER_ASSISTANT, LLAMA_2, "<s>", "</s>", "llama_v2"),
     "mpt": Conversation(MPT_SYSTEM, CHATML, MPT, "<|im_end|>", version="mpt"),
+    "qwen_1_5": _QWEN,
+    "qwen_2": _QWEN,
+    "qwen_2_5": Conversation(QWEN_2_5_SYSTEM, CHATML, CHATML_LINES, "<|im_end|>", version="qwen"),
 }
 
 
@@ -217,6 +228,8 @@ def template_for(model_name: str) -> str:
         return "chatml_direct"
     if "mpt" in name:
         return "mpt"
+    if "qwen" in name or "llava-video" in name or "onevision" in name:
+        return "qwen_1_5"
     if "v0" in name and "v1" not in name:
         return "llava_v0"
     return "vicuna_v1"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import io
 import math
+import re
 import urllib.error
 import urllib.request
 import warnings
@@ -92,8 +94,9 @@ def _download(address: str) -> bytes:
 def process_images(images: Sequence[Image.Image], image_processor: Any, model_cfg: Any) -> Tensor | list[Tensor]:
     """Preprocess pictures the way the checkpoint was trained (``model_cfg.image_aspect_ratio``).
 
-    "pad" centres each picture on a square of the mean colour: one view. "anyres" adds tiles of a larger version:
-    1 + columns x rows views. Anything else resizes and crops to one view.
+    "pad" centres each picture on a square of the mean colour: one view. "anyres", with or without a maximum behind it
+    ("anyres_max_9"), adds tiles of a larger version: 1 + columns x rows views. Anything else resizes and crops to one
+    view.
 
     Returns:
         float32 (images, 3, s, s), with a views axis after the first for "anyres"; a list of (views, 3, s, s) where
@@ -101,8 +104,9 @@ def process_images(images: Sequence[Image.Image], image_processor: Any, model_cf
     """
     aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
     images = [to_rgb(image) for image in images]
-    if aspect_ratio == "anyres":
-        pixels = [process_anyres_image(image, image_processor, model_cfg.image_grid_pinpoints) for image in images]
+    if str(aspect_ratio).startswith("anyres"):
+        pinpoints = parse_pinpoints(model_cfg.image_grid_pinpoints, view_side(image_processor))
+        pixels = [process_anyres_image(image, image_processor, pinpoints) for image in images]
     else:
         if aspect_ratio == "pad":
             background = tuple(int(channel * 255) for channel in image_processor.image_mean)
@@ -113,6 +117,44 @@ def process_images(images: Sequence[Image.Image], image_processor: Any, model_cf
 
 def _preprocess(images: Sequence[Image.Image], image_processor: Any) -> Tensor:
     return image_processor(images=list(images), return_tensors="pt")["pixel_values"]
+
+
+def view_side(image_processor: Any) -> int:
+    """Pixels along one side of a view: CLIP's processor crops to it, SigLIP's resizes to it."""
+    size = getattr(image_processor, "crop_size", None) or image_processor.size
+    return size["height"]
+
+
+def most_tiles(aspect_ratio: str | None) -> int | None:
+    """K of "anyres_max_K"; ``None`` where nothing bounds the number of tokens."""
+    found = re.fullmatch(r"anyres_max_(\d+)", aspect_ratio or "")
+    return int(found[1]) if found else None
+
+
+def parse_pinpoints(pinpoints: str | Sequence[Sequence[int]], side: int) -> list[list[int]]:
+    """``image_grid_pinpoints`` as pairs (width, height) in pixels.
+
+    Args:
+        pinpoints: the pairs, or a string: a list in Python's notation, or a range such as "(1x1),...,(6x6)" of tile
+            counts between the first and the last one written.
+        side: pixels along one side of a tile.
+
+    Raises:
+        ValueError: a string that is neither.
+    """
+    if not isinstance(pinpoints, str):
+        return [list(pair) for pair in pinpoints]
+    counts = [tuple(map(int, pair)) for pair in re.findall(r"\((\d+)x(\d+)\)", pinpoints)]
+    if counts:
+        first, last = counts[0], counts[-1]
+        columns, rows = (range(first[i], last[i] + 1) for i in (0, 1))
+        return [[side * column, side * row] for column in columns for row in rows]
+    try:
+        return [list(map(int, pair)) for pair in ast.literal_eval(pinpoints)]
+    except (ValueError, SyntaxError, TypeError):
+        raise ValueError(
+            f"image_grid_pinpoints must be pairs or a range like (1x1),...,(6x6), got {pinpoints!r}"
+        ) from None
 
 
 def expand_to_square(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
@@ -129,7 +171,7 @@ def process_anyres_image(image: Image.Image, image_processor: Any, pinpoints: Se
     Returns:
         float32 (1 + columns x rows, 3, s, s).
     """
-    side = image_processor.crop_size["height"]
+    side = view_side(image_processor)
     resolution = select_best_resolution(image.size, pinpoints)
     canvas = resize_and_pad(image, resolution)
     tiles = [
@@ -137,7 +179,7 @@ def process_anyres_image(image: Image.Image, image_processor: Any, pinpoints: Se
         for top in range(0, canvas.height, side)
         for left in range(0, canvas.width, side)
     ]
-    overview_side = image_processor.size["shortest_edge"]
+    overview_side = image_processor.size.get("shortest_edge") or side
     return _preprocess([image.resize((overview_side, overview_side)), *tiles], image_processor)
 
 

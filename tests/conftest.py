@@ -9,9 +9,12 @@ from functools import cache
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which transformers may do
+
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
-from records import GOLDEN, load_picture
+from records import GOLDEN, load_picture, unpack
 
 
 @cache
@@ -36,6 +39,12 @@ def pixels_of():
         return process_images(pictures, processor, model.config), [picture.size for picture in pictures]
 
     return pixels_of
+
+
+@pytest.fixture(scope="session")
+def video(tmp_path_factory):
+    """The recorded data of LLaVA-Video and LLaVA-OneVision, unpacked: a folder."""
+    return unpack(GOLDEN / "video", tmp_path_factory.mktemp("golden") / "video")
 
 
 @pytest.fixture(autouse=True)

@@ -1,18 +1,40 @@
 """Reading and comparing recorded values; the storage format is described in golden/README.md."""
 
 import json
+import lzma
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 GOLDEN = Path(__file__).parent / "golden"
 PICTURES = ("square336", "land640x480", "tall300x900", "wide1000x400", "odd501x333", "small97x61")
 FEATURES = {"default": 1e-4, "rowdot": 5e-4}
 LOGITS = {"default": 5e-4, "rowdot": 5e-4}
 PIXELS = {"default": 1e-6, "rowmean": 1e-6}
+
+
+def golden_bytes(path):
+    """Contents of a golden file; most that would take much room are stored as ``<path>.xz``."""
+    packed = path.with_name(path.name + ".xz")
+    return path.read_bytes() if path.is_file() else lzma.decompress(packed.read_bytes())
+
+
+def load_tensors(path):
+    """Tensors of a golden safetensors file, by name."""
+    return load(golden_bytes(path))
+
+
+def unpack(folder, target):
+    """Copy a golden folder whose large files are compressed to where a loader finds them as they were."""
+    shutil.copytree(folder, target)
+    for packed in target.rglob("*.xz"):
+        packed.with_suffix("").write_bytes(lzma.decompress(packed.read_bytes()))
+        packed.unlink()
+    return target
 
 
 def load_picture(name):
@@ -23,15 +45,15 @@ def load_picture(name):
 def selection_cases(method):
     """(case, tensors) of every recorded selection of a method, as parameters of a test."""
     cases = json.loads((GOLDEN / "selection" / method / "cases.json").read_text())["cases"]
-    return [pytest.param(case, load_file(GOLDEN / "selection" / case["file"]), id=case["case"]) for case in cases]
+    return [pytest.param(case, load_tensors(GOLDEN / "selection" / case["file"]), id=case["case"]) for case in cases]
 
 
 class Records:
     """The cases of one topic: entries by name, and their tensors."""
 
     def __init__(self, topic):
-        self.entries = json.loads((GOLDEN / f"{topic}.json").read_text())
-        self.tensors = load_file(GOLDEN / f"{topic}.safetensors")
+        self.entries = json.loads(golden_bytes(GOLDEN / f"{topic}.json"))
+        self.tensors = load_tensors(GOLDEN / f"{topic}.safetensors")
 
     def cases(self):
         return [name for name in self.entries if not name.startswith("_")]

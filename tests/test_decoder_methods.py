@@ -1,12 +1,10 @@
 """Methods inside the decoder as mathematics: recorded selections, budgets over depth, invariants."""
 
-import json
 import warnings
 from itertools import pairwise
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from llava.pruning import get_pruner, tokens_per_layer
 from llava.pruning.dart import pivot_tokens, unlike_pivots
@@ -20,14 +18,9 @@ from llava.pruning.sparsevlm import (
     text_raters,
     text_relation,
 )
-from records import GOLDEN
+from records import selection_cases
 
 METHODS = ("dart", "fastv", "pyramiddrop", "sparsevlm")
-
-
-def golden(method):
-    cases = json.loads((GOLDEN / "selection" / method / "cases.json").read_text())["cases"]
-    return [pytest.param(case, load_file(GOLDEN / "selection" / case["file"]), id=case["case"]) for case in cases]
 
 
 def cuts_of(name, tokens, target, depth, **options):
@@ -43,7 +36,7 @@ def cuts_of(name, tokens, target, depth, **options):
 # --- recorded selections -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case, tensors", golden("fastv"))
+@pytest.mark.parametrize("case, tensors", selection_cases("fastv"))
 def test_fastv_is_the_published_ranking(case, tensors):
     picture = slice(case["prefix"], case["prefix"] + case["n"])
     inputs = CutInputs(attention=tensors["attention_last_row"][:, :, None, picture], able=case["n"])
@@ -65,7 +58,7 @@ def rotary(states, base):
     return states * cos + turned * sin
 
 
-@pytest.mark.parametrize("case, tensors", golden("pdrop"))
+@pytest.mark.parametrize("case, tensors", selection_cases("pdrop"))
 def test_pyramiddrop_is_the_published_ranking(case, tensors):
     hidden = tensors["hidden"]
 
@@ -82,14 +75,14 @@ def test_pyramiddrop_is_the_published_ranking(case, tensors):
     assert torch.equal(kept, tensors["kept"].sort(-1).values - offset)
 
 
-@pytest.mark.parametrize("case, tensors", golden("sparsevlm_rater"))
+@pytest.mark.parametrize("case, tensors", selection_cases("sparsevlm_rater"))
 def test_raters_are_the_published_ones(case, tensors):
     scores, raters = text_raters(tensors["visual"][None], tensors["text"][None])
     assert torch.allclose(scores[0], tensors["text_scores"], atol=1e-6)
     assert raters[0].nonzero().flatten().tolist() == tensors["raters"].tolist()
 
 
-@pytest.mark.parametrize("case, tensors", golden("sparsevlm_prune"))
+@pytest.mark.parametrize("case, tensors", selection_cases("sparsevlm_prune"))
 def test_sparsevlm_is_the_published_ranking(case, tensors):
     version = int(case["version"][0])
     rows = tensors["text_rows"][None]
@@ -108,7 +101,7 @@ def test_sparsevlm_is_the_published_ranking(case, tensors):
     assert torch.equal(pruner.choose_at(inputs, keep)[0][0], tensors["kept"].sort().values)
 
 
-@pytest.mark.parametrize("case, tensors", golden("sparsevlm_recycle"))
+@pytest.mark.parametrize("case, tensors", selection_cases("sparsevlm_recycle"))
 def test_recycling_is_the_published_one(case, tensors):
     dropped = torch.zeros(1, case["n"], dtype=torch.bool)
     dropped[0, tensors["pruned_ids"]] = True

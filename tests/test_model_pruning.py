@@ -1,14 +1,17 @@
 """Pruning inside the model: the count is a promise, padding never wins, batches and caches change nothing."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from llava.mm_utils import anyres_grid, process_images, tokenizer_image_token
 from llava.model.encoded_images import EncodedImages
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 from llava.model.token_selection import count_kept
 from llava.model.view_layout import NEWLINE, kept_sequence, padded_square_layout, tiled_layout
 from llava.pruning import get_pruner, list_pruners, pruner_class
-from records import load_picture
+from records import GOLDEN, load_picture
 
 BEFORE_DECODER = [name for name in list_pruners() if pruner_class(name).place != "decoder"]
 V15, V16 = "llava-v1.5-tiny-wide", "llava-v1.6-vicuna-tiny-wide"
@@ -473,3 +476,29 @@ def test_the_last_encoder_layer_is_not_there(load):
         tower = load(checkpoint)[1].get_vision_tower()
         assert len(tower.vision_tower.vision_model.encoder.layers) == 2  # of three
         assert not any("text" in name for name, _ in load(checkpoint)[1].named_parameters())
+
+
+# --- what serving engines build on ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["script", "visionzip"])
+def test_a_static_cache_gives_the_same_answer(load, pixels_of, name):
+    """After the selection nothing is left whose shape the data decide, so fixed buffers serve."""
+    tokenizer, model, _, _ = load(V15)
+    pixels, sizes = pixels_of(V15, "land640x480", "square336")
+    ids, mask = ids_of(tokenizer, *map(prompt_of, QUESTIONS[:2]))
+    asked = {"images": pixels, "image_sizes": sizes, "pruner": get_pruner(name, keep_tokens=48)}
+    assert answer(model, ids, mask, **asked) == answer(model, ids, mask, **asked, cache_implementation="static")
+
+
+def test_the_compiled_tower_sees_the_same(pixels_of):
+    """Traced as torch.compile does it, without the compiler behind: one graph, and bit for bit the tower's values."""
+    pixels, _ = pixels_of(V15, "land640x480", "square336")
+    tower = CLIPVisionTower(str(GOLDEN / "checkpoints/openai/clip-vit-large-patch14-336"))
+    tower.load_model()
+    with torch.no_grad():
+        plain = tower.observe(pixels)
+        tower.compile_layers(backend="eager", fullgraph=True)
+        compiled = tower.observe(pixels)
+    for field in dataclasses.fields(plain):
+        assert torch.equal(getattr(plain, field.name), getattr(compiled, field.name))

@@ -8,7 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionConfig
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    PreTrainedTokenizerBase,
+)
 
 from llava.checkpoint import CheckpointError, fill_module, read_json, read_tensors
 
@@ -21,28 +27,40 @@ class ClipJointSpace:
 
     No module of the model, so that checkpoints saved from it stay in their own format.
 
-    Raises:
-        CheckpointError: a file that it needs is missing; see `check_joint_space`.
+    Args:
+        text_model: CLIP's text tower with its projection.
+        visual_projection: (e, c) float32, CLIP's projection of the class token.
+        last_norm: CLIP's layer norm before it.
     """
 
     relevance_sign = -1  # patches of the second-to-last layer are less similar to what they show (see script.py)
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_model: CLIPTextModelWithProjection,
+        visual_projection: Tensor,
+        last_norm: nn.LayerNorm,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.text_model = text_model.requires_grad_(False).eval()
+        self.visual_projection = visual_projection  # (e, c) float32
+        self.last_norm = last_norm.requires_grad_(False)
+        self.max_length = text_model.config.max_position_embeddings
+
+    @classmethod
+    def load(cls, folder: Path, dtype: torch.dtype, device: torch.device | str) -> ClipJointSpace:
+        """From a CLIP folder. Raises CheckpointError where a file is missing; see `check_joint_space`."""
         check_joint_space(folder)
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder)
-        config = CLIPTextConfig.from_pretrained(folder)
-        self.max_length = config.max_position_embeddings
         with torch.device("meta"):
-            model = CLIPTextModelWithProjection(config)
+            text_model = CLIPTextModelWithProjection(CLIPTextConfig.from_pretrained(folder))
         tensors = read_tensors(folder, ("text_model.", "text_projection.", PROJECTION, LAST_NORM))
-        self.visual_projection = tensors.pop(PROJECTION).float().to(device)  # (e, c)
-        self.last_norm = nn.LayerNorm(
-            self.visual_projection.shape[1], CLIPVisionConfig.from_pretrained(folder).layer_norm_eps
-        )
-        self.last_norm.load_state_dict({name: tensors.pop(LAST_NORM + name) for name in ("weight", "bias")})
-        self.last_norm.to(device).requires_grad_(False)
-        fill_module(model, tensors, folder, dtype)
-        self.text_model = model.to(device).requires_grad_(False).eval()
+        projection = tensors.pop(PROJECTION).float()
+        norm = nn.LayerNorm(projection.shape[1], CLIPVisionConfig.from_pretrained(folder).layer_norm_eps)
+        norm.load_state_dict({name: tensors.pop(LAST_NORM + name) for name in ("weight", "bias")})
+        fill_module(text_model, tensors, folder, dtype)
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        return cls(tokenizer, text_model.to(device), projection.to(device), norm.to(device))
 
     def image_embeds(self, features: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
         """Patches (V, n, c) -> joint space (V, n, e) float32, by CLIP's last norm and projection, patch by patch.
@@ -68,10 +86,11 @@ class ClipJointSpace:
         segments = [self.segments(text) for text in texts]
         counts = torch.tensor([len(pieces) for pieces in segments])
         rows = self.tokenizer.pad({"input_ids": [ids for pieces in segments for ids in pieces]}, return_tensors="pt")
-        outputs = self.text_model(**rows.to(self.text_model.device)).text_embeds.float()
+        rows = {name: value.to(self.text_model.device, non_blocking=True) for name, value in rows.items()}
+        outputs = self.text_model(**rows).text_embeds.float()
         embeds = nn.utils.rnn.pad_sequence(outputs.split(counts.tolist()), batch_first=True)
         mask = torch.arange(embeds.shape[1]) < counts[:, None]
-        return embeds, mask.to(embeds.device)
+        return embeds, mask.to(embeds.device, non_blocking=True)
 
 
 def check_joint_space(folder: Path) -> None:

@@ -1,5 +1,6 @@
-"""LLaVA inference on the library's Llama and CLIP, with visual token pruning."""
+"""LLaVA inference with pruning inside."""
 
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForCausalLM
 
-__all__ = ["LlavaConfig", "LlavaLlamaForCausalLM"]
+__all__ = ["LlavaConfig", "LlavaLlamaForCausalLM", "LlavaQwenConfig", "LlavaQwenForCausalLM"]

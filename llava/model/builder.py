@@ -9,16 +9,25 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from llava.checkpoint import CheckpointError, find_folder, read_json, read_tensors, weight_files
+from llava.checkpoint import CheckpointError, find_folder, read_json, read_tensors, tensor_names, weight_files
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.joint_space.clip import check_joint_space
+from llava.joint_space.siglip import check_siglip_folder
 from llava.mm_utils import get_model_name_from_path
+from llava.model.language_model.llava_causal_lm import LlavaCausalLM
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForCausalLM
+from llava.model.multimodal_encoder.builder import tower_type
+from llava.model.multimodal_encoder.siglip_encoder import folder_at_hand
 from llava.pruning import Pruner
 
-MODEL_TYPES = ("llava", "llava_llama")  # "llava" is what checkpoints of 2023 are called
+# By `architectures`: OneVision's checkpoints call their model_type "llava", which is also what those of 2023 say.
+FAMILIES = {LlavaConfig: LlavaLlamaForCausalLM, LlavaQwenConfig: LlavaQwenForCausalLM}
+CONFIG_OF = {model.__name__: config for config, model in FAMILIES.items()}
+MODEL_TYPES = {"llava": LlavaConfig, "llava_llama": LlavaConfig, "llava_qwen": LlavaQwenConfig}
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 PROJECTOR_FILE = "mm_projector.bin"
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt")
 TOY_FOLDER = Path(__file__).resolve().parents[2] / "playground" / "toy"
 DEFAULT_CHECKPOINT = str(TOY_FOLDER / "llava-toy-v1.5")  # small and trained: answers on a laptop in seconds
 
@@ -34,12 +43,14 @@ def load_pretrained_model(
     dtype: str | torch.dtype = "auto",
     attn_implementation: str | None = None,
     pruner: Pruner | None = None,
-) -> tuple[PreTrainedTokenizerBase, LlavaLlamaForCausalLM, Any, int]:
+    compile_tower: bool = False,
+    joint_space_path: str | None = None,
+) -> tuple[PreTrainedTokenizerBase, LlavaCausalLM, Any, int]:
     """Load tokenizer, model and image processor, ready for inference.
 
     Args:
-        model_path: folder or hub name of a LLaVA-1.5 or LLaVA-NeXT checkpoint (Llama or Vicuna), .bin or safetensors,
-            sharded or not, with or without the vision tower's weights.
+        model_path: folder or hub name of a LLaVA-1.5 or LLaVA-NeXT checkpoint (Llama or Vicuna), or of LLaVA-Video or
+            LLaVA-OneVision (Qwen2), .bin or safetensors, sharded or not, with or without the vision tower's weights.
         model_base: language model that ``model_path``, then a projector alone (``mm_projector.bin``), belongs to.
         model_name: the name by which the conversation template is chosen; by default from the path.
         load_8bit, load_4bit: quantise the language model with bitsandbytes.
@@ -48,9 +59,13 @@ def load_pretrained_model(
         dtype: "auto" takes the checkpoint's own on an accelerator and float32 on a CPU.
         attn_implementation: of the language model, as Transformers names them; ``None`` lets the library choose.
         pruner: if given, the files it needs are checked before anything is loaded.
+        compile_tower: put the vision tower through `torch.compile`: the first picture takes a minute, later ones less
+            time than without.
+        joint_space_path: folder or hub name of the full SigLIP, for methods that compare patches with the question;
+            ``None`` takes the checkpoint's ``mm_vision_tower`` where that is on this machine. CLIP needs none.
 
     Returns:
-        tokenizer, model, image processor, context length (2048 unless the checkpoint says otherwise, as in LLaVA).
+        tokenizer, model, image processor, context length (as LLaVA's own loader tells it).
 
     Raises:
         CheckpointError: a file is missing or damaged; names it.
@@ -60,8 +75,11 @@ def load_pretrained_model(
     try:
         folder = find_folder(model_path)
         base_folder = folder if model_base is None else find_folder(model_base)
-        config = read_config(folder)
-        check_files(folder, base_folder, config, pruner)
+        config = read_config(folder, base_folder)
+        joint_folder = None if joint_space_path is None else find_folder(joint_space_path)
+        if joint_folder is not None and config.mm_vision_tower_type != "siglip":
+            raise ValueError(f"joint_space_path goes with towers of SigLIP; {config.mm_vision_tower} is its own")
+        check_files(folder, base_folder, config, pruner, joint_folder)
     except CheckpointError as error:
         if TOY_FOLDER in Path(model_path).resolve().parents:
             raise CheckpointError(
@@ -76,7 +94,7 @@ def load_pretrained_model(
 
     # With our config the tokenizer's own files decide: "llava" in config.json would choose the library's LLaVA's.
     tokenizer = AutoTokenizer.from_pretrained(base_folder, config=config)
-    model, report = LlavaLlamaForCausalLM.from_pretrained(
+    model, report = FAMILIES[type(config)].from_pretrained(
         base_folder,
         config=config,
         dtype=dtype,
@@ -93,37 +111,74 @@ def load_pretrained_model(
     if device_map is None:
         model.to(device)
     _add_image_tokens(tokenizer, model)
+    if model.cut_to_tokenizer and len(tokenizer) < model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
 
     tower = model.get_vision_tower()
+    if joint_folder is not None:
+        tower.joint_folder = joint_folder
     inside = {name.removeprefix(TOWER_PREFIX): t for name, t in read_tensors(base_folder, (TOWER_PREFIX,)).items()}
     placement = next((p.device for p in model.get_model().mm_projector.parameters()), model.device)
     tower.load_model(near=folder, weights=inside, dtype=dtype, device=placement)
+    if compile_tower:
+        tower.compile_layers()
     _greedy_by_default(model)
     model.tokenizer = tokenizer
     model.model_name = model_name or get_model_name_from_path(str(model_path))
     model.eval()
-    return tokenizer, model, tower.image_processor, getattr(config, "max_sequence_length", 2048)
+    return tokenizer, model, tower.image_processor, context_length(config)
 
 
-def read_config(folder: Path) -> LlavaConfig:
-    """Configuration of a checkpoint. Raises ValueError for a model of another family."""
+def context_length(config: LlavaConfig | LlavaQwenConfig) -> int:
+    """What LLaVA's loaders of the two families tell of a checkpoint that does not say ``max_sequence_length``."""
+    fallback = config.max_position_embeddings if isinstance(config, LlavaQwenConfig) else 2048
+    return getattr(config, "max_sequence_length", fallback)
+
+
+def read_config(folder: Path, base_folder: Path | None = None) -> LlavaConfig | LlavaQwenConfig:
+    """Configuration of a checkpoint, by its ``architectures`` or else its ``model_type``.
+
+    Args:
+        base_folder: where the weights are, if not in ``folder``: they tell the kind of the vision tower.
+
+    Raises:
+        ValueError: a model of another family.
+    """
     values = read_json(folder / "config.json")
-    model_type = values.get("model_type")
-    if model_type not in MODEL_TYPES or "mm_vision_tower" not in values:
+    model_type, architecture = values.get("model_type"), next(iter(values.get("architectures") or []), None)
+    family = CONFIG_OF.get(architecture, MODEL_TYPES.get(model_type))
+    if family is None or model_type not in MODEL_TYPES or "mm_vision_tower" not in values:
         raise ValueError(
             f"{folder} is no LLaVA checkpoint in the original format: model_type {model_type!r}, expected one of "
             f"{', '.join(MODEL_TYPES)} with mm_vision_tower (llava-hf conversions are models of Transformers itself)"
         )
-    return LlavaConfig.from_dict({**values, "model_type": LlavaConfig.model_type})
+    values["model_type"] = family.model_type
+    weights = [name for name in tensor_names(base_folder or folder) if name.startswith(TOWER_PREFIX)]
+    values["mm_vision_tower_type"] = tower_type(values["mm_vision_tower"], folder, weights)
+    if family is LlavaQwenConfig:
+        values["rope_scaling"] = None  # as the published loader does
+    return family.from_dict(values)
 
 
-def check_files(folder: Path, base_folder: Path, config: LlavaConfig, pruner: Pruner | None = None) -> None:
+def check_files(
+    folder: Path,
+    base_folder: Path,
+    config: LlavaConfig | LlavaQwenConfig,
+    pruner: Pruner | None = None,
+    joint_folder: Path | None = None,
+) -> None:
     """Raise CheckpointError if a file that loading will need is missing, before anything large is read."""
-    if not any((base_folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
-        raise CheckpointError(f"missing file {base_folder / 'tokenizer.model'}")
+    has = {name for name in TOKENIZER_FILES if (base_folder / name).is_file()}
+    if not has & {"tokenizer.model", "tokenizer.json"} and not {"vocab.json", "merges.txt"} <= has:
+        raise CheckpointError(f"missing file {base_folder / TOKENIZER_FILES[isinstance(config, LlavaQwenConfig)]}")
     weight_files(base_folder)
     if base_folder != folder and not (folder / PROJECTOR_FILE).is_file():
         raise CheckpointError(f"missing file {folder / PROJECTOR_FILE}")
+    if config.mm_vision_tower_type == "siglip":
+        joint_folder = joint_folder or folder_at_hand(config.mm_vision_tower, near=folder)
+        if joint_folder is not None and pruner is not None and "text_embeds" in pruner.needs:
+            check_siglip_folder(joint_folder)
+        return
     tower_folder = find_folder(config.mm_vision_tower, near=folder)
     if not (tower_folder / "preprocessor_config.json").is_file():
         raise CheckpointError(f"missing file {tower_folder / 'preprocessor_config.json'}")
@@ -140,7 +195,7 @@ def pick_device(device: str) -> str:
     return device
 
 
-def _pick_dtype(dtype: str | torch.dtype, device: str, config: LlavaConfig) -> torch.dtype:
+def _pick_dtype(dtype: str | torch.dtype, device: str, config: LlavaConfig | LlavaQwenConfig) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
@@ -173,7 +228,7 @@ def _quantization(load_8bit: bool, load_4bit: bool) -> BitsAndBytesConfig | None
     )
 
 
-def load_projector(model: LlavaLlamaForCausalLM, folder: Path, dtype: torch.dtype) -> set[str]:
+def load_projector(model: LlavaCausalLM, folder: Path, dtype: torch.dtype) -> set[str]:
     """Put the tensors of ``mm_projector.bin`` into the model; returns their names."""
     try:
         state = torch.load(folder / PROJECTOR_FILE, map_location="cpu", weights_only=True)
@@ -187,7 +242,7 @@ def load_projector(model: LlavaLlamaForCausalLM, folder: Path, dtype: torch.dtyp
     return set(state)
 
 
-def _add_image_tokens(tokenizer: PreTrainedTokenizerBase, model: LlavaLlamaForCausalLM) -> None:
+def _add_image_tokens(tokenizer: PreTrainedTokenizerBase, model: LlavaCausalLM) -> None:
     """Checkpoints trained with marks around or inside images have them in their vocabulary."""
     tokens = []
     if getattr(model.config, "mm_use_im_patch_token", True):
@@ -200,6 +255,9 @@ def _add_image_tokens(tokenizer: PreTrainedTokenizerBase, model: LlavaLlamaForCa
             model.resize_token_embeddings(len(tokenizer))
 
 
-def _greedy_by_default(model: LlavaLlamaForCausalLM) -> None:
-    """Old checkpoints store a temperature without sampling; the library warns at every call."""
+def _greedy_by_default(model: LlavaCausalLM) -> None:
+    """Greedy unless asked otherwise; the library warns at every call of a temperature without sampling.
+
+    A repetition penalty stays, as in the published loaders: "greedy" is penalised greedy where the checkpoint says so.
+    """
     model.generation_config.update(temperature=None, top_p=None, top_k=None, do_sample=False, max_length=None)

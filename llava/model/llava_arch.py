@@ -7,70 +7,33 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import clean_question, last_question
-from llava.mm_utils import anyres_grid
-from llava.model.decoder_pruning import DecoderPruning
 from llava.model.encoded_images import EncodedImages
-from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+from llava.model.multimodal_encoder.builder import build_vision_tower
+from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
-from llava.model.prompt_stages import PictureSpan, PromptRow
-from llava.model.token_selection import KeptTokens, count_kept, decoder_budget, eligible_layout, select_tokens
-from llava.model.view_layout import (
-    MERGE_TYPES,
-    NEWLINE,
-    ViewLayout,
-    flat_layout,
-    padded_square_layout,
-    single_crop_layout,
-    tiled_layout,
+from llava.model.prompt_splicing import EmbeddedPrompts, match_images, pad_rows, splice
+from llava.model.prompt_stages import PictureSpan
+from llava.model.questions import Questions
+from llava.model.token_selection import (
+    KeptTokens,
+    count_kept,
+    decoder_budget,
+    layout_to_read,
+    select_tokens,
 )
+from llava.model.view_layout import FRAME_END, NEWLINE, SlowFast, ViewLayout
+from llava.model.visual_layouts import VIDEO, VideoReading, as_views, modality_list, pick_visuals, picture_layouts
+from llava.model.visual_pooling import derived_tokens, pool_patches
 from llava.pruning import DecoderPruner, Pruner
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class EmbeddedPrompts:
-    """A padded batch of prompts, ready for the language model.
-
-    Args:
-        inputs_embeds: (B, T, d).
-        attention_mask: (B, T) bool.
-        position_ids: (B, T) int64, 0.. over the real tokens of a row, 0 at padding.
-        labels: (B, T) int64 with IGNORE_INDEX at visual tokens and padding; ``None`` if none were given.
-        kept: for each picture, which of its tokens stand in the prompt; after `generate` with a method inside the
-            decoder, which are left after its last cut.
-        rows: where the text and the pictures of each prompt stand.
-        pruner: a method that is still to act, inside the decoder; ``None`` if there is none. It acts where `generate`
-            gets the whole of this, not ``inputs_embeds`` alone.
-    """
-
-    inputs_embeds: Tensor
-    attention_mask: Tensor
-    position_ids: Tensor
-    labels: Tensor | None
-    kept: list[KeptTokens]
-    rows: list[PromptRow]
-    pruner: DecoderPruner | None = None
-
-    def decoder_pruning(self, decoder: nn.Module) -> DecoderPruning | None:
-        """The method that is still to act, made ready for a decoder; ``None`` if there is none."""
-        return None if self.pruner is None else DecoderPruning(decoder, self.pruner, self.rows)
-
-    def note_survivors(self, pruning: DecoderPruning) -> None:
-        """After the forward: write down in ``kept`` what the decoder has left of each picture."""
-        places = pruning.survivors()
-        self.kept = [tokens.surviving(place) for tokens, place in zip(self.kept, places, strict=True)]
 
 
 class LlavaMetaModel(nn.Module):
@@ -78,16 +41,14 @@ class LlavaMetaModel(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.vision_tower = CLIPVisionTower(
-            config.mm_vision_tower,
-            getattr(config, "mm_vision_select_layer", -2),
-            getattr(config, "mm_vision_select_feature", "patch"),
-        )
+        self.vision_tower = build_vision_tower(config)
         self.mm_projector = build_vision_projector(config)
         if "unpad" in getattr(config, "mm_patch_merge_type", "flat"):
             self.image_newline = nn.Parameter(torch.empty(config.hidden_size, dtype=self.dtype))
+        if getattr(config, "add_faster_video", False):
+            self.faster_token = nn.Parameter(torch.empty(config.hidden_size, dtype=self.dtype))
 
-    def get_vision_tower(self) -> CLIPVisionTower:
+    def get_vision_tower(self) -> VisionTower:
         return self.vision_tower
 
 
@@ -96,11 +57,13 @@ class LlavaMetaForCausalLM(ABC):
 
     tokenizer: Any = None  # set by load_pretrained_model; reads questions out of prompts
     model_name: str = ""  # likewise; chooses the conversation template
+    crops_are_views: ClassVar[bool] = False  # whether single crops (N, 3, s, s) are read like lists of views
+    cut_to_tokenizer: ClassVar[bool] = False  # whether rows of the vocabulary beyond the tokenizer's are cut off
 
     @abstractmethod
     def get_model(self) -> LlavaMetaModel: ...
 
-    def get_vision_tower(self) -> CLIPVisionTower:
+    def get_vision_tower(self) -> VisionTower:
         return self.get_model().get_vision_tower()
 
     @property
@@ -122,31 +85,44 @@ class LlavaMetaForCausalLM(ABC):
         return self.get_model().mm_projector(features.to(parameter.device, parameter.dtype))
 
     def encode_pictures(
-        self, images: Tensor | Sequence[Tensor], image_sizes: Sequence[tuple[int, int]] | None = None
+        self,
+        images: Tensor | Sequence[Tensor],
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        modality: str = "image",
     ) -> EncodedImages:
-        """Encode pictures as `process_images` returns them; the result can stand for ``images`` in every call.
+        """Encode pictures as `process_images` returns them, or videos; the result can stand for ``images`` anywhere.
 
         Args:
-            images: (N, 3, s, s), one view each; or (N, V, 3, s, s) or a list of (V, 3, s, s) or (3, s, s).
-            image_sizes: (width, height) of each picture; needed for tiles, and to know the padding of squares.
+            images: (N, 3, s, s), one view each; or (N, V, 3, s, s) or a list of (V, 3, s, s) or (3, s, s). The views
+                of a video are its frames.
+            image_sizes: (width, height) of each picture; needed for tiles, and to know the padding of squares. Not
+                read for videos.
+            modality: "image" or "video", for all of them.
         """
-        pictures = _as_views(images)
-        layouts = self.layouts_of(images, image_sizes)
-        pixels = torch.cat(pictures)
+        layouts = self.layouts_of(images, image_sizes, modality)
+        pixels = torch.cat(as_views(images))
         with torch.no_grad():
             seen = self.get_vision_tower().observe(pixels)
+        patches = self.project(seen.features)
+        pool_mode = VideoReading.of(self.config).pool_mode if modality == VIDEO else None
+        derived = derived_tokens(patches, [pair[0] for pair in layouts], pool_mode)
         return EncodedImages(
-            self.project(seen.features),
+            patches if pool_mode is None else pool_patches(patches, pool_mode),
             seen.features,
             [pair[0] for pair in layouts],
             [pair[1] for pair in layouts],
             seen.class_features,
             seen.layer_input,
             pixels,
+            derived=derived,
+            pool_mode=pool_mode,
         )
 
     def layouts_of(
-        self, images: Tensor | Sequence[Tensor] | EncodedImages, image_sizes: Sequence[tuple[int, int]] | None = None
+        self,
+        images: Tensor | Sequence[Tensor] | EncodedImages,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        modalities: str | Sequence[str] | None = None,
     ) -> list[tuple[ViewLayout, ViewLayout]]:
         """For each picture its layout, and the one it would have if padding counted like anything else.
 
@@ -155,37 +131,24 @@ class LlavaMetaForCausalLM(ABC):
         """
         if isinstance(images, EncodedImages):
             return list(zip(images.layouts, images.layouts_with_padding, strict=True))
-        pictures = _as_views(images)
-        if image_sizes is not None and len(image_sizes) != len(pictures):
-            raise ValueError(f"{len(pictures)} images but {len(image_sizes)} image_sizes")
-        sizes = [None] * len(pictures) if image_sizes is None else [tuple(int(x) for x in s) for s in image_sizes]
-        in_views = not isinstance(images, Tensor) or images.ndim == 5
+        views = [len(picture) for picture in as_views(images)]
+        if image_sizes is not None and len(image_sizes) != len(views):
+            raise ValueError(f"{len(views)} images but {len(image_sizes)} image_sizes")
+        sizes = [None] * len(views) if image_sizes is None else [tuple(int(x) for x in s) for s in image_sizes]
+        in_views = self.crops_are_views or not isinstance(images, Tensor) or images.ndim == 5
         tower = self.get_vision_tower()
+        side, view_pixels = tower.num_patches_per_side, tower.config.image_size
         tokens = tower.num_patches + (tower.select_feature == "cls_patch")
-        return [self._layout(len(p), tokens, size, in_views) for p, size in zip(pictures, sizes, strict=True)]
-
-    def _layout(
-        self, views: int, tokens: int, size: tuple[int, int] | None, in_views: bool
-    ) -> tuple[ViewLayout, ViewLayout]:
-        merge_type = getattr(self.config, "mm_patch_merge_type", "flat")
-        if merge_type not in MERGE_TYPES:
-            raise ValueError(f"mm_patch_merge_type must be one of {', '.join(MERGE_TYPES)}, got {merge_type!r}")
-        tower = self.get_vision_tower()
-        side = tower.num_patches_per_side
-        flat = flat_layout(views, tokens)
-        if in_views and merge_type != "flat":
-            if views == 1:
-                return (single_crop_layout(tokens), flat) if merge_type == "spatial_unpad" else (flat, flat)
-            if size is None:
-                raise ValueError("tiled images need image_sizes: (width, height) of each picture")
-            grid = anyres_grid(size, self.config.image_grid_pinpoints, tower.config.image_size)
-            if grid[0] * grid[1] + 1 != views:
-                raise ValueError(f"a picture of size {size} has 1 + {grid[0]} x {grid[1]} views, got {views}")
-            return tiled_layout(size, grid, side, merge_type), tiled_layout(size, grid, side, "spatial")
-        is_square = not in_views and getattr(self.config, "image_aspect_ratio", None) == "pad"
-        if is_square and size is not None and tokens == side * side:
-            return padded_square_layout(size, side), flat
-        return flat, flat
+        layouts = []
+        for count, size, kind in zip(views, sizes, modality_list(modalities, len(views)), strict=True):
+            if kind == VIDEO:
+                reading = VideoReading.of(self.config)
+                if reading.slow_every is not None and not hasattr(self.get_model(), "faster_token"):
+                    raise ValueError("add_faster_video needs model.faster_token, which this checkpoint does not have")
+                layouts.append((reading.layout(count, side),) * 2)
+            else:
+                layouts.append(picture_layouts(self.config, count, side, tokens, view_pixels, size, in_views))
+        return layouts
 
     # --- prompts ---------------------------------------------------------------------------------------------------
 
@@ -201,6 +164,7 @@ class LlavaMetaForCausalLM(ABC):
         sample_ids: Sequence[int] | None = None,
         padding_side: str | None = None,
         truncate: bool = True,
+        modalities: str | Sequence[str] | None = None,
     ) -> EmbeddedPrompts:
         """Put the visual tokens where the prompts have image placeholders.
 
@@ -210,13 +174,15 @@ class LlavaMetaForCausalLM(ABC):
             labels: (B, L).
             images: pictures in the order of the placeholders, or what `encode_pictures` made of them. As in official
                 LLaVA, every row without placeholder may also bring one picture, which is not used.
-            image_sizes: (width, height) of each picture.
+            image_sizes: (width, height) of each picture; a video's entry is not read.
             pruner: selects the visual tokens of every view; ``None`` keeps all.
             query: the question, one for all rows or one per row; ``None`` reads the last question out of each prompt.
             sample_ids: a number per row that seeds random methods, so that results do not depend on the batch.
             padding_side: of the batch; ``None`` takes the checkpoint's ``tokenizer_padding_side``, else "right".
             truncate: cut prompts at the checkpoint's ``tokenizer_model_max_length`` with a warning, as official LLaVA
                 does without one; False refuses them.
+            modalities: "image" or "video" for each of ``images``, or one for all; ``None``: all are pictures.
+                Not read where ``images`` are encoded already.
 
         Raises:
             ValueError: images and placeholders do not match, or a prompt is longer than the model's context.
@@ -228,30 +194,31 @@ class LlavaMetaForCausalLM(ABC):
         if labels is not None:
             row_labels = [label[mask] for label, mask in zip(labels, attention_mask.bool(), strict=True)]
         placeholders = [int((row == IMAGE_TOKEN_INDEX).sum()) for row in rows]
-        of_row, used = _match_images(placeholders, 0 if images is None else len(images))
+        given = 0 if images is None else len(images)
+        of_row, used = match_images(placeholders, given)
         kept: list[KeptTokens] = []
         features: list[Tensor] = []
         if used:
-            if len(used) < len(images):
-                images = images.pick(used) if isinstance(images, EncodedImages) else _pick(images, used)
+            modalities = modality_list(modalities, given)
+            if len(used) < given:
+                images = images.pick(used) if isinstance(images, EncodedImages) else pick_visuals(images, used)
                 image_sizes = None if image_sizes is None else [image_sizes[i] for i in used]
-            visual = self._count_visual(images, image_sizes, pruner)
+                modalities = [modalities[i] for i in used]
+            visual = self._count_visual(images, image_sizes, pruner, modalities)
             lengths = [
                 len(row) + sum(visual[p] - 1 for p in pictures) for row, pictures in zip(rows, of_row, strict=True)
             ]
             self._check_length(max(lengths), truncate)  # before the tower runs
-            if not isinstance(images, EncodedImages):
-                images = self.encode_pictures(images, image_sizes)
-            # Script: choose the visual tokens that go on, by the question of the row that a picture stands in
             queries = self._queries(rows, query)
             owners = [row for row, pictures in enumerate(of_row) for _ in pictures]
-            ids = None if sample_ids is None else [sample_ids[row] for row in owners]
-            kept = select_tokens(self, pruner, images, [queries[row] for row in owners], ids)
-            features = self.gather_tokens(images, kept)
+            ids = [0 if sample_ids is None else sample_ids[row] for row in owners]
+            kept, features = self._visual_tokens(
+                images, image_sizes, modalities, pruner, [queries[row] for row in owners], ids
+            )
         embed = self.get_input_embeddings()
         texts = embed(torch.cat(rows).clamp_min(0).to(embed.weight.device)).split([len(row) for row in rows])
         spliced = [
-            _splice(row, text, label, [features[picture] for picture in pictures])
+            splice(row, text, label, [features[picture] for picture in pictures])
             for row, text, label, pictures in zip(rows, texts, row_labels, of_row, strict=True)
         ]
         inside = pruner if isinstance(pruner, DecoderPruner) else None
@@ -259,9 +226,42 @@ class LlavaMetaForCausalLM(ABC):
             self._spans(row, [kept[picture] for picture in pictures], inside)
             for row, pictures in zip(rows, of_row, strict=True)
         ]
-        prompts = self._pad(spliced, spans, labels is not None, kept, padding_side, truncate)
+        limit = self._check_length(max(len(row) for row, _ in spliced), truncate)
+        left = (padding_side or getattr(self.config, "tokenizer_padding_side", "right")) == "left"
+        prompts = pad_rows(spliced, spans, kept, limit, left)
         prompts.pruner = inside
         return prompts
+
+    def _visual_tokens(
+        self,
+        images: Tensor | Sequence[Tensor] | EncodedImages,
+        image_sizes: Sequence[tuple[int, int]] | None,
+        modalities: Sequence[str],
+        pruner: Pruner | None,
+        queries: Sequence[str | None],
+        sample_ids: Sequence[int],
+    ) -> tuple[list[KeptTokens], list[Tensor]]:
+        """For each picture and video what is kept of it, and its tokens (t, d).
+
+        Pictures go through the tower and the selection together, and so do videos, whose views have fewer tokens.
+        """
+        groups = [list(range(len(images)))]
+        if not isinstance(images, EncodedImages):
+            groups = [[i for i, kind in enumerate(modalities) if kind == each] for each in dict.fromkeys(modalities)]
+        kept: dict[int, KeptTokens] = {}
+        tokens: dict[int, Tensor] = {}
+        for group in groups:
+            is_encoded, kind = isinstance(images, EncodedImages), modalities[group[0]]
+            visuals = images if is_encoded else pick_visuals(images, group)
+            sizes = None if image_sizes is None else [image_sizes[i] for i in group]
+            tokens_of_view = self.layouts_of(visuals, sizes, kind)[0][0].eligible.shape[1]
+            questions = Questions(self, pruner, tokens_of_view, [queries[i] for i in group])  # begun before the tower
+            encoded = visuals if is_encoded else self.encode_pictures(visuals, sizes, kind)
+            # Script: choose the visual tokens that go on, by the question of the row that a picture stands in
+            chosen = select_tokens(self, pruner, encoded, questions, [sample_ids[i] for i in group])
+            kept |= zip(group, chosen, strict=True)
+            tokens |= zip(group, self.gather_tokens(encoded, chosen), strict=True)
+        return [kept[i] for i in range(len(images))], [tokens[i] for i in range(len(images))]
 
     def _spans(self, ids: Tensor, kept: list[KeptTokens], pruner: DecoderPruner | None) -> list[PictureSpan]:
         """Where the pictures of a row (L,) stand once they are spliced in."""
@@ -275,19 +275,24 @@ class LlavaMetaForCausalLM(ABC):
         return spans
 
     def gather_tokens(self, encoded: EncodedImages, kept: Sequence[KeptTokens]) -> list[Tensor]:
-        """Visual tokens (t, d) of every picture in reading order: kept ones, made ones, newline embeddings."""
+        """Visual tokens (t, d) of every picture in reading order, with the learned ones that stand between them."""
         rows, first = [], 0
-        for tokens in kept:
+        for picture, tokens in enumerate(kept):
             table = encoded.features[first : first + tokens.layout.views].flatten(0, 1)
             first += tokens.layout.views
-            if tokens.made is not None:
-                table = torch.cat([table, tokens.made.flatten(0, 1).to(table.device, table.dtype)])
+            made = encoded.derived[picture] if tokens.made is None else tokens.made.flatten(0, 1)
+            if made is not None:
+                table = torch.cat([table, made.to(table.device, table.dtype)])
             sequence = tokens.sequence.to(table.device)
-            picture = table[sequence.clamp_min(0)]
+            row = table[sequence.clamp_min(0)]
             if tokens.newlines:
-                newline = self.get_model().image_newline.to(table.device, table.dtype)
-                picture = torch.where((sequence == NEWLINE)[:, None], newline, picture)
-            rows.append(picture)
+                learned = {NEWLINE: "image_newline"}
+                if isinstance(tokens.layout.derived, SlowFast):
+                    learned[FRAME_END] = "faster_token"
+                for number, name in learned.items():
+                    token = getattr(self.get_model(), name).to(table.device, table.dtype)
+                    row = torch.where((sequence == number)[:, None], token, row)
+            rows.append(row)
         return rows
 
     def _queries(self, rows: list[Tensor], query: str | Sequence[str] | None) -> list[str | None]:
@@ -307,9 +312,11 @@ class LlavaMetaForCausalLM(ABC):
         images: Tensor | Sequence[Tensor] | EncodedImages,
         image_sizes: Sequence[tuple[int, int]] | None,
         pruner: Pruner | None,
+        modalities: str | Sequence[str] | None = None,
     ) -> list[int]:
         """Positions that each picture will take."""
-        return [count_kept(pruner, eligible_layout(pruner, *pair)) for pair in self.layouts_of(images, image_sizes)]
+        layouts = self.layouts_of(images, image_sizes, modalities)
+        return [count_kept(pruner, layout_to_read(pruner, *pair)) for pair in layouts]
 
     def check_prompt(
         self,
@@ -317,10 +324,11 @@ class LlavaMetaForCausalLM(ABC):
         images: Tensor | Sequence[Tensor] | EncodedImages,
         image_sizes: Sequence[tuple[int, int]] | None = None,
         pruner: Pruner | None = None,
+        modalities: str | Sequence[str] | None = None,
     ) -> None:
         """Raise ValueError if a prompt (1, L) and its images do not match or exceed the context, before any work."""
-        _match_images([int((input_ids == IMAGE_TOKEN_INDEX).sum())], len(images))
-        visual = self._count_visual(images, image_sizes, pruner)
+        match_images([int((input_ids == IMAGE_TOKEN_INDEX).sum())], len(images))
+        visual = self._count_visual(images, image_sizes, pruner, modalities)
         self._check_length(input_ids.shape[1] + sum(visual) - len(visual), truncate=False)
 
     def _check_length(self, longest: int, truncate: bool) -> int:
@@ -333,42 +341,6 @@ class LlavaMetaForCausalLM(ABC):
                 f"{context}; use fewer images, or keep fewer tokens of each"
             )
         return context
-
-    def _pad(
-        self,
-        rows: list[tuple[Tensor, Tensor | None]],
-        spans: list[list[PictureSpan]],
-        with_labels: bool,
-        kept: list[KeptTokens],
-        padding_side: str | None,
-        truncate: bool,
-    ) -> EmbeddedPrompts:
-        longest = max(len(row) for row, _ in rows)
-        limit = self._check_length(longest, truncate)
-        if longest > limit:
-            logger.warning(
-                "a prompt of %d tokens is cut to %d, the checkpoint's limit: its end is lost", longest, limit
-            )
-            rows = [(row[:limit], None if labels is None else labels[:limit]) for row, labels in rows]
-            longest = limit
-        left = (padding_side or getattr(self.config, "tokenizer_padding_side", "right")) == "left"
-        first = rows[0][0]
-        embeds = first.new_zeros(len(rows), longest, first.shape[-1])
-        mask = torch.zeros(len(rows), longest, dtype=torch.bool)
-        positions = torch.zeros(len(rows), longest, dtype=torch.long)
-        padded_labels = torch.full((len(rows), longest), IGNORE_INDEX, device=first.device) if with_labels else None
-        places = []
-        for i, (row, labels) in enumerate(rows):
-            place = slice(longest - len(row), longest) if left else slice(0, len(row))
-            embeds[i, place] = row
-            mask[i, place] = True
-            positions[i, place] = torch.arange(len(row))
-            inside = tuple(span.cut_at(len(row)) for span in spans[i])
-            places.append(PromptRow(place.start, len(row), inside))
-            if padded_labels is not None:
-                padded_labels[i, place] = labels
-        mask, positions = mask.to(first.device), positions.to(first.device)
-        return EmbeddedPrompts(embeds, mask, positions, padded_labels, kept, places)
 
     def prepare_inputs_labels_for_multimodal(
         self,
@@ -400,50 +372,3 @@ class LlavaMetaForCausalLM(ABC):
             mask = None
         positions = None if position_ids is None else positions
         return None, positions, mask, past_key_values, prompts.inputs_embeds, prompts.labels
-
-
-def _match_images(placeholders: list[int], images: int) -> tuple[list[list[int]], list[int]]:
-    """Deal images out to rows with so many placeholders each.
-
-    Returns:
-        For each row the numbers of its pictures among those used, and which of the ``images`` are used: all of them,
-        unless every row without placeholder brings one along, as official LLaVA has it.
-
-    Raises:
-        ValueError: the numbers do not match.
-    """
-    needed, text_rows = sum(placeholders), placeholders.count(0)
-    with_unused = images == needed + text_rows and images > needed
-    if images != needed and not with_unused:
-        raise ValueError(f"the prompts have {needed} <image> placeholders, but {images} images were given")
-    of_row, used, next_image = [], [], 0
-    for count in placeholders:
-        of_row.append(list(range(len(used), len(used) + count)))
-        used += range(next_image, next_image + count)
-        next_image += count + (count == 0 and with_unused)
-    return of_row, used
-
-
-def _as_views(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """One (V, 3, s, s) per picture."""
-    return [image if image.ndim == 4 else image[None] for image in images]
-
-
-def _pick(images: Tensor | Sequence[Tensor], used: list[int]) -> Tensor | list[Tensor]:
-    return images[used] if isinstance(images, Tensor) else [images[i] for i in used]
-
-
-def _splice(ids: Tensor, text: Tensor, labels: Tensor | None, pictures: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """Replace every placeholder of a row by its picture's tokens: embeddings (t, d) and labels (t,)."""
-    if not pictures:
-        return text, labels
-    embeds, new_labels, start = [], [], 0
-    for end, picture in zip((ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist(), pictures, strict=True):
-        embeds += [text[start:end], picture.to(text.device, text.dtype)]
-        if labels is not None:
-            new_labels += [labels[start:end], labels.new_full((len(picture),), IGNORE_INDEX)]
-        start = end + 1
-    embeds.append(text[start:])
-    if labels is None:
-        return torch.cat(embeds), None
-    return torch.cat(embeds), torch.cat([*new_labels, labels[start:]])

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llava.mm_utils import encode_text
 from llava.model.encoded_images import EncodedImages
-from llava.model.view_layout import NEWLINE, ViewLayout, kept_places, kept_sequence, with_made_tokens
+from llava.model.questions import Questions
+from llava.model.view_layout import SlowFast, ViewLayout, kept_places, kept_sequence, with_made_tokens
 from llava.pruning import DecoderPruner, Pruner, PruningInputs, Selection
 
 if TYPE_CHECKING:
     from llava.model.llava_arch import LlavaMetaForCausalLM
 
+logger = logging.getLogger(__name__)
+
 BESIDE_PATCHES = {"class_attention", "mean_attention", "key_metric", "class_features"}
-TOWER_FIELDS = BESIDE_PATCHES | {"image_embeds", "pixels"}
+TOWER_FIELDS = BESIDE_PATCHES | {"encoder_features", "image_embeds", "pixels"}
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class KeptTokens:
     """What one picture gives to the language model.
 
     Args:
-        sequence: (t,) int64 flat patch numbers in reading order, `NEWLINE` at newline tokens; numbers from V * n on
-            are tokens that the method made (see view_layout.py).
+        sequence: (t,) int64 flat patch numbers in reading order, negative at newline tokens; numbers from V * n on
+            are tokens that the method made, or the model where nothing was pruned (see view_layout.py).
         layout: the picture's unpruned layout.
         patches: number of visual tokens in ``sequence``, kept and made, newlines not counted.
         selection: the pruner's answer for this picture's views, with what it computed; ``None`` if nothing was pruned
@@ -56,7 +59,7 @@ class KeptTokens:
         """Only the tokens at some places (k,) of ``sequence``: those that a method inside the decoder has left."""
         sequence = self.sequence[places]
         recycled = 0 if self.per_layer is None else self.per_layer[-1] - len(sequence)
-        return replace(self, sequence=sequence, patches=int((sequence != NEWLINE).sum()), recycled=recycled)
+        return replace(self, sequence=sequence, patches=int((sequence >= 0).sum()), recycled=recycled)
 
     @property
     def newlines(self) -> int:
@@ -66,7 +69,7 @@ class KeptTokens:
         """How many tokens each view gives, kept and made."""
         views, tokens = self.layout.eligible.shape
         numbers = self.sequence.cpu()
-        kept = numbers[(numbers != NEWLINE) & (numbers < views * tokens)] // tokens
+        kept = numbers[(numbers >= 0) & (numbers < views * tokens)] // tokens
         if self.made is not None:
             kept = torch.cat([kept, (numbers[numbers >= views * tokens] - views * tokens) // self.made.shape[1]])
         return torch.bincount(kept, minlength=views).tolist()
@@ -75,37 +78,40 @@ class KeptTokens:
         """(V, n) bool on the CPU, True at kept patches; made tokens are none."""
         numbers = self.sequence.cpu()
         mask = torch.zeros(self.layout.eligible.numel(), dtype=torch.bool)
-        mask[numbers[(numbers != NEWLINE) & (numbers < mask.numel())]] = True
+        mask[numbers[(numbers >= 0) & (numbers < mask.numel())]] = True
         return mask.reshape(self.layout.eligible.shape)
 
 
 def keep_everything(encoded: EncodedImages) -> list[KeptTokens]:
     """Every picture with all its tokens, as official LLaVA reads it."""
-    return [KeptTokens(layout.sequence, layout, int((layout.sequence != NEWLINE).sum())) for layout in encoded.layouts]
+    return [KeptTokens(layout.sequence, layout, int((layout.sequence >= 0).sum())) for layout in encoded.layouts]
 
 
 def select_tokens(
     model: LlavaMetaForCausalLM,
     pruner: Pruner | None,
     encoded: EncodedImages,
-    queries: Sequence[str | None],
+    questions: Questions,
     sample_ids: Sequence[int] | None = None,
 ) -> list[KeptTokens]:
     """Run a pruner on the views of all pictures at once.
 
     Args:
         pruner: ``None``, or a budget of all tokens or more, keeps everything bit for bit.
-        queries: the question that goes with each picture.
+        questions: what was asked about each picture, made for the same pruner.
         sample_ids: a number per picture that seeds random methods; 0 for each where not given.
     """
     tokens = encoded.features.shape[1]
+    if pruner is not None and not keeps_everything(pruner, tokens):
+        check_possible(pruner, encoded)
+        pruner = suited(model, pruner)
     if isinstance(pruner, DecoderPruner):
         return keep_until_the_decoder(pruner, encoded, model.config.num_hidden_layers)
     if pruner is None or keeps_everything(pruner, tokens):
         return keep_everything(encoded)
     if pruner.scope == "official":
         return [select_from_sequence(model, pruner, encoded.pick([picture])) for picture in range(len(encoded))]
-    inputs = gather_inputs(model, pruner, encoded, queries, sample_ids)
+    inputs = gather_inputs(model, pruner, encoded, questions, sample_ids)
     first_view = 0
     if pruner.scope == "view":
         whole = pruner.select(inputs)
@@ -132,9 +138,39 @@ def select_tokens(
             joined = join_views(inputs, views)
             selection = pruner.select(joined, keep=min(pruner.count(tokens) * layout.views, joined.tokens))
             own, numbers = None, selection.indices
-        layout = eligible_layout(pruner, layout, encoded.layouts_with_padding[picture])
+        layout = layout_to_read(pruner, layout, encoded.layouts_with_padding[picture])
         kept.append(_keep(pruner, layout, numbers, selection, own))
     return kept
+
+
+def suited(model: LlavaMetaForCausalLM, pruner: Pruner) -> Pruner:
+    """The pruner itself, or its form for a model whose joint space is not at hand.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if "text_embeds" not in pruner.needs or model.get_vision_tower().has_joint_space:
+        return pruner
+    logger.warning(
+        "the full %s is not at hand: relevance comes from the projector's space, a weak signal; joint_space_path "
+        "(--siglip-path) says where it is",
+        model.get_vision_tower().name,
+    )
+    return pruner.without_joint_space()
+
+
+def check_possible(pruner: Pruner, encoded: EncodedImages) -> None:
+    """Raise ValueError if a method cannot be used on what it is given."""
+    if any(isinstance(layout.derived, SlowFast) for layout in encoded.layouts):
+        raise ValueError(
+            "a slow/fast video (add_faster_video) is shortened already: it cannot be pruned as well; keep all tokens, "
+            "or set add_faster_video to false"
+        )
+    if encoded.pool_mode is not None and pruner.place in ("pixels", "encoder"):
+        raise ValueError(
+            f"pruner '{pruner.name}' acts before the projector, on all patches of a view, but a video is pooled after "
+            "it: take a method that acts on projected features or inside the decoder"
+        )
 
 
 def keep_until_the_decoder(pruner: DecoderPruner, encoded: EncodedImages, layers: int) -> list[KeptTokens]:
@@ -156,9 +192,11 @@ def decoder_budget(pruner: DecoderPruner, layout: ViewLayout) -> tuple[int, Tens
     """
     eligible = None
     if pruner.exclude_padding:
-        may_stay = layout.eligible.flatten()[layout.sequence.clamp_min(0)] | (layout.sequence == NEWLINE)
+        patches = (layout.sequence >= 0) & (layout.sequence < layout.eligible.numel())
+        may_stay = ~patches
+        may_stay[patches] = layout.eligible.flatten()[layout.sequence[patches]]
         eligible = None if bool(may_stay.all()) else may_stay
-    return count_budget(pruner, layout), eligible
+    return min(count_budget(pruner, layout), len(layout.sequence)), eligible
 
 
 def _keep(
@@ -185,7 +223,7 @@ def select_from_sequence(model: LlavaMetaForCausalLM, pruner: Pruner, picture: E
     inputs = PruningInputs(model.gather_tokens(picture, everything)[0][None])
     selection = pruner.select(inputs, keep=count_kept(pruner, layout))
     sequence = layout.sequence.to(selection.indices.device)[selection.indices[0]]
-    return KeptTokens(sequence, layout, int((sequence != NEWLINE).sum()), selection)
+    return KeptTokens(sequence, layout, int((sequence >= 0).sum()), selection)
 
 
 def keeps_everything(pruner: Pruner, tokens: int) -> bool:
@@ -193,11 +231,14 @@ def keeps_everything(pruner: Pruner, tokens: int) -> bool:
     return pruner.count(tokens) >= tokens
 
 
-def eligible_layout(pruner: Pruner | None, layout: ViewLayout, with_padding: ViewLayout) -> ViewLayout:
-    """The layout that a pruner reads: padding takes part only if it is told so."""
-    if pruner is None or pruner.exclude_padding or pruner.scope == "official" or isinstance(pruner, DecoderPruner):
-        return layout  # inside the decoder the prompt is the unpruned one
-    return with_padding
+def layout_to_read(pruner: Pruner | None, layout: ViewLayout, with_padding: ViewLayout) -> ViewLayout:
+    """The layout that a pruner leaves tokens of: padding takes part only if it is told so."""
+    unpruned = pruner is None or isinstance(pruner, DecoderPruner)  # inside the decoder the prompt is the unpruned one
+    if unpruned or pruner.scope == "official" or keeps_everything(pruner, layout.eligible.shape[1]):
+        return layout
+    if not pruner.exclude_padding:
+        return with_padding
+    return layout if layout.of_patches is None else layout.of_patches
 
 
 def count_kept(pruner: Pruner | None, layout: ViewLayout) -> int:
@@ -225,7 +266,7 @@ def count_parts(pruner: Pruner, layout: ViewLayout) -> tuple[int, list[int]]:
     """Kept patches of a picture, and made tokens of each of its views."""
     views, tokens = layout.eligible.shape
     count = pruner.count(tokens)
-    if pruner.scope == "global":
+    if pruner.scope != "view":
         return min(count * views, int(layout.eligible.sum())), [0] * views
     kept, made = pruner.stand(count, layout.eligible)
     return int(kept.sum()), made.tolist()
@@ -235,7 +276,7 @@ def gather_inputs(
     model: LlavaMetaForCausalLM,
     pruner: Pruner,
     encoded: EncodedImages,
-    queries: Sequence[str | None],
+    questions: Questions,
     sample_ids: Sequence[int] | None = None,
 ) -> PruningInputs:
     """What the pruner asks for, over the V views of all pictures; expensive fields only if it names them."""
@@ -261,36 +302,11 @@ def gather_inputs(
             f"pruner '{pruner.name}' needs {', '.join(beside)} beside the patches, but this checkpoint's features "
             "count the class token among them (mm_vision_select_feature: cls_patch)"
         )
-    if "encoder_features" in pruner.needs:
-        fields["encoder_features"] = encoded.encoder_features
     for name in sorted(pruner.needs & TOWER_FIELDS):
         fields[name] = encoded.field(name, tower).to(device)
     if "encode" in pruner.needs:
         fields["encode"] = partial(model.encode_images, any_size=True)
-    if pruner.needs & {"text_embeds", "query_embeds"}:
-        distinct = list(dict.fromkeys(queries))
-        if None in distinct:
-            raise ValueError(f"pruner '{pruner.name}' selects by the question: pass query=, or load a tokenizer")
-        row = torch.tensor([distinct.index(query) for query in queries])[picture_of_view].to(device)
-        if "text_embeds" in pruner.needs:
-            embeds, mask = tower.text_embeds(distinct)
-            fields["text_embeds"], fields["text_mask"] = embeds.to(device)[row], mask.to(device)[row]
-        if "query_embeds" in pruner.needs:
-            embeds, mask = embed_queries(model, distinct)
-            fields["query_embeds"], fields["query_mask"] = embeds.to(device)[row], mask.to(device)[row]
-    return PruningInputs(features, **fields)
-
-
-def embed_queries(model: LlavaMetaForCausalLM, queries: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """T questions -> input embeddings of the language model (T, l, d), and a mask (T, l)."""
-    if model.tokenizer is None:
-        raise ValueError("relevance=projector needs the model's tokenizer: load it with load_pretrained_model")
-    embed = model.get_input_embeddings()
-    ids = [torch.tensor(encode_text(query, model.tokenizer), dtype=torch.long) for query in queries]
-    lengths = torch.tensor([len(row) for row in ids])
-    padded = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(embed.weight.device)
-    mask = torch.arange(padded.shape[1]) < lengths[:, None]
-    return embed(padded), mask.to(padded.device)
+    return PruningInputs(features, **fields, **questions.of_views(picture_of_view, device))
 
 
 def join_views(inputs: PruningInputs, views: slice) -> PruningInputs:

@@ -1,13 +1,16 @@
-"""Where the visual tokens of a picture stand in the prompt, and which of them show only padding.
+"""Where the visual tokens of a picture or video stand in the prompt, and which of them show only padding.
 
-A picture gives V views of n patches each; patch p of view v has the flat number v * n + p. A layout is the sequence of
-flat numbers in the order in which the language model reads them, with `NEWLINE` where LLaVA-NeXT ends a grid row.
-Unpruned and pruned prompts are both read off this sequence. Tokens that a method made itself, k for each view, have
-the numbers after the patches: token j of view v is V * n + v * k + j.
+A picture gives V views of n patches each; patch p of view v has the flat number v * n + p. The views of a video are
+its frames, the patches what is left of them after pooling. A layout is the sequence of flat numbers in the order in
+which the language model reads them, with `NEWLINE` where the checkpoint's rule puts a newline token. Unpruned and
+pruned prompts are both read off this sequence. Tokens that a method made itself, k for each view, have the numbers
+after the patches: token j of view v is V * n + v * k + j. Where nothing is pruned these numbers belong to tokens that
+the model itself computes of several patches (`Resized`, `SlowFast`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,7 +19,24 @@ import torch
 from torch import Tensor
 
 NEWLINE = -1
+FRAME_END = -2  # the learned token after every frame of a slow/fast video
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+NEWLINE_POSITIONS = ("grid", "frame", "one_token", "no_token")
+SHRINK_ABOVE = 1.1  # LLaVA-OneVision leaves a picture alone that is only a little above its maximum
+
+
+@dataclass(frozen=True)
+class Resized:
+    """The tiles of a large picture are shrunk to ``size`` (rows, columns) tokens, unless something is pruned."""
+
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class SlowFast:
+    """Most frames of a video are pooled with ``stride`` instead of 2."""
+
+    stride: int = 4
 
 
 @dataclass(frozen=True)
@@ -27,11 +47,15 @@ class ViewLayout:
         sequence: (t,) int64 flat patch numbers, `NEWLINE` (-1) at newline tokens.
         eligible: (V, n) bool, False at patches that show only padding.
         grid: (columns, rows) of the tiles that follow the overview; ``None`` where the views do not form a grid.
+        derived: how the tokens after the patches come about; ``None`` if there are none.
+        of_patches: the layout that pruning selects from where this one holds ``derived`` tokens.
     """
 
     sequence: Tensor
     eligible: Tensor
     grid: tuple[int, int] | None = None
+    derived: Resized | SlowFast | None = None
+    of_patches: ViewLayout | None = None
 
     @property
     def views(self) -> int:
@@ -47,7 +71,9 @@ class ViewLayout:
             return [(range(1), 0, end)]
         if self.grid is not None:
             return [(range(1), 0, tokens), (range(1, self.views), tokens, end)]
-        return [(range(view, view + 1), view * tokens, (view + 1) * tokens) for view in range(self.views)]
+        firsts = torch.arange(self.views)[:, None] * tokens == self.sequence  # (V, t), where each view begins
+        starts = [*firsts.int().argmax(1).tolist(), end]
+        return [(range(view, view + 1), starts[view], starts[view + 1]) for view in range(self.views)]
 
 
 def flat_layout(views: int, tokens: int) -> ViewLayout:
@@ -55,9 +81,9 @@ def flat_layout(views: int, tokens: int) -> ViewLayout:
     return ViewLayout(torch.arange(views * tokens), torch.ones(views, tokens, dtype=torch.bool))
 
 
-def single_crop_layout(tokens: int) -> ViewLayout:
-    """One view that is followed by a newline token, as LLaVA-NeXT treats an untiled crop."""
-    return ViewLayout(torch.tensor([*range(tokens), NEWLINE]), torch.ones(1, tokens, dtype=torch.bool))
+def single_crop_layout(eligible: Tensor) -> ViewLayout:
+    """One view of ``eligible`` (1, n) patches followed by a newline token, as LLaVA-NeXT treats an untiled crop."""
+    return ViewLayout(torch.tensor([*range(eligible.shape[1]), NEWLINE]), eligible)
 
 
 @lru_cache(maxsize=1024)
@@ -78,7 +104,9 @@ def padded_square_layout(size: tuple[int, int], side: int) -> ViewLayout:
 
 
 @lru_cache(maxsize=1024)
-def tiled_layout(size: tuple[int, int], grid: tuple[int, int], side: int, merge_type: str) -> ViewLayout:
+def tiled_layout(
+    size: tuple[int, int], grid: tuple[int, int], side: int, merge_type: str, most_tiles: int | None = None
+) -> ViewLayout:
     """The overview, then the tiles as one grid of patches read row by row ("spatial").
 
     "spatial_unpad" leaves out the rows or columns that show only padding and ends every row with a newline token.
@@ -87,6 +115,8 @@ def tiled_layout(size: tuple[int, int], grid: tuple[int, int], side: int, merge_
         size: (width, height) of the picture.
         grid: (columns, rows) of tiles.
         side: patches along one side of a view.
+        most_tiles: shrink the un-padded plane to about so many tiles' worth of tokens (LLaVA-OneVision's
+            ``anyres_max``); ``None`` never does.
     """
     columns, rows = grid
     patches = side * side
@@ -94,12 +124,69 @@ def tiled_layout(size: tuple[int, int], grid: tuple[int, int], side: int, merge_
     plane = tiles.permute(0, 2, 1, 3).reshape(rows * side, columns * side)
     if merge_type == "spatial_unpad":
         top, left, height, width = unpadded_box(size, (columns * side, rows * side))
-        plane = plane[top : top + height, left : left + width]
-        plane = torch.cat([plane, plane.new_full((height, 1), NEWLINE)], dim=1)
+        plane = end_rows(plane[top : top + height, left : left + width])
     sequence = torch.cat([torch.arange(patches), plane.flatten()])
     eligible = torch.zeros((1 + rows * columns) * patches, dtype=torch.bool)
     eligible[sequence[sequence != NEWLINE]] = True
-    return ViewLayout(sequence, eligible.reshape(-1, patches), grid)
+    layout = ViewLayout(sequence, eligible.reshape(-1, patches), grid)
+    if merge_type != "spatial_unpad" or most_tiles is None:
+        return layout
+    shrink = math.sqrt(height * width / (most_tiles * patches))
+    if shrink <= SHRINK_ABOVE:
+        return layout
+    rows, columns = int(height // shrink), int(width // shrink)
+    plane = eligible.numel() + torch.arange(rows * columns).reshape(rows, columns)
+    sequence = torch.cat([torch.arange(patches), end_rows(plane).flatten()])
+    return ViewLayout(sequence, layout.eligible, grid, Resized((rows, columns)), layout)
+
+
+def video_layout(frames: int, side: int, newline_position: str, merge_type: str) -> ViewLayout:
+    """Frames of side x side pooled tokens, in the order of time.
+
+    Args:
+        newline_position: "grid" ends every row of every frame with a newline, "frame" every frame, "one_token" the
+            video (where ``merge_type`` has "unpad"), "no_token" nothing. "flat" has no newlines in any case.
+
+    Raises:
+        ValueError: an unknown position, or newlines of a checkpoint that has no newline token.
+    """
+    if newline_position not in NEWLINE_POSITIONS:
+        raise ValueError(
+            f"mm_newline_position must be one of {', '.join(NEWLINE_POSITIONS)}, got {newline_position!r}"
+        )
+    layout = flat_layout(frames, side * side)
+    if merge_type == "flat" or newline_position == "no_token":
+        return layout
+    has_newline = "unpad" in merge_type
+    if newline_position == "one_token":
+        sequence = torch.cat([layout.sequence, torch.tensor([NEWLINE])]) if has_newline else layout.sequence
+        return ViewLayout(sequence, layout.eligible)
+    if not has_newline:
+        raise ValueError(
+            f"mm_newline_position {newline_position} needs the newline token, which a checkpoint with "
+            f"mm_patch_merge_type {merge_type} does not have"
+        )
+    rows = layout.sequence.reshape(frames, -1, side if newline_position == "grid" else side * side)
+    return ViewLayout(end_rows(rows).flatten(), layout.eligible)
+
+
+def slow_fast_layout(frames: int, side: int, fast_side: int, every: int) -> ViewLayout:
+    """A video in which frame t is slow (side x side tokens) where ``every`` divides t, and fast (fast_side) elsewhere.
+
+    Every row ends with a newline, every frame with `FRAME_END`.
+    """
+    slow = end_rows(torch.arange(frames * side * side).reshape(frames, side, side))
+    fast = end_rows(torch.arange(frames * fast_side * fast_side).reshape(frames, fast_side, fast_side))
+    fast = torch.where(fast == NEWLINE, NEWLINE, fast + frames * side * side)
+    end = torch.tensor([FRAME_END])
+    parts = [part for t in range(frames) for part in ((fast if t % every else slow)[t].flatten(), end)]
+    layout = flat_layout(frames, side * side)
+    return ViewLayout(torch.cat(parts), layout.eligible, derived=SlowFast(), of_patches=layout)
+
+
+def end_rows(numbers: Tensor) -> Tensor:
+    """A newline behind each row: (..., w) -> (..., w + 1)."""
+    return torch.cat([numbers, numbers.new_full((*numbers.shape[:-1], 1), NEWLINE)], dim=-1)
 
 
 def unpadded_box(size: tuple[int, int], plane: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -138,7 +225,7 @@ def kept_places(layout: ViewLayout, kept: Tensor, count: int, keep_newlines: boo
     places = place.to(kept.device)[kept].sort().values[:count]
     if keep_newlines:
         ends = (~patches).nonzero().flatten()
-        overview = layout.eligible.shape[1] if layout.views > 1 else 0
+        overview = 0 if layout.grid is None else layout.eligible.shape[1]
         starts = torch.cat([torch.tensor([overview]), ends + 1])[:-1]
         starts, ends = starts.to(kept.device), ends.to(kept.device)
         has_token = torch.searchsorted(places, ends) > torch.searchsorted(places, starts)

@@ -11,14 +11,18 @@ import types
 import typing
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from llava.pruning.functional import relevance_scores
+
+if TYPE_CHECKING:
+    from llava.integrations.transformers import AttachedPruner
 
 RELEVANCE_SOURCES = {"image_embeds", "text_embeds", "query_embeds"}  # not needed when the caller brings relevance
 
@@ -261,6 +265,27 @@ class Pruner(ABC):
         """Add ``count`` tokens per view of the method's own to those kept: see `Selection.made`."""
         return kept
 
+    def attach(self, model: Any, processor: Any = None, **options: Any) -> AttachedPruner:
+        """Prune in every call of a model of the Transformers library, until the handle's ``remove()``.
+
+        Args:
+            model: an instance of the library's own class, such as ``LlavaForConditionalGeneration``.
+            processor: its processor or tokenizer, for methods that read the question.
+            options: ``query``, ``positions``, ``clip``, ``siglip``: see `AttachedPruner`.
+        """
+        from llava.integrations.transformers import AttachedPruner  # needs more than torch
+
+        return AttachedPruner(self, model, processor, **options)
+
+    @contextmanager
+    def __call__(self, model: Any, processor: Any = None, **options: Any) -> Iterator[AttachedPruner]:
+        """`attach` for the length of a block: ``with pruner(model, processor): model.generate(...)``."""
+        handle = self.attach(model, processor, **options)
+        try:
+            yield handle
+        finally:
+            handle.remove()
+
 
 @dataclass(frozen=True, kw_only=True)
 class RelevancePruner(Pruner):
@@ -281,6 +306,17 @@ class RelevancePruner(Pruner):
     @property
     def needs(self) -> frozenset[str]:
         return frozenset({"image_embeds", "text_embeds"})
+
+    def without_joint_space(self) -> Pruner:
+        """The method for a host that has no joint space of patches and texts.
+
+        Raises:
+            ValueError: there is none.
+        """
+        raise ValueError(
+            f"pruner '{self.name}' compares patches with the question in a joint space, for which this model lacks "
+            "the text tower: give the folder of its full vision-language encoder, or take another method"
+        )
 
     def sign(self, inputs: PruningInputs) -> int:
         return inputs.relevance_sign if self.relevance_sign is None else self.relevance_sign

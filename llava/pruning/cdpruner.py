@@ -68,5 +68,6 @@ class CDPruner(RelevancePruner):
             candidates=inputs.valid,
             epsilon=0.0,
             stop=RANK_USED_UP,
+            overwrite=True,
         )
         return lowest_ranked(rank, keep), {"relevance": relevance, "order": rank}

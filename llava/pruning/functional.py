@@ -8,11 +8,14 @@ stay what they are. A row that is zero or not finite, or whose squared norm leav
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
+from llava.pruning import greedy, kernels
+
 COLUMN_BLOCK = 512  # columns of half-precision features that are widened at a time
-BLAS_TILE = 64  # no BLAS kernel works on more columns at once
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -35,7 +38,7 @@ def cosine_similarity(rows: Tensor, others: Tensor | None = None) -> Tensor:
     """
     if others is None:
         similarity = inner_products(rows, rows)
-        scale = _inverse_norm(similarity.diagonal(dim1=-2, dim2=-1))
+        scale = inverse_norm(similarity.diagonal(dim1=-2, dim2=-1))
         similarity.mul_(scale[:, :, None]).mul_(scale[:, None, :])
         similarity.diagonal(dim1=-2, dim2=-1).copy_(scale > 0)
     else:
@@ -43,7 +46,7 @@ def cosine_similarity(rows: Tensor, others: Tensor | None = None) -> Tensor:
         similarity = inner_products(rows, others)
         for side, view in ((rows, similarity), (others, similarity.mT)):
             norm = torch.linalg.vector_norm(side, dim=-1, dtype=similarity.dtype)
-            view.mul_(_inverse_norm(norm.square())[:, :, None])
+            view.mul_(inverse_norm(norm.square())[:, :, None])
     return similarity.nan_to_num_(nan=0.0)  # infinity times zero, at rows without a direction
 
 
@@ -58,7 +61,7 @@ def inner_products(rows: Tensor, others: Tensor) -> Tensor:
     return product
 
 
-def _inverse_norm(square: Tensor) -> Tensor:
+def inverse_norm(square: Tensor) -> Tensor:
     """1 / norm from squared norms; 0 for rows without a direction."""
     limits = torch.finfo(square.dtype)
     directed = (square >= limits.tiny) & (square <= limits.max)
@@ -165,7 +168,7 @@ def redundancy_graph(
         block = cosine_similarity(features) if similarity is None else similarity
         others = ~torch.eye(block.shape[-1], dtype=torch.bool, device=block.device)
         pairs = others if valid is None else others & (valid[:, :, None] & valid[:, None, :])
-        return _degree_score(block, tau, gamma, pairs, dim=-1)
+        return degree_score(block, tau, gamma, pairs, dim=-1)
     if graph != "bipartite":
         raise ValueError(f"graph must be 'bipartite' or 'exhaustive', got {graph!r}")
     if similarity is None:
@@ -174,12 +177,12 @@ def redundancy_graph(
         block = similarity[:, 0::2, 1::2]
     pairs = None if valid is None else valid[:, 0::2, None] & valid[:, None, 1::2]
     scores = block.new_empty(block.shape[0], sum(block.shape[1:]))
-    scores[:, 0::2], joined = _degree_score(block, tau, gamma, pairs, dim=-1)
-    scores[:, 1::2], _ = _degree_score(block, tau, gamma, pairs, dim=-2)
+    scores[:, 0::2], joined = degree_score(block, tau, gamma, pairs, dim=-1)
+    scores[:, 1::2], _ = degree_score(block, tau, gamma, pairs, dim=-2)
     return scores, joined
 
 
-def _degree_score(block: Tensor, tau: float, gamma: float, pairs: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
+def degree_score(block: Tensor, tau: float, gamma: float, pairs: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
     """Redundancy of one side of a similarity block, summed over ``dim``, and the share of ``pairs`` with an edge."""
     edges = block >= tau
     if pairs is not None:
@@ -236,6 +239,7 @@ def greedy_map(kernel: Tensor, k: int, epsilon: float = 1e-6, stop: float | None
     return greedy_map_rank(kernel, k, epsilon=epsilon, stop=stop).argsort(dim=-1)[:, :k]
 
 
+@torch.no_grad()
 def greedy_map_rank(
     similarity: Tensor,
     k: int,
@@ -245,12 +249,13 @@ def greedy_map_rank(
     candidates: Tensor | None = None,
     epsilon: float = 1e-6,
     stop: float | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """Place of every token in the greedy MAP order of L = diag(r) S diag(r), computed until k members are placed.
 
     The Cholesky recursion keeps, for each token i, the vector u_i of its coefficients on the chosen tokens and its
-    remaining variance v_i; L itself is never built, and the loop ends as soon as every view has k chosen tokens
-    that belong to ``member`` or has used up its rank.
+    remaining variance v_i; L itself is never built. A view's loop ends as soon as k of its chosen tokens belong to
+    ``member``, or its rank is used up.
 
     Args:
         similarity: (B, n, n).
@@ -259,51 +264,27 @@ def greedy_map_rank(
         member: (B, n) bool, the tokens that count towards k; ``None`` means all.
         candidates: (B, n) bool, the tokens that may be chosen at all; ``None`` means all.
         epsilon, stop: as in `greedy_map`.
+        overwrite: ``similarity`` is not needed any more and may lose its content, which spares a copy on CUDA.
 
     Returns:
         (B, n) int64, a permutation per view: chosen tokens by step, then the other candidates by descending
         relevance (diagonal of L where none is given) and index, then the tokens that may not be chosen.
     """
-    views, n, _ = similarity.shape
-    stop = epsilon if stop is None else stop
     diagonal = similarity.diagonal(dim1=-2, dim2=-1)
-    diagonal = diagonal.clone() if relevance is None else diagonal * relevance.square()  # v_i = L_ii
-    residual, leftover = diagonal, diagonal if relevance is None else relevance
+    variance, leftover = diagonal.clone(), diagonal
+    if relevance is not None:
+        variance, leftover = diagonal * relevance.square(), relevance  # v_i = L_ii
     if candidates is not None:
-        residual, leftover = (t.masked_fill(~candidates, -torch.inf) for t in (residual, leftover))
-    rank = n + stable_rank(leftover, descending=True)
-    capacity = min(n, 2 * k + 16)
-    columns = -(-n // BLAS_TILE) * BLAS_TILE
-    basis = similarity.new_zeros(views, capacity, columns)  # row t holds e_i of step t for every token i
-    placed = torch.zeros(views, dtype=torch.int64, device=similarity.device)
-
-    for step in range(n):
-        chosen = residual.argmax(dim=-1, keepdim=True)  # (B, 1), lowest index among equals
-        variance = residual.gather(1, chosen)
-        alive = variance > stop
-        # Eq. 11: e_i = (L_ji - <u_j, u_i>) / sqrt(v_j + epsilon)
-        row = similarity.gather(1, chosen[:, :, None].expand(-1, -1, n))
-        if relevance is not None:
-            row = row * (relevance * relevance.gather(1, chosen))[:, None, :]
-        if step == basis.shape[1]:
-            basis = torch.cat([basis, basis.new_zeros(views, min(step, n - step), columns)], dim=1)
-        # Exact duplicates must tie exactly, so BLAS must compute all columns alike. It does in a matrix product (hence
-        # u_j twice: with a single vector it does not) whose columns are whole tiles (hence the zeros behind the last).
-        past = basis[:, :step]
-        coefficients = past.gather(2, chosen[:, None, :].expand(-1, step, 2))
-        row = (row - (coefficients.mT @ past)[:, :1, :n])[:, 0]
-        row = torch.where(alive, row / (variance.clamp_min(stop) + epsilon).sqrt(), 0.0)
-        basis[:, step, :n] = row
-        residual -= row.square()
-        residual.scatter_(1, chosen, torch.where(alive, -torch.inf, variance))
-        rank.scatter_(1, chosen, torch.where(alive, step, rank.gather(1, chosen)))
-        counted = alive if member is None else alive & member.gather(1, chosen)
-        placed += counted.squeeze(1)
-        if step + 1 >= k and bool(((placed >= k) | ~alive.squeeze(1)).all()):  # the data decide the length of the loop
-            break
-    return rank.argsort(dim=-1).argsort(dim=-1)
+        variance, leftover = (values.masked_fill(~candidates, -torch.inf) for values in (variance, leftover))
+    rank = similarity.shape[-1] + stable_rank(leftover, descending=True)
+    stop = epsilon if stop is None else stop
+    if kernels.usable(similarity) and not overwrite:
+        similarity = similarity.clone(memory_format=torch.contiguous_format)
+    _loops(similarity).place_by_map(rank, similarity, k, variance, relevance, member, epsilon, stop)
+    return stable_rank(rank)
 
 
+@torch.no_grad()
 def max_min_rank(distance: Tensor, k: int, candidates: Tensor | None = None) -> Tensor:
     """Place of every token in the greedy max-min order: each is as far as possible from those before it.
 
@@ -318,18 +299,45 @@ def max_min_rank(distance: Tensor, k: int, candidates: Tensor | None = None) -> 
     Returns:
         (B, n) int64, a permutation per view: chosen tokens by step, then other candidates by index, then the rest.
     """
-    views, n, _ = distance.shape
-    blocked = distance.new_zeros(views, n, dtype=torch.bool) if candidates is None else ~candidates
-    rank = n + stable_rank(blocked.int())
+    n = distance.shape[-1]
     itself = torch.eye(n, dtype=torch.bool, device=distance.device)
+    blocked = torch.zeros_like(distance[:, 0], dtype=torch.bool) if candidates is None else ~candidates
     score = distance.masked_fill(itself | blocked[:, None, :], torch.inf).amin(-1)  # distance to the nearest other
-    nearest = torch.full_like(score, torch.inf)
-    for step in range(k):
-        score = score.masked_fill(blocked, -torch.inf)
-        chosen = score.argmax(dim=-1, keepdim=True)  # (B, 1), lowest index among equals
-        alive = score.gather(1, chosen) > -torch.inf
-        rank.scatter_(1, chosen, torch.where(alive, step, rank.gather(1, chosen)))
-        blocked = blocked.scatter(1, chosen, True)
-        nearest = torch.minimum(nearest, distance.gather(1, chosen[:, :, None].expand(-1, -1, n))[:, 0])
-        score = nearest
-    return rank.argsort(dim=-1).argsort(dim=-1)
+    rank = n + stable_rank(blocked.int())
+    _loops(distance).place_by_max_min(rank, distance.contiguous(), k, score.masked_fill(blocked, -torch.inf))
+    return stable_rank(rank)
+
+
+@torch.no_grad()
+def unprojected_rank(
+    similarity: Tensor, k: int, relevance: Tensor, candidates: Tensor | None = None, epsilon: float = 1e-6
+) -> Tensor:
+    """Place of every token in the greedy order of L = diag(r) S diag(r) without Eq. 11's projection, k tokens long.
+
+    v_i falls by (L_ij / (sqrt(v_j) + epsilon))^2 after each choice j; once the largest v is no longer positive nothing
+    changes any more. What Script's released code does; see script_release.py.
+
+    Args:
+        similarity: (B, n, n).
+        relevance: (B, n) r.
+        candidates: (B, n) bool, the tokens that may be chosen at all; ``None`` means all.
+
+    Returns:
+        (B, n) int64, as `max_min_rank`.
+    """
+    variance = similarity.diagonal(dim1=-2, dim2=-1) * relevance.square()
+    blocked = torch.zeros_like(variance, dtype=torch.bool) if candidates is None else ~candidates
+    variance.masked_fill_(blocked, -torch.inf)
+    rank = variance.shape[1] + stable_rank(blocked.int())
+    relevance = relevance.contiguous()
+    _loops(similarity).place_unprojected(rank, similarity.contiguous(), k, relevance, variance, epsilon)
+    return stable_rank(rank)
+
+
+def _loops(tensor: Tensor) -> ModuleType:
+    """The greedy loops for a tensor's device."""
+    if not kernels.usable(tensor):
+        return greedy
+    from llava.pruning.kernels import greedy as fused  # imports triton
+
+    return fused

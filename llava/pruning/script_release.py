@@ -11,11 +11,11 @@ from torch import Tensor
 
 from llava.pruning.base import PruningInputs, RelevancePruner, register
 from llava.pruning.functional import (
-    conditional_kernel,
     cosine_similarity,
     inner_products,
     lowest_ranked,
     stable_rank,
+    unprojected_rank,
 )
 
 EPSILON = 1e-6
@@ -68,7 +68,7 @@ class ScriptRelease(RelevancePruner):
                 inputs.image_embeds, inputs.text_embeds, inputs.text_mask
             )
         relevance = scale(raw.nan_to_num(), inputs.valid)
-        rank = residual_rank(conditional_kernel(similarity, relevance), keep, inputs.valid)
+        rank = unprojected_rank(similarity, keep, relevance, inputs.valid, EPSILON)
         chosen = rank < keep
         fused = stable_rank((~chosen).int() * 2 + (~marked).int())  # marked and chosen, then chosen, then the others
         details = {"redundancy": redundancy, "kept_by_gsp": marked, "relevance": relevance, "order": rank}
@@ -103,20 +103,3 @@ def scale(raw: Tensor, valid: Tensor | None) -> Tensor:
     lowest, highest = lowest.amin(-1, keepdim=True), highest.amax(-1, keepdim=True)
     scaled = (raw - lowest) / (highest - lowest + EPSILON)
     return scaled if valid is None else scaled.masked_fill(~valid, 0.0)
-
-
-def residual_rank(kernel: Tensor, k: int, valid: Tensor | None) -> Tensor:
-    """Place of every token (B, n) in the un-orthogonalised greedy order of a kernel (B, n, n), k tokens long."""
-    views, n, _ = kernel.shape
-    residual = kernel.diagonal(dim1=-2, dim2=-1).clone()
-    blocked = torch.zeros(views, n, dtype=torch.bool, device=kernel.device) if valid is None else ~valid
-    rank = n + stable_rank(blocked.int())
-    for step in range(k):
-        open_residual = residual.masked_fill(blocked, -torch.inf)
-        chosen = open_residual.argmax(dim=-1, keepdim=True)
-        variance = open_residual.gather(1, chosen)
-        rank.scatter_(1, chosen, torch.where(variance > -torch.inf, step, rank.gather(1, chosen)))
-        row = kernel.gather(1, chosen[:, :, None].expand(-1, -1, n))[:, 0]
-        residual = residual - torch.where(variance > 0, row / (variance.clamp_min(0).sqrt() + EPSILON), 0.0).square()
-        blocked = blocked.scatter(1, chosen, True)
-    return rank.argsort(dim=-1).argsort(dim=-1)

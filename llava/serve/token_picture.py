@@ -10,14 +10,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.token_selection import KeptTokens
+from llava.model.visual_pooling import pooled_side
 
 DIMMED = 0.22  # share of the original brightness that a dropped patch keeps
 GAP = 8  # pixels between views and between pictures
+SHEET_COLUMNS = 8  # frames of a video beside each other
 
 
-def draw_kept_tokens(pixels: Sequence[Tensor], kept: Sequence[KeptTokens], image_processor: Any) -> Image.Image:
+def drawn_cell(tower: VisionTower, pool_mode: str | None) -> float:
+    """Pixels along one side of what a token shows. Blocks of pooled patches leave a rest of the view uncovered."""
+    if pool_mode == "bilinear":
+        return tower.config.image_size / pooled_side(tower.num_patches_per_side, pool_mode)
+    return tower.config.patch_size * (1 if pool_mode is None else 2)
+
+
+def draw_kept_tokens(
+    pixels: Sequence[Tensor], kept: Sequence[KeptTokens], image_processor: Any, cell: float
+) -> Image.Image:
     """Draw all pictures of a prompt below each other; tiles stand where they were cut, beside the overview.
+
+    The frames of a video make a contact sheet, in the order of time.
 
     Nothing is dimmed where a method makes all of its tokens itself, out of all patches.
 
@@ -25,6 +39,7 @@ def draw_kept_tokens(pixels: Sequence[Tensor], kept: Sequence[KeptTokens], image
         pixels: per picture (V, 3, s, s) or (3, s, s), as the model got them.
         kept: per picture, from `EmbeddedPrompts.kept`.
         image_processor: its mean and standard deviation turn pixels back into colours.
+        cell: see `drawn_cell`.
     """
     pictures = []
     for views, tokens in zip(pixels, kept, strict=True):
@@ -32,27 +47,31 @@ def draw_kept_tokens(pixels: Sequence[Tensor], kept: Sequence[KeptTokens], image
         masks = tokens.mask()
         if tokens.made is not None and not masks.any():
             masks = ~masks
-        drawn = [draw_view(view, mask, image_processor) for view, mask in zip(views, masks, strict=True)]
-        pictures.append(_join([drawn[0], *_tiles(drawn[1:], tokens.layout.grid)], axis=1))
+        drawn = [draw_view(view, mask, image_processor, cell) for view, mask in zip(views, masks, strict=True)]
+        if tokens.layout.grid is None:
+            rows = [drawn[i : i + SHEET_COLUMNS] for i in range(0, len(drawn), SHEET_COLUMNS)]
+            pictures.append(_join([_join(row, axis=1) for row in rows], axis=0))
+        else:
+            pictures.append(_join([drawn[0], _tiles(drawn[1:], tokens.layout.grid)], axis=1))
     return Image.fromarray(_join(pictures, axis=0))
 
 
-def draw_view(pixels: Tensor, mask: Tensor, image_processor: Any) -> np.ndarray:
-    """One view (3, s, s) with the patches outside ``mask`` (n,) dimmed: (s, s, 3) uint8."""
+def draw_view(pixels: Tensor, mask: Tensor, image_processor: Any, cell: float) -> np.ndarray:
+    """One view (3, s, s) with the cells outside ``mask`` (n,), and what no cell covers, dimmed: (s, s, 3) uint8."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (image_processor.image_mean, image_processor.image_std))
     colours = (pixels.float().cpu() * std + mean).clamp(0, 1)
     side = int(mask.numel() ** 0.5)
-    lit = mask.reshape(1, 1, side, side).float()
-    lit = torch.nn.functional.interpolate(lit, size=pixels.shape[-2:], mode="nearest")[0]
+    position = (torch.arange(pixels.shape[-1]) / cell).floor().long()  # cell of each pixel along a side
+    lit = torch.zeros(position.max() + 1, position.max() + 1)
+    lit[:side, :side] = mask.reshape(side, side)
+    lit = lit[position][:, position]
     return (colours * (DIMMED + (1 - DIMMED) * lit) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
-def _tiles(views: list[np.ndarray], grid: tuple[int, int] | None) -> list[np.ndarray]:
-    if not views or grid is None:
-        return views
+def _tiles(views: list[np.ndarray], grid: tuple[int, int]) -> np.ndarray:
     columns, rows = grid
     lines = [np.concatenate(views[row * columns : (row + 1) * columns], axis=1) for row in range(rows)]
-    return [np.concatenate(lines, axis=0)]
+    return np.concatenate(lines, axis=0)
 
 
 def _join(parts: list[np.ndarray], axis: int) -> np.ndarray:

@@ -64,7 +64,7 @@ class PrunedModel:
 
 
 def same_on_all_ranks(indices: Tensor) -> Tensor:
-    """The indices of the first tensor-parallel rank: another choice elsewhere would mix two pictures without a word."""
+    """The indices of the first tensor-parallel rank: another choice elsewhere would spoil rows silently."""
     group = get_tp_group()
     return group.broadcast(indices.contiguous(), src=0) if group.world_size > 1 else indices
 

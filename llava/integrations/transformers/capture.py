@@ -1,0 +1,149 @@
+"""What a model's own code makes of a prompt with pictures, up to the door of its language model.
+
+One pass of the base model with a stub for the language model: the model itself runs its vision tower and projector,
+packs tiles, puts features in place of placeholders and counts (m)RoPE positions; no layer of the language model runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from llava.integrations.transformers.host import Host, UnsupportedModelError
+
+ABSENT = object()
+
+
+@dataclass
+class Packing:
+    """How the model turned the tiles of each image into one sequence: its own packing, ready to run on other values.
+
+    Args:
+        pack: the model's ``pack_image_features``.
+        arguments: what it was called with.
+        tiles: (V, n) of each image before packing.
+    """
+
+    pack: Callable[..., Any]
+    arguments: dict[str, Any]
+    tiles: list[tuple[int, int]]
+
+    def replay(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Pack other values (V, n, e), one tensor per image, as the features were: (t, e) each, zeros at newlines."""
+        newline = values[0].new_zeros(values[0].shape[-1])
+        return list(self.pack(**{**self.arguments, "image_features": list(values), "image_newline": newline})[0])
+
+
+@dataclass
+class Capture:
+    """A prompt at the door of the language model.
+
+    Args:
+        inputs_embeds: (B, L, d) text embeddings with visual features among them.
+        position_ids: (B or 1, L), (3, B, L) for mRoPE, or ``None`` if the language model is left to count.
+        visual_mask, deepstack: Qwen3-VL's (B, L) bool, and features (visual tokens, d) for its first layers.
+        features: what ``get_image_features`` and ``get_video_features`` returned, by modality: a tensor (N, n, d), or
+            one tensor per image.
+        projector_inputs: what entered the projector, in the order of its calls; only if it was asked for.
+        packing: how tiles were packed, for models that pack.
+        arguments: what the base model was called with.
+    """
+
+    inputs_embeds: Tensor
+    position_ids: Tensor | None
+    visual_mask: Tensor | None
+    deepstack: list[Tensor] | None
+    features: dict[str, Tensor | Sequence[Tensor]]
+    arguments: dict[str, Any]
+    projector_inputs: list[Tensor] = field(default_factory=list)
+    packing: Packing | None = None
+
+
+@torch.no_grad()
+def capture_prompt(host: Host, arguments: dict[str, Any], observe_projector: bool = False) -> Capture:
+    """Run the base model on a prompt, all but the language model.
+
+    Args:
+        arguments: of the base model's ``forward``.
+        observe_projector: record what enters ``multi_modal_projector``.
+    """
+    at_the_door: dict[str, Any] = {}
+    features: dict[str, Any] = {}
+    packings: list[Packing] = []
+    projector_inputs: list[Tensor] = []
+
+    def stub(*_: Any, **received: Any) -> BaseModelOutputWithPast:
+        if received.get("inputs_embeds") is None:
+            raise UnsupportedModelError(host.model, "its language model is not called with inputs_embeds=")
+        at_the_door.update(received)
+        return BaseModelOutputWithPast(last_hidden_state=received["inputs_embeds"])
+
+    def remember(modality: str, compute: Callable[..., Any]) -> Callable[..., Any]:
+        def spy(*positional: Any, **named: Any) -> Any:
+            before = dict(features)
+            output = compute(*positional, **named)
+            # Qwen3-VL computes videos as images: then the outer call, which ends last, is the one that counts.
+            features.update(before)
+            features[modality] = output.pooler_output
+            return output
+
+        return spy
+
+    def remember_packing(pack: Callable[..., Any]) -> Callable[..., Any]:
+        def spy(*positional: Any, **named: Any) -> Any:
+            bound = inspect.signature(pack).bind(*positional, **named).arguments
+            packings.append(Packing(pack, bound, [tuple(image.shape[:2]) for image in bound["image_features"]]))
+            return pack(*positional, **named)
+
+        return spy
+
+    def remember_input(_: nn.Module, positional: tuple[Tensor, ...]) -> None:
+        projector_inputs.append(positional[0])
+
+    base = host.base
+    with ExitStack() as stack:
+        stack.enter_context(replaced(host.language_model, "forward", stub))
+        for modality in ("image", "video"):
+            name = f"get_{modality}_features"
+            if hasattr(base, name):
+                stack.enter_context(replaced(base, name, remember(modality, getattr(base, name))))
+        if hasattr(base, "pack_image_features"):
+            stack.enter_context(replaced(base, "pack_image_features", remember_packing(base.pack_image_features)))
+        if observe_projector and hasattr(base, "multi_modal_projector"):
+            stack.callback(base.multi_modal_projector.register_forward_pre_hook(remember_input).remove)
+        base(**arguments)
+    given = {"image": "pixel_values", "video": "pixel_values_videos"}
+    shown = {modality for modality, name in given.items() if arguments.get(name) is not None}
+    if "pixel_values_images" in arguments:  # Video-LLaVA's processor
+        shown.add("image")
+    return Capture(
+        inputs_embeds=at_the_door["inputs_embeds"],
+        position_ids=at_the_door.get("position_ids"),
+        visual_mask=at_the_door.get("visual_pos_masks"),
+        deepstack=at_the_door.get("deepstack_visual_embeds"),
+        features={modality: value for modality, value in features.items() if modality in shown},
+        arguments=arguments,
+        projector_inputs=projector_inputs,
+        packing=packings[-1] if packings else None,
+    )
+
+
+@contextmanager
+def replaced(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Give an instance its own attribute for the length of a block; what it had before comes back exactly."""
+    before = owner.__dict__.get(name, ABSENT)  # accelerate keeps a forward of its own there
+    object.__setattr__(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is ABSENT:
+            object.__delattr__(owner, name)
+        else:
+            object.__setattr__(owner, name, before)

@@ -1,0 +1,136 @@
+"""What must be known of a model class of the Transformers library before a pruner can attach to it.
+
+The pattern: ``model.model`` computes visual features in ``get_image_features`` (``get_video_features``), puts them
+where the prompt has placeholder tokens, and calls one language model, ``language_model`` or ``text_model``, with
+``inputs_embeds=``. Most image-text-to-text classes of the library are written so.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+TESTED_CLASSES = (
+    "AyaVisionForConditionalGeneration",
+    "Gemma3ForConditionalGeneration",
+    "Idefics3ForConditionalGeneration",
+    "InternVLForConditionalGeneration",
+    "LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration",
+    "LlavaNextVideoForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration",
+    "Mistral3ForConditionalGeneration",
+    "PaliGemmaForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration",
+    "SmolVLMForConditionalGeneration",
+    "VideoLlavaForConditionalGeneration",
+)
+
+# Arguments of `forward` that are about the prompt's tokens or about the call, not about pictures.
+NOT_VISUAL = {
+    "self",
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "inputs_embeds",
+    "labels",
+    "use_cache",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "cache_position",
+    "logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "kwargs",
+}
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+
+
+class UnsupportedModelError(ValueError):
+    """A model that a pruner cannot attach to; the message says why and lists the classes that it can."""
+
+    def __init__(self, model: nn.Module, reason: str) -> None:
+        super().__init__(
+            f"{type(model).__name__} cannot be pruned: {reason}. "
+            f"Classes that are tested: {', '.join(TESTED_CLASSES)}; others of the library work if they "
+            "put features in place of placeholder tokens and call one language model with inputs_embeds="
+        )
+
+
+@dataclass(frozen=True)
+class Host:
+    """The parts of a model that a pruner works with.
+
+    Args:
+        model: the class with a head, on which `generate` is called.
+        base: ``model.model``, which merges features into the prompt.
+        language_model: what ``base`` calls with ``inputs_embeds=``.
+        placeholders: token ids that stand for visual tokens, by modality, "image" and "video".
+        visual_arguments: names of the arguments of ``forward`` that are about pictures.
+    """
+
+    model: nn.Module
+    base: nn.Module
+    language_model: nn.Module
+    placeholders: dict[str, int]
+    visual_arguments: frozenset[str]
+
+    @property
+    def model_type(self) -> str:
+        return self.model.config.model_type
+
+    def visual_inputs(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Those arguments of a call that are about pictures."""
+        return {
+            name: value
+            for name, value in arguments.items()
+            if value is not None and (name in self.visual_arguments or name.startswith("pixel_values"))
+        }
+
+    def shows_pictures(self, arguments: dict[str, Any]) -> bool:
+        """Whether a call brings pictures or videos."""
+        return any(
+            value is not None and (name.startswith("pixel_values") or (name == "mm_encoder_outputs" and value))
+            for name, value in arguments.items()
+        )
+
+
+def find_host(model: nn.Module) -> Host:
+    """The parts of a model. Raises UnsupportedModelError where it is not built to the pattern."""
+    config = getattr(model, "config", None)
+    if type(model).__module__.startswith("transformers_modules"):
+        raise UnsupportedModelError(
+            model, "its code came with the checkpoint (remote code); load it as a class of the library instead"
+        )
+    if config is None or not hasattr(model, "generate"):
+        raise UnsupportedModelError(model, "it has no config or no generate(); attach to the inner Transformers model")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(model, "it is an encoder-decoder model")
+    base = getattr(model, "model", None)
+    language_model = next(
+        (getattr(base, name) for name in ("language_model", "text_model") if hasattr(base, name)), None
+    )
+    if language_model is None:
+        raise UnsupportedModelError(
+            model,
+            "it has no model.language_model or model.text_model (of a wrapper such as PEFT, take the inner model)",
+        )
+    if not hasattr(base, "get_image_features"):
+        raise UnsupportedModelError(model, "its model has no get_image_features()")
+    placeholders = {}
+    for modality in ("image", "video"):
+        names = (f"{modality}_token_id", f"{modality}_token_index")
+        found = next((getattr(config, name) for name in names if getattr(config, name, None) is not None), None)
+        if found is not None:
+            placeholders[modality] = found
+    if "image" not in placeholders:
+        raise UnsupportedModelError(model, "its config names no image_token_id")
+    arguments = set(inspect.signature(type(model).forward).parameters) - NOT_VISUAL
+    return Host(model, base, language_model, placeholders, frozenset(arguments))

@@ -1,0 +1,172 @@
+"""Where the visual tokens of a prompt stand, and which image, tile or frame each of them belongs to.
+
+A *picture* is an image or a video; its *views* are the tiles or frames among which a method selects one by one. Tokens
+that show nothing (newline embeddings, row breaks) are separators: they belong to no view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llava.integrations.transformers.capture import Capture, Packing
+from llava.integrations.transformers.host import Host, UnsupportedModelError
+
+SEPARATOR = -1
+TILES_SIDE_BY_SIDE = {"internvl"}  # features come tile by tile, placeholders of an image's tiles without text between
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image or a video in a prompt.
+
+    Args:
+        row: of the batch.
+        columns: (t,) int64 on the CPU, ascending: where its tokens stand.
+        views: (t,) int64, the view of each token, 0 .. V - 1, or `SEPARATOR`.
+    """
+
+    row: int
+    columns: Tensor
+    views: Tensor
+
+    @property
+    def count(self) -> int:
+        """V, the number of views."""
+        return int(self.views.max()) + 1
+
+    def view_columns(self) -> list[Tensor]:
+        """Columns (n,) of the tokens of each view."""
+        return [self.columns[self.views == view] for view in range(self.count)]
+
+    def separators_to_keep(self, kept: Tensor) -> Tensor:
+        """(t,) bool, True at separators whose stretch still has a token: for ``newlines="keep"``.
+
+        A stretch is a grid row, the part since the separator before. An overview that comes before the tiles has none.
+        """
+        is_separator = self.views == SEPARATOR
+        stretch = torch.cat([torch.zeros(1, dtype=torch.int64), is_separator.cumsum(0)[:-1]])
+        in_stretch = kept & ~is_separator
+        if self.count > 1:
+            in_stretch = in_stretch & (self.views > 0)
+        alive = torch.zeros(int(stretch.max()) + 1, dtype=torch.bool)
+        alive[stretch[in_stretch]] = True
+        return is_separator & alive[stretch]
+
+
+def find_pictures(host: Host, capture: Capture, input_ids: Tensor) -> list[Picture]:
+    """All pictures of a batch of prompts (B, L), row by row in the order of the prompts.
+
+    Raises:
+        UnsupportedModelError: the placeholders are not where the model's features went.
+    """
+    ids = input_ids.cpu()
+    items: list[tuple[int, Tensor, Tensor]] = []
+    for modality in capture.features:
+        token = host.placeholders.get(modality, host.placeholders["image"])
+        places = (ids == token).nonzero()  # (visual tokens, 2), row by row
+        first = 0
+        for views in views_of(host, capture, modality):
+            part = places[first : first + len(views)]
+            first += len(views)
+            if len(part) < len(views) or len(part[:, 0].unique()) != 1:
+                break
+            items.append((int(part[0, 0]), part[:, 1], views))
+        if first != len(places):
+            raise UnsupportedModelError(
+                host.model, f"the prompts have {len(places)} {modality} placeholders that do not match its features"
+            )
+    items.sort(key=lambda item: (item[0], int(item[1][0])))
+    if host.model_type in TILES_SIDE_BY_SIDE:
+        items = joined_tiles(items)
+    return [with_row_breaks(Picture(*item)) for item in items]
+
+
+def views_of(host: Host, capture: Capture, modality: str) -> list[Tensor]:
+    """For each image or video the views (t,) of its features, `SEPARATOR` at those that show nothing."""
+    features = capture.features[modality]
+    if modality == "image" and capture.packing is not None:
+        return packed_views(capture.packing)
+    counts = [token_count(item) for item in features]
+    if modality == "video":
+        return video_views(host, capture, counts)
+    tile = getattr(host.base, "image_seq_len", None)
+    if tile is not None and not isinstance(features, Tensor):  # Idefics3: all tiles of a row in one tensor
+        counts = [tile for count in counts for _ in range(count // tile)]
+    return [torch.zeros(count, dtype=torch.int64) for count in counts]
+
+
+def token_count(item: Tensor) -> int:
+    """Tokens of one item (t, d) or (frames, t, d)."""
+    return item.shape[:-1].numel()
+
+
+def packed_views(packing: Packing) -> list[Tensor]:
+    """Which tile each token of packed images comes from: the model packs tile numbers in place of features.
+
+    Numbers are packed as one-hot vectors, so that a model that resizes the grid mixes them as it mixes features; the
+    tile with the largest part owns the token.
+    """
+    width = max(tiles for tiles, _ in packing.tiles)
+    owners = [F.one_hot(torch.arange(v), width).float()[:, None].expand(-1, n, -1) for v, n in packing.tiles]
+    packed = packing.replay(owners)
+    return [torch.where(own.any(-1), own.argmax(-1), SEPARATOR) for own in packed]
+
+
+def video_views(host: Host, capture: Capture, counts: Sequence[int]) -> list[Tensor]:
+    """Frames of each video; where the model joins neighbouring frames in time, each joint one is a view."""
+    grids = capture.arguments.get("video_grid_thw")
+    if grids is not None:
+        return [frame_numbers(count, int(grid[0])) for count, grid in zip(counts, grids, strict=True)]
+    videos, frames = capture.arguments["pixel_values_videos"].shape[:2]
+    if len(counts) == videos * frames:  # Video-LLaVA: frame by frame
+        return [frame_numbers(sum(counts[v * frames : (v + 1) * frames]), frames) for v in range(videos)]
+    newline = getattr(host.base, "image_newline", None)
+    found = []
+    for item in capture.features["video"]:
+        tokens = item.reshape(-1, item.shape[-1])
+        separators = torch.zeros(len(tokens), dtype=torch.bool)
+        if newline is not None:
+            separators = (tokens == newline.to(tokens.device, tokens.dtype)).all(-1).cpu()
+        views = torch.full((len(tokens),), SEPARATOR)
+        views[~separators] = frame_numbers(int((~separators).sum()), frames)
+        found.append(views)
+    return found
+
+
+def frame_numbers(tokens: int, frames: int) -> Tensor:
+    """(tokens,) 0, 0, ..., 1, 1, ...: which of the frames each token belongs to."""
+    return torch.arange(tokens) // (tokens // frames)
+
+
+def joined_tiles(items: Sequence[tuple[int, Tensor, Tensor]]) -> list[tuple[int, Tensor, Tensor]]:
+    """Make one picture of tiles that stand side by side."""
+    joined: list[tuple[int, Tensor, Tensor]] = []
+    for row, columns, views in items:
+        if joined and joined[-1][0] == row and joined[-1][1][-1] + 1 == columns[0]:
+            _, before, earlier = joined[-1]
+            joined[-1] = row, torch.cat([before, columns]), torch.cat([earlier, views + earlier.max() + 1])
+        else:
+            joined.append((row, columns, views))
+    return joined
+
+
+def with_row_breaks(picture: Picture) -> Picture:
+    """Count text tokens that stand inside a view (Pixtral's row breaks) among the picture's separators."""
+    columns, views = picture.columns, picture.views
+    gaps = (columns.diff() > 1) & (views[1:] == views[:-1]) & (views[1:] != SEPARATOR)
+    if not bool(gaps.any()):
+        return picture
+    breaks = torch.cat(
+        [torch.arange(int(columns[gap]) + 1, int(columns[gap + 1])) for gap in gaps.nonzero().flatten()]
+    )
+    order = torch.cat([columns, breaks]).argsort()
+    return Picture(
+        picture.row,
+        torch.cat([columns, breaks])[order],
+        torch.cat([views, torch.full_like(breaks, SEPARATOR)])[order],
+    )

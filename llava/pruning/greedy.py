@@ -1,0 +1,163 @@
+"""Greedy loops on any device: one token of every view a step, in place, with few and small operations a step.
+
+Each loop writes the step at which a token was chosen into ``rank`` (B, n), and leaves the other entries as they are.
+On CUDA the kernels of `llava.pruning.kernels` take their place, under the same names. Buffers of the loops are made
+beforehand; what a step writes goes into them. The one exception is the result (B, n) of ``embedding_bag``, which has
+no form with ``out``.
+
+A view that is done goes on choosing until all views are: what it chooses then is not written, and no view reads
+another's numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def place_by_map(
+    rank: Tensor,
+    similarity: Tensor,
+    k: int,
+    variance: Tensor,
+    relevance: Tensor | None,
+    member: Tensor | None,
+    epsilon: float,
+    stop: float,
+) -> None:
+    """The steps of `functional.greedy_map_rank`, into ``rank`` (B, n) int64.
+
+    ``variance`` (B, n) holds v_i = L_ii, and -inf at tokens that may not be chosen; it is overwritten.
+
+    With u_i = r_i w_i, Eq. 11 is w_i = r_j (S_ji - <w_j, w_i>) / sqrt(v_j + epsilon), and v_i falls by (r_i w_i)^2:
+    the row of L is never built. <w_j, w_i> for all i is a weighted sum of the rows that earlier steps left.
+    ``embedding_bag`` adds them up in the same order for every i, so that exact duplicates tie exactly; a matrix
+    product does not promise that, and is two to three times slower at these shapes.
+    """
+    views, n, _ = similarity.shape
+    rows = similarity.reshape(views * n, n)
+    weight = None if relevance is None else relevance.to(similarity.dtype).contiguous()
+    first_of_view = torch.arange(views, device=rank.device)[:, None] * n
+    chosen = rank.new_empty(n, views, 1)
+    largest = similarity.new_empty(n, views, 1)
+    place = rank.new_empty(views)  # of the chosen tokens among the B n of all views
+    own_weight = similarity.new_empty(views)
+    scale, row, fall = similarity.new_empty(views, 1), similarity.new_empty(views, n), similarity.new_empty(views, n)
+    basis = _Basis(similarity, min(n, 2 * k + 16))
+
+    step, next_look = 0, k
+    while True:
+        j, v = chosen[step], largest[step]
+        torch.max(variance, dim=1, keepdim=True, out=(v, j))  # the lowest index among equals
+        torch.add(j, first_of_view, out=place[:, None])
+        torch.index_select(rows, 0, place, out=row)
+        if step:
+            row.sub_(basis.projection(step, j))
+        torch.add(v, epsilon, out=scale).sqrt_()
+        if weight is not None:
+            scale.div_(torch.index_select(weight.view(-1), 0, place, out=own_weight)[:, None])
+        w = torch.div(row, scale, out=basis.row(step))
+        if weight is not None:
+            w = torch.mul(w, weight, out=fall)
+        variance.addcmul_(w, w, value=-1)
+        variance.view(-1).index_fill_(0, place, -torch.inf)
+        step += 1
+        if step == min(next_look, n):
+            alive = (largest[:step, :, 0] > stop).cumprod(0).bool().mT  # (B, step); NaN ends a view as well
+            order = chosen[:step, :, 0].mT
+            counted = alive if member is None else alive & member.gather(1, order)
+            missing = int(torch.where(alive[:, -1], k - counted.sum(-1), 0).max())
+            if missing <= 0 or step == n:
+                break
+            next_look = step + missing  # no view is done before
+    _write_steps(rank, order, alive & (counted.cumsum(-1) - counted.long() < k))  # a view ends with its k-th member
+
+
+class _Basis:
+    """The vectors w of the steps so far (B, steps, n), and what `projection` needs to read them."""
+
+    def __init__(self, similarity: Tensor, capacity: int) -> None:
+        views, n, _ = similarity.shape
+        self.rows = similarity.new_empty(views, 0, n)
+        self.views = torch.arange(views, device=similarity.device)
+        self._grow(capacity)
+
+    def _grow(self, capacity: int) -> None:
+        views, held, n = self.rows.shape
+        self.rows = torch.cat([self.rows, self.rows.new_empty(views, capacity - held, n)], dim=1)
+        self.numbers = torch.arange(views * capacity, device=self.rows.device).view(views, capacity)
+        self.read = torch.empty_like(self.numbers).view(-1)
+        self.entries = torch.empty_like(self.read)
+        self.coefficients = self.rows.new_empty(views * capacity)
+
+    def row(self, step: int) -> Tensor:
+        """Where the vectors (B, n) of a step belong."""
+        _, capacity, n = self.rows.shape
+        if step == capacity:
+            self._grow(min(2 * capacity, n))
+        return self.rows[:, step]
+
+    def projection(self, steps: int, j: Tensor) -> Tensor:
+        """<w_j, w_i> over the first ``steps`` steps, for the tokens ``j`` (B, 1) and all i: (B, n)."""
+        views, _, n = self.rows.shape
+        size = views * steps
+        read = self.read[:size].view(views, steps).copy_(self.numbers[:, :steps])
+        entries = torch.add(j, read, alpha=n, out=self.entries[:size].view(views, steps))
+        coefficients = torch.take(self.rows, entries, out=self.coefficients[:size].view(views, steps))
+        return torch.embedding_bag(
+            self.rows.view(-1, n),
+            read.view(-1),
+            self.views * steps,
+            mode=0,  # sum
+            per_sample_weights=coefficients.view(-1),
+        )[0]
+
+
+def place_by_max_min(rank: Tensor, distance: Tensor, k: int, score: Tensor) -> None:
+    """The steps of `functional.max_min_rank`, into ``rank`` (B, n) int64.
+
+    ``score`` (B, n) decides the first choice; -inf at tokens that may not be chosen.
+    """
+    views, n, _ = distance.shape
+    rows = distance.reshape(views * n, n)
+    nearest = torch.where(score > -torch.inf, torch.inf, score)  # distance to the nearest chosen token
+    first_of_view = torch.arange(views, device=rank.device)[:, None] * n
+    chosen, best = rank.new_empty(k, views, 1), distance.new_empty(k, views, 1)
+    place, row = rank.new_empty(views), distance.new_empty(views, n)
+    for step in range(k):
+        torch.max(score, dim=1, keepdim=True, out=(best[step], chosen[step]))  # the lowest index among equals
+        torch.add(chosen[step], first_of_view, out=place[:, None])
+        torch.minimum(nearest, torch.index_select(rows, 0, place, out=row), out=nearest)
+        nearest.view(-1).index_fill_(0, place, -torch.inf)
+        score = nearest
+    _write_steps(rank, chosen[..., 0].mT, (best[..., 0] > -torch.inf).mT)
+
+
+def place_unprojected(
+    rank: Tensor, similarity: Tensor, k: int, relevance: Tensor, variance: Tensor, epsilon: float
+) -> None:
+    """The steps of `functional.unprojected_rank`, into ``rank`` (B, n) int64; ``variance`` as in `place_by_map`."""
+    views, n, _ = similarity.shape
+    rows = similarity.reshape(views * n, n)
+    first_of_view = torch.arange(views, device=rank.device)[:, None] * n
+    chosen, largest = rank.new_empty(k, views, 1), similarity.new_empty(k, views, 1)
+    place, row = rank.new_empty(views), similarity.new_empty(views, n)
+    for step in range(k):
+        v = largest[step]
+        torch.max(variance, dim=1, keepdim=True, out=(v, chosen[step]))
+        torch.add(chosen[step], first_of_view, out=place[:, None])
+        torch.index_select(rows, 0, place, out=row).mul_(relevance)
+        own = relevance.view(-1)[place][:, None]
+        row.mul_(own * (v > 0) / (v.clamp_min(0).sqrt() + epsilon))
+        variance.addcmul_(row, row, value=-1)
+        variance.view(-1).index_fill_(0, place, -torch.inf)
+    _write_steps(rank, chosen[..., 0].mT, (largest[..., 0] > -torch.inf).mT)
+
+
+def _write_steps(rank: Tensor, order: Tensor, alive: Tensor) -> None:
+    """Write t at token order[:, t] of ``rank`` (B, n), for every step that is ``alive`` (B, steps).
+
+    A view that is used up chooses tokens that it has chosen before: the smallest number stays.
+    """
+    steps = torch.arange(order.shape[1], device=rank.device)
+    rank.scatter_reduce_(1, order, torch.where(alive, steps, 2 * rank.shape[1]), reduce="amin")

@@ -1,0 +1,117 @@
+"""The trained toy in the library's own format: the same tokens and the same answers as in our own host."""
+
+import pytest
+import torch
+from convert_to_transformers import convert
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from llava.conversation import conv_templates
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.builder import TOY_FOLDER, load_pretrained_model
+from llava.pruning import get_pruner
+
+CLIP = str(TOY_FOLDER / "clip-toy-336")
+SCENES = TOY_FOLDER / "data/eval/MME/MME_Benchmark_release_version"
+SYSTEM = conv_templates["vicuna_v1"].system
+SHORT = "Answer the question using a single word or phrase."
+
+
+def load_both(name, tmp_path_factory):
+    target = tmp_path_factory.mktemp("converted") / name
+    convert(str(TOY_FOLDER / name), target)
+    ours = load_pretrained_model(str(TOY_FOLDER / name), device="cpu")[:3]
+    model = AutoModelForImageTextToText.from_pretrained(target, dtype=torch.float32).eval()
+    return ours, (AutoProcessor.from_pretrained(target), model)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    return load_both("llava-toy-v1.5", tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def tiled(tmp_path_factory):
+    return load_both("llava-toy-v1.6", tmp_path_factory)
+
+
+def asked(count, square=None):
+    """(picture, question) pairs about pictures of the toy's world; ``square``: cut to squares of this side."""
+    found = []
+    for number, text in enumerate(sorted(SCENES.glob("color/*.txt"))[:count]):
+        picture = Image.open(text.with_suffix(".png")).convert("RGB")
+        if square:
+            picture = picture.crop((0, 0, min(picture.size), min(picture.size))).resize((square, square))
+        question = text.read_text().splitlines()[number % 2].split("\t")[0].removesuffix(" Please answer yes or no.")
+        found.append((picture, question))
+    return found
+
+
+def prompt_of(question):
+    return f"{SYSTEM} USER: <image>\n{question}\n{SHORT} ASSISTANT:"
+
+
+def our_answer(ours, picture, question, pruner):
+    tokenizer, model, image_processor = ours
+    ids = tokenizer_image_token(prompt_of(question), tokenizer, return_tensors="pt")[None]
+    pixels = process_images([picture], image_processor, model.config)
+    prompt = model.embed_prompts(ids, images=pixels, image_sizes=[picture.size], pruner=pruner, padding_side="left")
+    answer = model.generate(prompt, max_new_tokens=6, do_sample=False)
+    return prompt.kept[0], tokenizer.decode(answer[0], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", ["script", "cdpruner", "divprune"])
+def test_same_tokens_and_answers_at_64(single, name):
+    """Padding of a picture that is no square is not known to the library's model: there it counts like anything."""
+    ours, (processor, model) = single
+    pruner = get_pruner(name, keep_tokens=64, exclude_padding=False)
+    options = {} if name == "divprune" else {"clip": CLIP}
+    pairs = asked(6)
+    alone = []
+    with torch.inference_mode(), pruner(model, processor, **options) as handle:
+        for picture, question in pairs:
+            kept, expected = our_answer(ours, picture, question, pruner)
+            inputs = processor(images=picture, text=prompt_of(question), return_tensors="pt")
+            output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+            alone.append(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+            assert handle.kept[0].kept.nonzero().flatten().tolist() == kept.sequence.tolist()
+            assert handle.kept[0].per_view == [64]
+            assert alone[-1].strip() == expected.strip()
+        prompts = [prompt_of(question) for _, question in pairs]
+        inputs = processor(images=[picture for picture, _ in pairs], text=prompts, padding=True, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    together = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert [answer.strip() for answer in together] == [answer.strip() for answer in alone]
+    assert len(set(together)) > 1
+
+
+def test_same_tokens_and_answers_on_tiles(tiled):
+    """Five views of a square picture; each token is found again by its place in the unpruned sequence."""
+    ours, (processor, model) = tiled
+    pruner = get_pruner("script", keep_tokens=64)
+    for picture, question in asked(2, square=336):
+        inputs = processor(images=picture, text=prompt_of(question), return_tensors="pt")
+        with torch.inference_mode(), pruner(model, processor, clip=CLIP) as handle:
+            output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+            kept, expected = our_answer(ours, picture, question, pruner)
+        place = {number: index for index, number in enumerate(kept.layout.sequence.tolist())}
+        assert handle.kept[0].kept.nonzero().flatten().tolist() == [place[number] for number in kept.sequence.tolist()]
+        assert handle.kept[0].per_view == kept.per_view() == [64] * len(kept.per_view())
+        answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert answer.strip() == expected.strip()
+
+
+def test_the_question_is_read_from_the_prompt(single):
+    """Two questions about one picture, as the processor writes them, keep what they keep when they are told."""
+    _, (processor, model) = single
+    (picture, first), (_, second) = asked(2)
+    inputs = processor(
+        images=[picture, picture], text=[prompt_of(first), prompt_of(second)], padding=True, return_tensors="pt"
+    )
+    with torch.inference_mode(), get_pruner("script", keep_tokens=16)(model, processor, clip=CLIP) as handle:
+        model.generate(**inputs, max_new_tokens=1)
+        read = [one.kept for one in handle.kept]
+        model.generate(**inputs, max_new_tokens=1, query=[first, second])
+        told = [one.kept for one in handle.kept]
+    assert all(torch.equal(one, other) for one, other in zip(read, told, strict=True))
+    assert not torch.equal(read[0], read[1])
