@@ -5,10 +5,11 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels are not tested: pip install triton")
 
+from test_greedy import KINDS, options_of, rows_of
+
 from llava.pruning import kernels
 from llava.pruning.functional import cosine_similarity, greedy_map_rank, max_min_rank, unprojected_rank
 from llava.pruning.kernels import greedy as fused
-from test_greedy import KINDS, options_of, rows_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: see conftest.py
 

@@ -31,7 +31,7 @@ class PrunedModel:
 
         def joint_space() -> ClipJointSpace:  # no module: the checkpoint's loader would look for its weights
             parameter = next(self.parameters())
-            return ClipJointSpace(joint_space_folder(server, self.config), parameter.dtype, parameter.device)
+            return ClipJointSpace.load(joint_space_folder(server, self.config), parameter.dtype, parameter.device)
 
         self.script_selector = TokenSelector(
             self.script_info.script_fields.fget(self.script_info),
