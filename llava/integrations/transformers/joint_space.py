@@ -51,7 +51,7 @@ class HostJointSpace:
                     f"{getattr(config, part)} here"
                 )
         self.into_space = self._way(config, theirs, kind)
-        space = ClipJointSpace if kind == "clip" else SiglipJointSpace
+        space = ClipJointSpace.load if kind == "clip" else SiglipJointSpace
         self.space = space(folder, host.model.dtype, _device(host))
         # A tower whose patches behave otherwise says so in its checkpoint.
         self.relevance_sign = getattr(host.model.config, "mm_relevance_sign", None) or self.space.relevance_sign
