@@ -8,7 +8,7 @@ from PIL import Image
 
 from llava.pruning import get_pruner
 from llava.video import load_video
-from transformers_families import IMAGE, TEXT, TOWER, VIDEO, built, pixels
+from transformers_families import IMAGE, TEXT, TOWER, VIDEO, built
 
 FRAMES = 64
 
@@ -93,21 +93,24 @@ def test_tokens_per_frame_and_memory(clip, make, frames, keep):
     assert held == 2 * 4 * TEXT["num_hidden_layers"] * width * length
 
 
-def test_one_budget_for_the_clip():
-    """Script deals 3 times the frames over the clip by itself, with and without the matrix of all pairs."""
+def test_one_budget_for_the_clip(clip):
+    """Script deals out twice as many tokens as frames over the clip, without the matrix of all pairs.
+
+    Few, so that the 32-wide features have a rank to spare: beyond it the last bits of the sums decide.
+    """
     model, side, tokens, newlines = onevision()
     ids = torch.tensor([[1, *[VIDEO] * (8 * tokens + newlines), 6, 7]])
     arguments = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "pixel_values_videos": pixels(1, 8, 3, side, side),
+        "pixel_values_videos": pixels_of(clip[:8], side),
     }
     found = []
     for scope in ("clip", "global"):
-        pruner = get_pruner("script", keep_tokens=3, relevance="none", scope=scope)  # 24, below the width's rank
+        pruner = get_pruner("script", keep_tokens=2, relevance="none", scope=scope)
         with torch.no_grad(), pruner(model) as handle:
             model(**arguments)
         found.append(handle.kept[0])
-        assert sum(found[-1].per_view) == 24
+        assert sum(found[-1].per_view) == 16
     assert len(set(found[0].per_view)) > 1
-    assert (found[0].kept & found[1].kept).sum() >= 20  # both round in their own way
+    assert torch.equal(found[0].kept, found[1].kept)
