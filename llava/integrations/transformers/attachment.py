@@ -107,6 +107,7 @@ class AttachedPruner:
         self._attached_to_decoder = ExitStack()
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread whose call is under way
+        self._generating = False
         self._generate_before = model.__dict__.get("generate", ABSENT)
         self._generate = model.generate
         model.generate = self._wrapped_generate()
@@ -177,7 +178,7 @@ class AttachedPruner:
         return output
 
     def _before_forward(self, model: nn.Module, positional: tuple, named: dict[str, Any]) -> tuple[tuple, dict] | None:
-        if self._owner == threading.get_ident():
+        if self._compiled_step() or self._owner == threading.get_ident():
             return None  # a step of generate
         self._acquire()
         bound = inspect.signature(type(model).forward).bind_partial(model, *positional, **named).arguments
@@ -201,7 +202,7 @@ class AttachedPruner:
         return (), shortened(self.host, arguments, shortening)
 
     def _after_forward(self, _: nn.Module, __: tuple, output: Any) -> None:
-        if self._owner != threading.get_ident() or self._generating:
+        if self._compiled_step() or self._owner != threading.get_ident() or self._generating:
             return
         if self._plan is not None and output is not None:
             mark_pruned(getattr(output, "past_key_values", None))
@@ -212,7 +213,9 @@ class AttachedPruner:
 
     # --- one call at a time ----------------------------------------------------------------------------------------
 
-    _generating = False
+    def _compiled_step(self) -> bool:
+        """Whether this is a step of `generate` that is being compiled: a look at threads would break its graph."""
+        return self._generating and torch.compiler.is_compiling()
 
     def _acquire(self) -> None:
         if not self._lock.acquire(blocking=False):
