@@ -96,6 +96,22 @@ def test_an_exception_inside_a_call_leaves_the_next_call_whole(host, broken):
     assert "get_image_features" not in host.model.model.__dict__
 
 
+def test_an_interrupted_forward_leaves_the_next_call_whole(host):
+    """After Ctrl-C torch runs no hook behind a forward, not even those that are always called."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad(), PRUNER(host.model):
+        expected, scores = greedy(host.model, host.batch()), host.model(**host.batch()).logits
+        for again in (lambda: host.model(**host.batch()).logits, lambda: greedy(host.model, host.batch())):
+            hook = host.model.lm_head.register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                host.model(**host.batch())
+            hook.remove()
+            assert torch.equal(again(), scores if again().ndim == 3 else expected)
+
+
 def test_a_wrapper_that_was_there_before_comes_back(host):
     mine = host.model.generate
     host.model.generate = mine

@@ -193,6 +193,33 @@ def test_clip_relevance_is_read_in_clips_space(words):
     assert found == expected.indices.tolist()
 
 
+def test_clip_relevance_of_pooled_frames(words):
+    """LLaVA-NeXT-Video pools frames before its projector: a token's place in CLIP's space is that of the mean patch."""
+    config = hf.LlavaNextVideoConfig(
+        vision_config=hf.CLIPVisionConfig.from_pretrained(TOY_CLIP),
+        text_config=hf.LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+    )
+    model = built(hf.LlavaNextVideoForConditionalGeneration, config)
+    frames = pixels(1, 2, 3, 336, 336)
+    line = [1, *[VIDEO] * 2 * 144, 5, 6]
+    arguments = {
+        "input_ids": torch.tensor([line]),
+        "attention_mask": torch.ones(1, len(line), dtype=torch.long),
+        "pixel_values_videos": frames,
+    }
+    with torch.no_grad(), get_pruner("script", keep_tokens=9)(model, words, clip=str(TOY_CLIP)) as handle:
+        model(**arguments, query="What is red?")
+        hidden = model.model.vision_tower(frames[0], output_hidden_states=True).hidden_states[-2][:, 1:]
+        pooled = model.model.vision_resampler(hidden)
+        features = model.model.multi_modal_projector(pooled)
+    space = ClipJointSpace.load(find_folder(str(TOY_CLIP)), torch.float32, "cpu")
+    found = handle.kept[0].kept.nonzero().flatten()
+    expected = one_question(space, space.image_embeds(pooled), features)
+    assert [found[:9].tolist(), (found[9:] - 144).tolist()] == expected
+
+
 @pytest.fixture(scope="module")
 def siglip(video):
     return video / "checkpoints/google/siglip-so400m-patch14-384"

@@ -178,7 +178,7 @@ class AttachedPruner:
         return output
 
     def _before_forward(self, model: nn.Module, positional: tuple, named: dict[str, Any]) -> tuple[tuple, dict] | None:
-        if self._compiled_step() or self._owner == threading.get_ident():
+        if self._compiled_step() or (self._generating and self._owner == threading.get_ident()):
             return None  # a step of generate
         self._acquire()
         bound = inspect.signature(type(model).forward).bind_partial(model, *positional, **named).arguments
@@ -218,6 +218,8 @@ class AttachedPruner:
         return self._generating and torch.compiler.is_compiling()
 
     def _acquire(self) -> None:
+        if self._owner == threading.get_ident() and not self._generating:
+            self._release()  # a forward was interrupted (Ctrl-C): hooks after it do not run then
         if not self._lock.acquire(blocking=False):
             raise RuntimeError(
                 "a call of this model is under way in another thread: with a pruner attached, one at a time"
