@@ -271,7 +271,8 @@ def test_a_folder_of_siglip_can_be_given(video):
 
 
 @pytest.mark.parametrize("name", [name for name in list_pruners() if name not in ON_VIDEO])
-def test_methods_before_the_projector_are_refused(loaded, model, pixels, name):
+def test_methods_before_the_projector_are_refused(loaded, model, pixels, monkeypatch, name):
+    monkeypatch.setattr(model.get_vision_tower(), "observe", None)  # before the tower runs
     with pytest.raises(ValueError, match=f"'{name}' acts before the projector"):
         embed(model, ids_of(loaded), pixels[:1], pruner=get_pruner(name, keep_tokens=64))
 
