@@ -58,8 +58,8 @@ class Script(RelevancePruner):
         seed: of the random order when all three parts are switched off.
         scope: "clip" beside those of every method: as "global", m times the frames of a video are dealt over them by
             the selection itself, but no matrix of all pairs of tokens is built (see blocks.py). The same tokens up to
-            rounding. Costs k n d products for the k steps of the greedy loop, n^2 d / 2 for the graph, and k rows of
-            n numbers; n = 10,816 tokens of 64 frames.
+            rounding. n = 10,816 tokens of 64 frames cost n^2 d / 2 products for the graph, a row of n numbers for
+            each of the k steps of the greedy loop, and k n d to 64 k n d products for the similarities of the chosen.
 
     Deviations from the paper: (1) the relevance comes from CLIP's joint space with a negative sign, as in every
     released implementation of this family, not from the projector's space (kept as an option); (2) p is a share of
