@@ -69,7 +69,11 @@ TWO_TURNS = [
         "<image>",
         f"<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n<image>\n{FIRST} [/INST] Red. </s><s>[INST] {SECOND} [/INST]",
     ),
-    ("instruct", "[IMG]", f"<s>[INST][IMG][IMG][IMG_BREAK][IMG][IMG][IMG_END]{FIRST}[/INST] Red.</s>[INST]{SECOND}[/INST]"),
+    (
+        "instruct",
+        "[IMG]",
+        f"<s>[INST][IMG][IMG][IMG_BREAK][IMG][IMG][IMG_END]{FIRST}[/INST] Red.</s>[INST]{SECOND}[/INST]",
+    ),
 ]
 
 

@@ -59,7 +59,9 @@ FAMILIES = (
         r"<\|eot_id\|>",
         "Llama-3 hosts",
     ),
-    TemplateFamily("gemma", r"<start_of_turn>", r"<start_of_turn>user\n", r"<end_of_turn>", "Gemma 3, PaliGemma chats"),
+    TemplateFamily(
+        "gemma", r"<start_of_turn>", r"<start_of_turn>user\n", r"<end_of_turn>", "Gemma 3, PaliGemma chats"
+    ),
     TemplateFamily(
         "cohere",
         r"<\|START_OF_TURN_TOKEN\|>",
@@ -152,9 +154,7 @@ def find_questions(
     latest = with_words[-1][1] if with_words else ""
     if scope == "latest_turn" or not places:
         return [Question(latest, name)] * max(len(places), 1)
-    return [
-        Question(next((text for end, text in with_words if end > place), latest), name) for place in places
-    ]
+    return [Question(next((text for end, text in with_words if end > place), latest), name) for place in places]
 
 
 def user_turns(prompt: str, family: TemplateFamily) -> list[tuple[int, int]]:
