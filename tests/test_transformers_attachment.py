@@ -345,8 +345,21 @@ def test_classes_that_do_not_fit_are_refused_with_the_list(host):
 def test_a_language_model_that_is_called_otherwise_is_refused(host):
     model = copy.deepcopy(host.model)
     base = model.model
-    inner = base.forward
     base.forward = lambda **arguments: base.language_model(input_ids=arguments["input_ids"])
     with PRUNER(model), pytest.raises(UnsupportedModelError, match="not called with inputs_embeds="):
         greedy(model, host.batch())
-    assert inner is not base.forward
+
+
+def test_features_that_do_not_reach_the_placeholders_are_refused(host):
+    """A class that computes features and gives its language model something else: cross-attention, discrete tokens."""
+    model = copy.deepcopy(host.model)
+    base = model.model
+
+    def forward(**named):
+        base.get_image_features(named.pop("pixel_values"))
+        embeds = base.get_input_embeddings()(named.pop("input_ids"))
+        return base.language_model(inputs_embeds=embeds, attention_mask=named["attention_mask"])
+
+    base.forward = forward
+    with PRUNER(model), pytest.raises(UnsupportedModelError, match="image placeholders are not its image features"):
+        greedy(model, host.batch())

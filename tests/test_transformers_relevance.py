@@ -171,7 +171,7 @@ def llava_like_the_toy():
 def test_clip_relevance_is_read_in_clips_space(words):
     model = llava_like_the_toy()
     host = Family("llava", model, {"pixel_values": pixels(3, 3, 336, 336)}, [576] * 3)
-    space = ClipJointSpace(find_folder(str(TOY_CLIP)), torch.float32, "cpu")
+    space = ClipJointSpace.load(find_folder(str(TOY_CLIP)), torch.float32, "cpu")
     questions = ["What color is the star?", "Is there a cup?"]
     with torch.no_grad():
         hidden = model.model.vision_tower(host.images["pixel_values"], output_hidden_states=True).hidden_states[-2]

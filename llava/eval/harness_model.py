@@ -16,13 +16,13 @@ from PIL import Image
 
 from llava.checkpoint import find_folder
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import clean_question, conv_templates, template_for
+from llava.conversation import conv_templates, template_for
 from llava.eval import identity
 from llava.eval.answering import cost_of
 from llava.integrations.lmms_eval.adapter import PrunedModel
 from llava.integrations.lmms_eval.answers import Answer
 from llava.integrations.lmms_eval.arguments import ModelArguments
-from llava.integrations.lmms_eval.requests import Asked, Decoding, Message, Visual
+from llava.integrations.lmms_eval.requests import Asked, Decoding, Message, Visual, last_text
 from llava.mm_utils import (
     get_model_name_from_path,
     load_image,
@@ -160,7 +160,7 @@ class LlavaModel(PrunedModel):
             image_sizes=[(0, 0) if isinstance(visual, Video) else visual.size for visual in shown] or None,
             modalities=[VIDEO if isinstance(visual, Video) else IMAGE for visual in shown] or None,
             pruner=self.pruner,
-            query=[question_of(messages) for _, messages, _ in batch],
+            query=[last_text(messages) for _, messages, _ in batch],
             sample_ids=[asked.document for asked, _, _ in batch],
             padding_side="left",
             truncate=False,
@@ -260,12 +260,6 @@ def with_placeholders(message: Message, after: Sequence[str | None] = ()) -> str
         text += joint + piece
         before = is_visual
     return text
-
-
-def question_of(messages: Sequence[Message]) -> str:
-    """What the user asked last, without requests for a form of answer: what the pruner selects by."""
-    last = next((message for message in reversed(messages) if message.role == "user"), None)
-    return clean_question(last.text) if last is not None else ""
 
 
 def system_like(template: str, text: str) -> str:

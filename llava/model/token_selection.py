@@ -104,7 +104,7 @@ def select_tokens(
     tokens = encoded.features.shape[1]
     if pruner is not None and not keeps_everything(pruner, tokens):
         check_possible(pruner, encoded)
-        pruner = suited(model, pruner)
+        pruner = questions.pruner
     if isinstance(pruner, DecoderPruner):
         return keep_until_the_decoder(pruner, encoded, model.config.num_hidden_layers)
     if pruner is None or keeps_everything(pruner, tokens):
@@ -141,22 +141,6 @@ def select_tokens(
         layout = layout_to_read(pruner, layout, encoded.layouts_with_padding[picture])
         kept.append(_keep(pruner, layout, numbers, selection, own))
     return kept
-
-
-def suited(model: LlavaMetaForCausalLM, pruner: Pruner) -> Pruner:
-    """The pruner itself, or its form for a model whose joint space is not at hand.
-
-    Raises:
-        ValueError: it has none.
-    """
-    if "text_embeds" not in pruner.needs or model.get_vision_tower().has_joint_space:
-        return pruner
-    logger.warning(
-        "the full %s is not at hand: relevance comes from the projector's space, a weak signal; joint_space_path "
-        "(--siglip-path) says where it is",
-        model.get_vision_tower().name,
-    )
-    return pruner.without_joint_space()
 
 
 def check_possible(pruner: Pruner, encoded: EncodedImages) -> None:

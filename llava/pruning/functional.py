@@ -38,6 +38,10 @@ def cosine_similarity(rows: Tensor, others: Tensor | None = None) -> Tensor:
     """
     if others is None:
         similarity = inner_products(rows, rows)
+        if kernels.usable(similarity):
+            from llava.pruning.kernels import scores  # imports triton
+
+            return scores.scale_to_cosines(similarity)
         scale = inverse_norm(similarity.diagonal(dim1=-2, dim2=-1))
         similarity.mul_(scale[:, :, None]).mul_(scale[:, None, :])
         similarity.diagonal(dim1=-2, dim2=-1).copy_(scale > 0)
@@ -55,6 +59,8 @@ def inner_products(rows: Tensor, others: Tensor) -> Tensor:
     dtype = working_dtype(rows.dtype)
     if rows.dtype == others.dtype == dtype:
         return rows @ others.mT
+    if rows.is_cuda and rows.dtype == others.dtype and hasattr(torch.ops.aten.bmm, "dtype"):  # torch 2.8 and later
+        return torch.bmm(rows, others.mT, out_dtype=dtype)
     product = rows.new_zeros(rows.shape[0], rows.shape[1], others.shape[1], dtype=dtype)
     for left, right in zip(rows.split(COLUMN_BLOCK, -1), others.split(COLUMN_BLOCK, -1), strict=True):
         product.baddbmm_(left.to(dtype), right.to(dtype).mT)
@@ -164,13 +170,17 @@ def redundancy_graph(
 
     Where nearly all or nearly none of the pairs are, the degree says little and tau should move.
     """
+    if graph not in ("bipartite", "exhaustive"):
+        raise ValueError(f"graph must be 'bipartite' or 'exhaustive', got {graph!r}")
+    if similarity is not None and kernels.usable(similarity):
+        from llava.pruning.kernels import scores as fused  # imports triton
+
+        return fused.redundancy_graph(similarity, tau, gamma, graph == "bipartite", valid)
     if graph == "exhaustive":
         block = cosine_similarity(features) if similarity is None else similarity
         others = ~torch.eye(block.shape[-1], dtype=torch.bool, device=block.device)
         pairs = others if valid is None else others & (valid[:, :, None] & valid[:, None, :])
         return degree_score(block, tau, gamma, pairs, dim=-1)
-    if graph != "bipartite":
-        raise ValueError(f"graph must be 'bipartite' or 'exhaustive', got {graph!r}")
     if similarity is None:
         block = cosine_similarity(features[:, 0::2], features[:, 1::2])
     else:
@@ -206,6 +216,10 @@ def conditional_kernel(similarity: Tensor, relevance: Tensor) -> Tensor:
 
 def stable_rank(scores: Tensor, descending: bool = False) -> Tensor:
     """Rank of every entry along the last axis, 0 first; equal scores in order of index. (B, n) -> (B, n) int64."""
+    if kernels.usable(scores):
+        from llava.pruning.kernels import scores as fused  # imports triton
+
+        return fused.stable_rank(scores, descending)
     order = scores.argsort(dim=-1, descending=descending, stable=True)
     return torch.empty_like(order).scatter_(
         -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)

@@ -160,14 +160,13 @@ class Script(RelevancePruner):
             weight = relevance if relevance is None or self.kernel_exponent == 1 else relevance**self.kernel_exponent
             rank = partial(map_rank_by_rows, inputs.features)
             if self.scope != "clip":
-                rank = partial(greedy_map_rank, similarity)
+                rank = partial(greedy_map_rank, similarity, overwrite=True)
             return rank(
                 keep,
                 relevance=weight,
                 member=kept_by_gsp,
                 candidates=candidates,
                 epsilon=self.epsilon,
-                overwrite=True,
             )
         if relevance is not None:
             score = -relevance

@@ -59,6 +59,11 @@ class Message:
         return [part for part in self.parts if isinstance(part, Visual)]
 
 
+def last_text(messages: Sequence[Message]) -> str:
+    """What the user said last. Hosts drop from it what only asks for a form of answer: a pruner selects by the rest."""
+    return next((message.text for message in reversed(messages) if message.role == "user"), "")
+
+
 @dataclass(frozen=True)
 class Decoding:
     """How a task wants its answers decoded; the same for all prompts of a batch."""

@@ -65,7 +65,7 @@ def candidates_of(pruner: Pruner, pictures: Sequence[Picture]) -> list[Candidate
         views = picture.view_columns()
         if pruner.scope == "view":
             parts = [(columns, pruner.count(len(columns))) for columns in views]
-        elif pruner.scope == "global":
+        elif pruner.scope in ("global", "clip"):
             columns = concatenated(views).sort().values
             parts = [(columns, sum(pruner.count(len(view)) for view in views))]
         else:  # "official": the whole sequence, separators among the candidates

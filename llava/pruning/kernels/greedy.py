@@ -20,7 +20,6 @@ from torch import Tensor
 ONE_LAUNCH = 1024  # the longest view that one program works through
 TILE = 16384  # numbers of earlier vectors that a program reads at a time
 STEP_BLOCK = 128  # tokens per program where a step is a launch
-WARPS = 16
 
 
 def place_by_map(
@@ -66,15 +65,17 @@ def _run(
     # Arguments that a rule does not read still have to be tensors.
     weight = values if relevance is None else relevance.to(matrix.dtype).contiguous()
     counted = order if member is None else member.contiguous()
+    whole = triton.next_power_of_2(n)
     options = {
         "RULE": rule,
         "WEIGHTED": relevance is not None,
         "COUNTED": member is not None,
-        "ALL": triton.next_power_of_2(n),
-        "num_warps": WARPS,
+        "ALL": whole,
+        "num_warps": min(max(whole // 64, 4), 16),
+        "enable_fp_fusion": True,  # whatever the version's default: duplicates are computed alike either way
     }
     if n <= ONE_LAUNCH:
-        chunk = min(max(TILE // options["ALL"], 1), 16)
+        chunk = min(TILE // whole, 16)
         _loop[(views,)](
             rank, matrix, values, weight, counted, order, n, k, epsilon, stop, CHUNK=chunk, **options
         )  # fmt: skip

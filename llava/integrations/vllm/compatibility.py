@@ -1,0 +1,45 @@
+"""The hooks of vLLM that this plugin overrides or calls, checked by their signatures before a model is built."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingInfo
+
+from llava.integrations.vllm.register import installed_version, unsupported
+
+HOOKS: Mapping[Any, Mapping[str, tuple[str, ...]]] = {
+    BaseMultiModalProcessor: {
+        "apply": ("inputs", "timing_ctx"),
+        "_apply_hf_processor_main": ("mm_items", "hf_kwargs"),
+        "_get_mm_hashes": ("inputs",),
+        "_get_cache_missing_processor_kwargs": ("inputs", "mm_is_cached"),
+        "_get_mm_fields_config": ("hf_inputs", "hf_processor_mm_kwargs"),
+        "_get_prompt_updates": ("mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"),
+    },
+    BaseProcessingInfo: {"get_mm_max_tokens_per_item": ("seq_len", "mm_counts")},
+}
+
+
+def check_hooks(*more: tuple[Any, str, tuple[str, ...]]) -> None:
+    """Raise RuntimeError unless vLLM has every hook with the parameters that this plugin relies on.
+
+    Args:
+        more: (class, method, parameters) of a family's own hooks.
+    """
+    version = installed_version()
+    reason = unsupported(version)
+    if reason is not None:
+        raise RuntimeError(reason)
+    wanted = [(owner, name, names) for owner, hooks in HOOKS.items() for name, names in hooks.items()]
+    for owner, name, parameters in [*wanted, *more]:
+        found = getattr(owner, name, None)
+        has = tuple(inspect.signature(found).parameters)[1:] if found is not None else None
+        if has != parameters:
+            raise RuntimeError(
+                f"vLLM {version} is not as Script's plugin knows it: {owner.__name__}.{name} has "
+                f"{'no such method' if has is None else 'parameters ' + ', '.join(has)}, expected "
+                f"{', '.join(parameters)}. Install a version that the README names as tested"
+            )

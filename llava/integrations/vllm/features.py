@@ -1,0 +1,69 @@
+"""Unpruned features of pictures: run through the tower a few views at a time, and kept for the next question."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PictureFeatures:
+    """What tower and projector make of one picture, before anything is pruned.
+
+    Args:
+        features: (V, n, d) after the projector.
+        encoder_features: (V, n, c) before it; ``None`` where no method needs them.
+        valid: (V, n) bool on the CPU, False at padding; ``None`` means none.
+    """
+
+    features: Tensor
+    encoder_features: Tensor | None = None
+    valid: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> PictureFeatures:
+        encoder = None if self.encoder_features is None else self.encoder_features.to(device)
+        return PictureFeatures(self.features.to(device), encoder, self.valid)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.features, self.encoder_features) if tensor is not None)
+
+
+class FeatureCache:
+    """The most recently used pictures, in host memory: an accelerator's memory is vLLM's to plan.
+
+    Args:
+        limit: bytes that it may hold; 0 keeps nothing.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.size = 0
+        self.hits = 0
+        self._pictures: OrderedDict[str, PictureFeatures] = OrderedDict()
+
+    def get(self, picture: str, device: torch.device | str) -> PictureFeatures | None:
+        found = self._pictures.get(picture)
+        if found is None:
+            return None
+        self.hits += 1
+        self._pictures.move_to_end(picture)
+        return found.to(device)
+
+    def put(self, picture: str, features: PictureFeatures) -> None:
+        if features.nbytes > self.limit or picture in self._pictures:
+            return
+        self._pictures[picture] = features.to("cpu")
+        self.size += features.nbytes
+        while self.size > self.limit:
+            self.size -= self._pictures.popitem(last=False)[1].nbytes
+
+
+def in_small_batches(run: Callable[[Tensor], Tensor], pixels: Tensor, views_at_once: int) -> Tensor:
+    """``run`` on views (V, ...), at most ``views_at_once`` together."""
+    parts = [run(part) for part in pixels.split(views_at_once)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,134 @@
+"""Scores of tokens as Triton kernels: one pass over a matrix each, every sum by one program and in one order."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS = 16  # tokens per program
+COLUMNS = 256  # numbers of a row that are read at a time
+WARPS = 8
+
+
+def scale_to_cosines(products: Tensor) -> Tensor:
+    """Inner products (B, n, n) of rows with each other -> `functional.cosine_similarity`, in place."""
+    views, n, _ = products.shape
+    squares = products.diagonal(dim1=-2, dim2=-1).clone()  # programs write the diagonal while others still scale by it
+    limits = torch.finfo(products.dtype)
+    _scale[(views, triton.cdiv(n, ROWS))](
+        products, squares, n, limits.tiny, limits.max, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
+    )
+    return products
+
+
+def redundancy_graph(
+    similarity: Tensor, tau: float, gamma: float, bipartite: bool, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`functional.redundancy_graph` on cosine similarities (B, n, n), even and odd positions in the same pass."""
+    views, n, _ = similarity.shape
+    similarity = similarity.contiguous()
+    scores = similarity.new_empty(views, n)
+    pairs = torch.empty(2, views, n, dtype=torch.int32, device=similarity.device)  # joined, possible
+    _degree[(views, triton.cdiv(n, ROWS))](
+        similarity, scores, pairs[0], pairs[1], scores if valid is None else valid.contiguous(), n, tau, gamma,
+        BIPARTITE=bipartite, MASKED=valid is not None, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+    )  # fmt: skip
+    joined, possible = pairs.sum(-1)
+    return scores, joined / possible.clamp_min(1)
+
+
+def stable_rank(scores: Tensor, descending: bool) -> Tensor:
+    """`functional.stable_rank`, by counting for every entry those that come before it."""
+    views, n = scores.shape
+    rank = torch.empty(views, n, dtype=torch.int64, device=scores.device)
+    _count_before[(views, triton.cdiv(n, ROWS))](
+        scores.contiguous(), rank, n, DESCENDING=descending, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
+    )
+    return rank
+
+
+@triton.jit
+def _inverse_norm(square, smallest, largest):
+    directed = (square > 0) & (square >= smallest) & (square <= largest)
+    return tl.where(directed, 1.0 / tl.sqrt(tl.where(directed, square, 1.0)), 0.0)
+
+
+@triton.jit
+def _scale(products, squares, n, smallest, largest, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    view = tl.program_id(0).to(tl.int64)
+    products += view * n * n
+    squares += view * n
+    i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    own = _inverse_norm(tl.load(squares + i, mask=i < n, other=0.0), smallest, largest)
+    for first in range(0, n, COLUMNS):
+        j = first + tl.arange(0, COLUMNS)
+        other = _inverse_norm(tl.load(squares + j, mask=j < n, other=0.0), smallest, largest)
+        place = products + i[:, None].to(tl.int64) * n + j[None, :]
+        inside = (i < n)[:, None] & (j < n)[None, :]
+        cosine = tl.load(place, mask=inside, other=0.0) * own[:, None] * other[None, :]
+        cosine = tl.where(cosine == cosine, cosine, 0.0)  # infinity times zero, at rows without a direction
+        cosine = tl.where(i[:, None] == j[None, :], (own > 0)[:, None].to(cosine.dtype), cosine)
+        tl.store(place, cosine, mask=inside)
+
+
+@triton.jit
+def _degree(
+    similarity, scores, joined, possible, valid, n, tau, gamma,
+    BIPARTITE: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    view = tl.program_id(0).to(tl.int64)
+    similarity += view * n * n
+    valid += view * n
+    i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    degree = tl.zeros([ROWS, COLUMNS], dtype=tl.int32)
+    pairs = tl.zeros([ROWS, COLUMNS], dtype=tl.int32)
+    strength = tl.zeros([ROWS, COLUMNS], dtype=similarity.dtype.element_ty)
+    total = tl.zeros([ROWS, COLUMNS], dtype=similarity.dtype.element_ty)
+    for first in range(0, n, COLUMNS):
+        j = first + tl.arange(0, COLUMNS)
+        neighbour = (i < n)[:, None] & (j < n)[None, :]
+        if BIPARTITE:
+            neighbour = neighbour & ((i[:, None] + j[None, :]) % 2 == 1)
+        else:
+            neighbour = neighbour & (i[:, None] != j[None, :])
+        if MASKED:
+            neighbour = neighbour & (tl.load(valid + i, mask=i < n, other=0) != 0)[:, None]
+            neighbour = neighbour & (tl.load(valid + j, mask=j < n, other=0) != 0)[None, :]
+        value = tl.load(similarity + i[:, None].to(tl.int64) * n + j[None, :], mask=neighbour, other=0.0)
+        edge = neighbour & (value >= tau)
+        degree += edge.to(tl.int32)
+        pairs += neighbour.to(tl.int32)
+        strength += tl.where(edge, value, 0.0)
+        total += value
+    edges = tl.sum(degree, axis=1)
+    others = tl.sum(pairs, axis=1)
+    edge_mean = tl.sum(strength, axis=1) / tl.maximum(edges, 1)
+    mean = tl.sum(total, axis=1) / tl.maximum(others, 1)
+    score = tl.where(edges > 0, edges * tl.exp(gamma * (edge_mean - tau)), mean)
+    tl.store(scores + view * n + i, score.to(scores.dtype.element_ty), mask=i < n)
+    tl.store(joined + view * n + i, edges, mask=i < n)
+    tl.store(possible + view * n + i, others, mask=i < n)
+
+
+@triton.jit
+def _count_before(scores, rank, n, DESCENDING: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """As a sort has it: what is not a number is larger than any number, and equal entries stay in order."""
+    view = tl.program_id(0).to(tl.int64)
+    scores += view * n
+    i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    own = tl.load(scores + i, mask=i < n, other=0)[:, None]
+    before = tl.zeros([ROWS, COLUMNS], dtype=tl.int32)
+    for first in range(0, n, COLUMNS):
+        j = first + tl.arange(0, COLUMNS)
+        other = tl.load(scores + j, mask=j < n, other=0)[None, :]
+        own_is_nan, other_is_nan = own != own, other != other
+        if DESCENDING:
+            precedes = (other > own) | (other_is_nan & (own == own))
+        else:
+            precedes = (other < own) | (own_is_nan & (other == other))
+        equal = (other == own) | (own_is_nan & other_is_nan)
+        precedes = precedes | (equal & (j[None, :] < i[:, None]))
+        before += (precedes & (j < n)[None, :]).to(tl.int32)
+    tl.store(rank + view * n + i, tl.sum(before, axis=1).to(tl.int64), mask=i < n)

@@ -1,0 +1,205 @@
+"""LLaVA-1.5 in vLLM: counts, selections, caches, budgets, and equality with the other hosts."""
+
+import dataclasses
+
+import pytest
+import torch
+from engines import Spy, ask, logprobs, model_of, prompt_of, start
+
+from llava.integrations.vllm.processing import PrunedProcessor
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.builder import TOY_FOLDER, load_pretrained_model
+from llava.pruning import get_pruner
+
+KEEP = 64
+FIRST = "What colour is the circle?"
+SECOND = "Is the house left of the tree?"
+
+
+@pytest.fixture(scope="module")
+def llm(toy):
+    return start(toy("v1.5"), "ScriptLlavaForConditionalGeneration", {"keep_tokens": KEEP})
+
+
+@pytest.fixture(scope="module")
+def spy(llm):
+    return Spy(llm)
+
+
+@pytest.fixture(autouse=True)
+def _cold(request, llm, spy):
+    """Every test starts with empty caches."""
+    make_cold(llm)
+    spy.reset()
+
+
+def make_cold(llm):
+    llm.reset_prefix_cache()
+    llm.reset_mm_cache()
+    llm.llm_engine.reset_encoder_cache()
+    model_of(llm).script_cache.__init__(model_of(llm).script_cache.limit)
+
+
+def text_tokens(llm, prompt):
+    return len(llm.get_tokenizer()(prompt).input_ids) - prompt.count("<image>")
+
+
+def test_the_prompt_has_the_promised_tokens(llm, pictures):
+    prompt = prompt_of(FIRST)
+    assert len(ask(llm, prompt, pictures[:1]).prompt_token_ids) == KEEP + text_tokens(llm, prompt)
+    two = prompt_of(FIRST, images=2)
+    assert len(ask(llm, two, pictures[:2]).prompt_token_ids) == 2 * KEEP + text_tokens(llm, two)
+
+
+def test_two_questions_two_selections_one_pass_of_the_tower(llm, spy, pictures):
+    ask(llm, prompt_of(FIRST), pictures[0])
+    ask(llm, prompt_of(SECOND), pictures[0])
+    assert spy.encoded == 1
+    assert len(spy.chosen) == 2
+    assert not torch.equal(*spy.chosen)
+    again = ask(llm, prompt_of(FIRST), pictures[0])
+    assert len(spy.chosen) == 2  # vLLM's own encoder cache
+    assert again.num_cached_tokens >= len(again.prompt_token_ids) // 32 * 32 - 32
+
+
+def test_warm_equals_cold(llm, pictures):
+    cold = {}
+    for question in (FIRST, SECOND):
+        make_cold(llm)
+        cold[question] = ask(llm, prompt_of(question), pictures[0])
+    for question in (FIRST, SECOND, FIRST):
+        warm = ask(llm, prompt_of(question), pictures[0])
+        assert warm.outputs[0].token_ids == cold[question].outputs[0].token_ids
+        assert logprobs(warm) == pytest.approx(logprobs(cold[question]), abs=1e-4)
+
+
+def test_without_the_question_in_the_hash_the_first_selection_is_reused(llm, spy, pictures, monkeypatch):
+    """The counterfactual: what the checks above would not see is seen here."""
+
+    def without_question(self, inputs):
+        plans = inputs.hf_processor_mm_kwargs["script_plans"]
+        bare = [dataclasses.replace(plan, query="", query_ids=()) for plan in plans["image"]]
+        return {"image": [plan.digest() for plan in bare]}
+
+    cold = ask(llm, prompt_of(SECOND), pictures[0])
+    make_cold(llm)
+    spy.reset()
+    monkeypatch.setattr(PrunedProcessor, "_get_mm_hashes", without_question)
+    ask(llm, prompt_of(FIRST), pictures[0])
+    stale = ask(llm, prompt_of(SECOND), pictures[0])
+    assert len(spy.chosen) == 1
+    assert logprobs(stale) != pytest.approx(logprobs(cold), abs=1e-4)
+
+
+def test_budgets_of_requests(llm, pictures):
+    prompt = prompt_of(FIRST)
+    text = text_tokens(llm, prompt)
+    each = [
+        {},
+        {"keep_tokens": 16},
+        {"image_pruning_rate": 0.95},
+        {"image_pruning_rate": 0.999, "min_visual_tokens": 8},
+    ]
+    together = ask(llm, [prompt] * 4, [pictures[0]] * 4, each=each)
+    counts = [len(output.prompt_token_ids) - text for output in together]
+    assert counts == [64, 16, 29, 8]
+    for options, output in zip(each, together, strict=True):
+        alone = ask(llm, prompt, pictures[0], **options)
+        assert logprobs(alone) == pytest.approx(logprobs(output), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"keep_tokens": 65}, "keeps 65 visual tokens of a view of 576, but the server allows 64"),
+        ({"image_pruning_rate": 0.5}, "keeps 288 visual tokens"),
+        ({"keep_tokens": 0}, "integer from 1"),
+        ({"image_pruning_rate": 1.0}, "share removed"),
+        ({"image_pruning_method": "scripts"}, "unknown image_pruning_method 'scripts'"),
+        ({"image_pruning_method": "fastv"}, "acts on the decoder"),
+        ({"image_pruning_method": "visionzip"}, "methods that can be served: "),
+        ({"image_pruning_args": {"gamme": 1}}, "no option gamme"),
+        ({"query_scope": "all"}, "image_turn, latest_turn"),
+        ({"max_keep_tokens": 576}, "the server's to set"),
+    ],
+)
+def test_bad_requests_are_refused(llm, pictures, options, message):
+    with pytest.raises(ValueError, match=message):
+        ask(llm, prompt_of(FIRST), pictures[0], **options)
+
+
+def test_embeddings_are_refused(toy, llm):
+    from vllm.multimodal.parse import ImageEmbeddingItems
+
+    from llava.integrations.vllm.processing import refuse_embeddings
+
+    with pytest.raises(ValueError, match="needs pixels, but got image embeddings"):
+        refuse_embeddings({"image": ImageEmbeddingItems(torch.zeros(1, 8, 192), 192)})
+
+
+def test_methods_queries_and_scopes(llm, spy, pictures):
+    ask(llm, prompt_of(FIRST), pictures[0], image_pruning_method="divprune")
+    ask(llm, prompt_of(SECOND), pictures[0], image_pruning_method="divprune")
+    assert len(spy.chosen) == 1  # a method that reads no question shares the picture among questions
+    ask(llm, prompt_of(FIRST), pictures[0])
+    ask(llm, prompt_of(SECOND), pictures[0], query=FIRST)
+    assert len(spy.chosen) == 2  # the question is what counts, not where it was said
+    spy.reset()
+    conversation = prompt_of(FIRST) + f" Red.</s>USER: {SECOND} ASSISTANT:"
+    ask(llm, conversation, pictures[0])
+    assert not spy.chosen  # the picture's own turn asks as before
+    ask(llm, conversation, pictures[0], query_scope="latest_turn")
+    assert len(spy.chosen) == 1
+
+
+def test_every_question_of_a_batch_selects_as_alone(llm, spy, pictures):
+    prompts = [prompt_of(FIRST), prompt_of(SECOND), prompt_of(FIRST)]
+    shown = [pictures[0], pictures[0], pictures[1]]
+    together = ask(llm, prompts, shown)
+    make_cold(llm)
+    for prompt, picture, output in zip(prompts, shown, together, strict=True):
+        assert logprobs(ask(llm, prompt, picture)) == pytest.approx(logprobs(output), abs=1e-4)
+
+
+def test_equals_the_llava_host(llm, spy, pictures):
+    """The same indices and greedy tokens as our own model, on a padded picture."""
+    tokenizer, model, image_processor, _ = load_pretrained_model(str(TOY_FOLDER / "llava-toy-v1.5"), device="cpu")
+    pruner = get_pruner("script", keep_tokens=KEEP)
+    for picture in pictures[:2]:
+        prompt = prompt_of(FIRST)
+        ids = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")[None]
+        pixels = process_images([picture], image_processor, model.config)
+        prompts = model.embed_prompts(
+            ids, images=pixels, image_sizes=[picture.size], pruner=pruner, padding_side="left"
+        )
+        ours = model.generate(prompts, max_new_tokens=4, min_new_tokens=4)[0].tolist()
+        spy.reset()
+        served = ask(llm, prompt, picture, tokens=4)
+        assert torch.equal(spy.chosen[0][0], prompts.kept[0].sequence)
+        assert list(served.outputs[0].token_ids) == ours
+
+
+def test_equals_the_transformers_host(llm, spy, toy, square):
+    """The same greedy tokens and logprobs as the library's class with the same pruner attached."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = toy("v1.5")
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    prompt = prompt_of(FIRST)
+    served = ask(llm, prompt, square)
+    inputs = processor(images=square, text=prompt, return_tensors="pt")
+    pruner = get_pruner("script", keep_tokens=KEEP)
+    with torch.inference_mode(), pruner(model, processor, clip=model.config.mm_vision_tower):
+        output = model.generate(
+            **inputs,
+            max_new_tokens=8,
+            min_new_tokens=8,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    new = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    assert list(served.outputs[0].token_ids) == new
+    theirs = [row[0].log_softmax(-1)[token].item() for row, token in zip(output.logits, new, strict=True)]
+    assert logprobs(served) == pytest.approx(theirs, abs=2e-4)
