@@ -234,31 +234,19 @@ class ChatLlava(LlavaModel):
 def with_placeholders(message: Message, after: Sequence[str | None] = ()) -> str:
     """A turn's text: neighbouring visuals on a line of their own, joined by spaces, as LLaVA's prompts have them.
 
-    A visual that its text has a place for stands there, without a line of its own.
-
     Args:
         after: for each visual a line that follows it, or ``None``.
     """
     lines = iter(after)
-    pieces: list[tuple[bool, str]] = []
-    for part in message.parts:
-        if isinstance(part, Visual):
-            pieces.append((True, DEFAULT_IMAGE_TOKEN))
-            line = next(lines, None)
-            pieces += [(False, line)] if line else []
-        else:
-            pieces.append((False, part))
     text, before = "", None
-    for is_visual, piece in pieces:
-        if before is None:
-            joint = ""
-        elif is_visual and before:
-            joint = " "
-        else:
-            in_line = before != is_visual and (text.endswith(("\n", " ")) or piece.startswith(("\n", " ")))
-            joint = "" if in_line else "\n"
-        text += joint + piece
-        before = is_visual
+    for part in message.parts:
+        is_visual = isinstance(part, Visual)
+        piece = DEFAULT_IMAGE_TOKEN if is_visual else part
+        if is_visual and (line := next(lines, None)):
+            piece += f"\n{line}"
+        if before is not None and not message.running:
+            text += " " if is_visual and before else "\n"
+        text, before = text + piece, is_visual
     return text
 
 
