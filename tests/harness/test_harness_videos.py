@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: scripts/test_lmms_eval.sh makes its environment")
-av = pytest.importorskip("av", reason="PyAV is not installed")
+pytest.importorskip("av", reason="PyAV is not installed: scripts/test_lmms_eval.sh makes its environment")
 
+import av
 from task_files import write_lines, write_task
 
 from llava.eval import report

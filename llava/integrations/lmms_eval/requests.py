@@ -67,7 +67,7 @@ class Message:
 
 
 def last_text(messages: Sequence[Message]) -> str:
-    """What the user said last. Hosts drop from it what only asks for a form of answer: a pruner selects by the rest."""
+    """What the user said last. A pruner selects by it, without what only asks for a form of answer."""
     return next((message.text for message in reversed(messages) if message.role == "user"), "")
 
 
