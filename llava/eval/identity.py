@@ -20,6 +20,7 @@ LIBRARIES = ("torch", "transformers", "accelerate", "pillow", "numpy")
 # Of the evaluation, what a question or an answer passes through; reports and scorers change none, but MMBench's says
 # which options are shown.
 ANSWERING = ("eval/answering.py", "eval/benchmarks.py", "eval/files.py", "eval/run.py", "eval/scorers/mmbench.py")
+ANSWERING += ("eval/harness_model.py",)  # through lmms-eval; the same hash, so that both kinds of run share a row
 SAMPLE_BYTES = 2**20
 
 
