@@ -1,6 +1,5 @@
 """On a GPU a selection never waits for its result, and gives what the CPU gives."""
 
-import copy
 import dataclasses
 from contextlib import contextmanager
 
@@ -8,9 +7,11 @@ import pytest
 import torch
 from test_pruners import BEFORE_DECODER, TOKENS, make_inputs
 
-from llava.model.token_selection import select_tokens
+from llava.mm_utils import tokenizer_image_token
+from llava.model.builder import load_pretrained_model
 from llava.pruning import PruningInputs, get_pruner
 from llava.pruning.decoder import CutInputs
+from records import GOLDEN
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="whether the CPU waits for a GPU takes a GPU to see"),
@@ -119,12 +120,15 @@ def test_methods_inside_the_decoder(name, options):
     without_waiting(lambda: pruner.rate(moved.final, moved.text_final))
 
 
-@pytest.mark.parametrize("name", ["divprune", "uniform", "random", "visionzip", "pool"])
-def test_between_the_model_and_a_method(load, pixels_of, name):
-    """Nothing between the projector and the kept tokens waits; reading the question is the text tower's business."""
-    model = copy.deepcopy(load("llava-v1.5-tiny-wide")[1]).to(DEVICE)
+@pytest.mark.parametrize("name", ["script", "trim", "divprune", "uniform", "random", "visionzip", "pool"])
+def test_between_the_model_and_a_method(pixels_of, name):
+    """Nothing from the question, read beside the vision tower, to the spliced prompt waits."""
+    checkpoint = GOLDEN / "checkpoints/llava-v1.5-tiny-wide"
+    tokenizer, model, _, _ = load_pretrained_model(str(checkpoint), device=DEVICE, dtype=torch.float32)
     pixels, sizes = pixels_of("llava-v1.5-tiny-wide", "land640x480", "tall300x900")
     encoded = model.encode_pictures(torch.as_tensor(pixels).to(DEVICE), sizes)
+    ids = tokenizer_image_token("USER: <image>\nWhat is this? ASSISTANT:", tokenizer, return_tensors="pt")
     pruner = get_pruner(name, keep_tokens=7)
-    kept = without_waiting(lambda: select_tokens(model, pruner, encoded, [None, None]))
-    assert all(tokens.is_pruned for tokens in kept)
+    asked = {"images": encoded, "pruner": pruner, "query": ["Is it red?", "Where is it?"]}
+    prompts = without_waiting(lambda: model.embed_prompts(ids.expand(2, -1), **asked))
+    assert all(tokens.is_pruned for tokens in prompts.kept)

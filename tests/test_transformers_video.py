@@ -94,7 +94,10 @@ def test_tokens_per_frame_and_memory(clip, make, frames, keep):
 
 
 def test_one_budget_for_the_clip(clip):
-    """Script deals 8 times the frames over the clip by itself, without the matrix of all pairs."""
+    """Script deals out twice as many tokens as frames over the clip, without the matrix of all pairs.
+
+    Few, so that the 32-wide features have a rank to spare: beyond it the last bits of the sums decide.
+    """
     model, side, tokens, newlines = onevision()
     ids = torch.tensor([[1, *[VIDEO] * (8 * tokens + newlines), 6, 7]])
     arguments = {
@@ -104,10 +107,10 @@ def test_one_budget_for_the_clip(clip):
     }
     found = []
     for scope in ("clip", "global"):
-        pruner = get_pruner("script", keep_tokens=8, relevance="none", scope=scope)
+        pruner = get_pruner("script", keep_tokens=2, relevance="none", scope=scope)
         with torch.no_grad(), pruner(model) as handle:
             model(**arguments)
         found.append(handle.kept[0])
-        assert sum(found[-1].per_view) == 64
+        assert sum(found[-1].per_view) == 16
     assert len(set(found[0].per_view)) > 1
     assert torch.equal(found[0].kept, found[1].kept)

@@ -216,7 +216,9 @@ class LlavaMetaForCausalLM(ABC):
                 images, image_sizes, modalities, pruner, [queries[row] for row in owners], ids
             )
         embed = self.get_input_embeddings()
-        texts = embed(torch.cat(rows).clamp_min(0).to(embed.weight.device)).split([len(row) for row in rows])
+        texts = embed(torch.cat(rows).clamp_min(0).to(embed.weight.device, non_blocking=True)).split(
+            [len(row) for row in rows]
+        )
         spliced = [
             splice(row, text, label, [features[picture] for picture in pictures])
             for row, text, label, pictures in zip(rows, texts, row_labels, of_row, strict=True)
@@ -283,7 +285,7 @@ class LlavaMetaForCausalLM(ABC):
             made = encoded.derived[picture] if tokens.made is None else tokens.made.flatten(0, 1)
             if made is not None:
                 table = torch.cat([table, made.to(table.device, table.dtype)])
-            sequence = tokens.sequence.to(table.device)
+            sequence = tokens.sequence.to(table.device, non_blocking=True)
             row = table[sequence.clamp_min(0)]
             if tokens.newlines:
                 learned = {NEWLINE: "image_newline"}

@@ -125,5 +125,6 @@ def pad_rows(
         places.append(PromptRow(place.start, len(row), inside))
         if padded_labels is not None:
             padded_labels[i, place] = labels
-    mask, positions = mask.to(first.device), positions.to(first.device)
+    device = first.device
+    mask, positions = mask.to(device, non_blocking=True), positions.to(device, non_blocking=True)
     return EmbeddedPrompts(embeds, mask, positions, padded_labels, kept, places)
