@@ -45,7 +45,7 @@ def root(tmp_path_factory, video):
     root = tmp_path_factory.mktemp("harness")
     tasks, home = root / "tasks", root / "hf"
     for place in (
-        *("videomme/data/v1.mp4", "mlvu/1_count/a.mp4", "mvbench_video/ssv2_video_mp4/a.mp4"),
+        *("videomme/data/v1.mp4", "mlvu/1_count/a.mp4", "mlvu/1_count/b.mp4", "mvbench_video/ssv2_video_mp4/a.mp4"),
         "datasets/longvideobench/videos/a.mp4",
     ):
         write_clip(home / place)
@@ -58,8 +58,9 @@ def root(tmp_path_factory, video):
     ]
     write_task(tasks, "videomme/videomme.yaml", "test", write_lines(root / "videomme.jsonl", "test", rows))
     rows = [
-        {"video_name": "1_count/a.mp4", "task_type": kind, "question": "\n".join(["What?", *OPTIONS]), "answer": "A"}
-        for kind in ("count", "order")
+        {"video_name": f"1_count/{name}.mp4", "task_type": kind, "question": "\n".join(["What?", *OPTIONS])}
+        | {"answer": "A"}
+        for name, kind in (("a", "count"), ("b", "order"))
     ]
     write_task(tasks, "mlvu/mlvu_dev.yaml", "test", write_lines(root / "mlvu.jsonl", "test", rows))
     for kind, file in (("action_antonym", "a.mp4"), ("episodic_reasoning", "clip")):
@@ -147,3 +148,16 @@ def test_what_cannot_be_read_is_never_scored_silently(run, root):
     assert (task["questions"], task["unreadable"]) == (3, [])
     answers = [json.loads(line) for line in (folder / "answers_0.jsonl").read_text().splitlines()]
     assert len(answers) == 6
+
+
+def test_an_error_in_one_process_ends_all(run, root):
+    clip = root / "hf/mlvu/1_count/b.mp4"
+    whole = clip.read_bytes()
+    clip.write_bytes(b"no video at all")
+    try:
+        _, printed = run("mlvu_dev_local", "torn", *FRAMES, "--processes", 2, code=1)
+        assert "process 1: task mlvu_dev_local, document 1:" in printed
+    finally:
+        clip.write_bytes(whole)
+    folder, _ = run("mlvu_dev_local", "torn", *FRAMES, "--processes", 2)
+    assert read_json(folder / "summary.json")["mlvu_dev_local"]["questions"] == 2
