@@ -53,11 +53,11 @@ def cosine_similarity(rows: Tensor, others: Tensor | None = None) -> Tensor:
 
 
 def inner_products(rows: Tensor, others: Tensor) -> Tensor:
-    """(B, n, d) and (B, q, d) -> (B, n, q); half precision is multiplied and summed in float32, block by block."""
+    """(B, n, d) and (B, q, d) -> (B, n, q); half precision is multiplied and summed in float32."""
     dtype = working_dtype(rows.dtype)
     if rows.dtype == others.dtype == dtype:
         return rows @ others.mT
-    if rows.is_cuda and rows.dtype == others.dtype and hasattr(torch.ops.aten.bmm, "dtype"):  # torch 2.8 and later
+    if kernels.multiplies_half_precision(rows, others):
         return torch.bmm(rows, others.mT, out_dtype=dtype)
     product = rows.new_zeros(rows.shape[0], rows.shape[1], others.shape[1], dtype=dtype)
     for left, right in zip(rows.split(COLUMN_BLOCK, -1), others.split(COLUMN_BLOCK, -1), strict=True):
@@ -292,8 +292,8 @@ def greedy_map_rank(
         variance, leftover = (values.masked_fill(~candidates, -torch.inf) for values in (variance, leftover))
     rank = similarity.shape[-1] + stable_rank(leftover, descending=True)
     stop = epsilon if stop is None else stop
-    if kernels.usable(similarity) and not overwrite:
-        similarity = similarity.clone(memory_format=torch.contiguous_format)
+    if kernels.usable(similarity):  # they write into it
+        similarity = similarity.contiguous() if overwrite else similarity.clone(memory_format=torch.contiguous_format)
     _loops(similarity).place_by_map(rank, similarity, k, variance, relevance, member, epsilon, stop)
     return stable_rank(rank)
 

@@ -17,9 +17,10 @@ def scale_to_cosines(products: Tensor) -> Tensor:
     views, n, _ = products.shape
     squares = products.diagonal(dim1=-2, dim2=-1).clone()  # programs write the diagonal while others still scale by it
     limits = torch.finfo(products.dtype)
-    _scale[(views, triton.cdiv(n, ROWS))](
-        products, squares, n, limits.tiny, limits.max, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
-    )
+    with torch.cuda.device_of(products):
+        _scale[(views, triton.cdiv(n, ROWS))](
+            products, squares, n, limits.tiny, limits.max, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
+        )
     return products
 
 
@@ -31,10 +32,11 @@ def redundancy_graph(
     similarity = similarity.contiguous()
     scores = similarity.new_empty(views, n)
     pairs = torch.empty(2, views, n, dtype=torch.int32, device=similarity.device)  # joined, possible
-    _degree[(views, triton.cdiv(n, ROWS))](
-        similarity, scores, pairs[0], pairs[1], scores if valid is None else valid.contiguous(), n, tau, gamma,
-        BIPARTITE=bipartite, MASKED=valid is not None, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(similarity):
+        _degree[(views, triton.cdiv(n, ROWS))](
+            similarity, scores, pairs[0], pairs[1], scores if valid is None else valid.contiguous(), n, tau, gamma,
+            BIPARTITE=bipartite, MASKED=valid is not None, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+        )  # fmt: skip
     joined, possible = pairs.sum(-1)
     return scores, joined / possible.clamp_min(1)
 
@@ -43,9 +45,10 @@ def stable_rank(scores: Tensor, descending: bool) -> Tensor:
     """`functional.stable_rank`, by counting for every entry those that come before it."""
     views, n = scores.shape
     rank = torch.empty(views, n, dtype=torch.int64, device=scores.device)
-    _count_before[(views, triton.cdiv(n, ROWS))](
-        scores.contiguous(), rank, n, DESCENDING=descending, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
-    )
+    with torch.cuda.device_of(scores):
+        _count_before[(views, triton.cdiv(n, ROWS))](
+            scores.contiguous(), rank, n, DESCENDING=descending, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
+        )
     return rank
 
 
@@ -57,11 +60,12 @@ def mean_cosine(embeds: Tensor, query_embeds: Tensor, query_mask: Tensor | None,
     embeds, query_embeds = embeds.contiguous(), query_embeds.contiguous()
     mask = scores if query_mask is None else query_mask.contiguous()
     limits = torch.finfo(dtype)
-    _mean_cosine[(views, triton.cdiv(n, ROWS))](
-        embeds, query_embeds, mask, scores, n, width, query_embeds.shape[1], int(len(query_embeds) > 1), sign,
-        int(query_mask is not None and len(query_mask) > 1), limits.tiny, limits.max,
-        MASKED=query_mask is not None, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(embeds):
+        _mean_cosine[(views, triton.cdiv(n, ROWS))](
+            embeds, query_embeds, mask, scores, n, width, query_embeds.shape[1], int(len(query_embeds) > 1), sign,
+            int(query_mask is not None and len(query_mask) > 1), limits.tiny, limits.max,
+            MASKED=query_mask is not None, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+        )  # fmt: skip
     return scores
 
 
@@ -70,10 +74,11 @@ def min_max(scores: Tensor, valid: Tensor | None, offset: float) -> Tensor:
     views, n = scores.shape
     scores = scores.contiguous()
     scaled = torch.empty_like(scores)
-    _min_max[(views,)](
-        scores, scaled, scores if valid is None else valid.contiguous(), n, offset,
-        MASKED=valid is not None, ALL=triton.next_power_of_2(n), num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(scores):
+        _min_max[(views,)](
+            scores, scaled, scores if valid is None else valid.contiguous(), n, offset,
+            MASKED=valid is not None, ALL=triton.next_power_of_2(n), num_warps=WARPS,
+        )  # fmt: skip
     return scaled
 
 
@@ -81,7 +86,8 @@ def first_places(place: Tensor, k: int) -> Tensor:
     """Ascending indices (B, k) of the entries of ``place`` (B, n), a permutation, that are smaller than k."""
     views, n = place.shape
     indices = torch.empty(views, k, dtype=torch.int64, device=place.device)
-    _compact[(views,)](place, indices, n, k, ALL=triton.next_power_of_2(n), num_warps=WARPS)
+    with torch.cuda.device_of(place):
+        _compact[(views,)](place, indices, n, k, ALL=triton.next_power_of_2(n), num_warps=WARPS)
     return indices
 
 
