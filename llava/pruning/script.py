@@ -128,7 +128,7 @@ class Script(RelevancePruner):
     def least_redundant(self, redundancy: Tensor, keep: int, valid: Tensor | None) -> Tensor:
         """G (B, n) bool: the n_G = max(m, floor((1 - p) n + 1/2)) tokens with the lowest score, valid ones first."""
         if valid is None:
-            share = torch.full((1, 1), float(redundancy.shape[-1]), device=redundancy.device)
+            share = torch.tensor(float(redundancy.shape[-1]))  # a number on the CPU, whatever the device
         else:
             share = valid.sum(-1, keepdim=True).float()
             redundancy = redundancy.masked_fill(~valid, torch.inf)
