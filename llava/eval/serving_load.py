@@ -34,28 +34,7 @@ from typing import Any
 
 from PIL import Image
 
-WORDS = ("what", "which", "colour", "shape", "is", "the", "of", "left", "right", "near", "circle", "house", "tree", "many")
-    "what",
-    "which",
-    "colour",
-    "shape",
-    "is",
-    "the",
-    "of",
-    "left",
-    "right",
-    "near",
-    "above",
-    "circle",
-    "house",
-    "tree",
-    "sky",
-    "how",
-    "many",
-    "and",
-    "does",
-    "it",
-]
+WORDS = ("what", "which", "is", "the", "of", "left", "right", "near", "circle", "house", "tree", "many")
 KV_USE = re.compile(r"^vllm:kv_cache_usage_perc(?:\{[^}]*\})? ([0-9.e+-]+)$", re.MULTILINE)
 START_SECONDS = 900
 
