@@ -2,10 +2,10 @@
 
     python -m llava.eval.serving_load --model /tmp/random-llava --keep-tokens 64
 
-Starts one server after another on this machine: the model as vLLM has it, then under Script's architecture. Against each
-N clients ask through the OpenAI API, each its next question when the last is answered: every question about the same
-picture, then every question about another one. The table says requests per second, time to the first token, p50 and
-p99 of the whole answer, and the most of the KV cache that was in use; the last line is one JSON object.
+Starts one server after another on this machine: the model as vLLM has it, then under Script's architecture. Against
+each, N clients ask through the OpenAI API, each its next question when the last is answered: all about the same
+picture, then each about another one. The table says requests per second, time to the first token, p50 and p99 of the
+whole answer, and the most of the KV cache that was in use; the last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -191,14 +191,8 @@ def test_equals_the_transformers_host(llm, spy, toy, square):
     inputs = processor(images=square, text=prompt, return_tensors="pt")
     pruner = get_pruner("script", keep_tokens=KEEP)
     with torch.inference_mode(), pruner(model, processor, clip=model.config.mm_vision_tower):
-        output = model.generate(
-            **inputs,
-            max_new_tokens=8,
-            min_new_tokens=8,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
+        wanted = {"output_logits": True, "return_dict_in_generate": True}
+        output = model.generate(**inputs, max_new_tokens=8, do_sample=False, **wanted)
     new = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     assert list(served.outputs[0].token_ids)[: len(new)] == new
     theirs = [row[0].log_softmax(-1)[token].item() for row, token in zip(output.logits, new, strict=True)]

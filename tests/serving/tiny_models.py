@@ -4,6 +4,7 @@ import json
 
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 CHATML = (
@@ -85,3 +86,53 @@ def make_qwen2_5_vl(folder):
     saved["text_config"]["architectures"] = ["Qwen2ForCausalLM"]
     (folder / "config.json").write_text(json.dumps(saved))
     return model
+
+
+def make_llava_onevision(folder):
+    """Views of 4 x 4 patches, frames of 2 x 2; returns the model."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
+    tokenizer = byte_tokenizer(specials)
+    image, video = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
+    vision = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    pinpoints = [[56, 112], [112, 56], [112, 112]]
+    config = hf.LlavaOnevisionConfig(
+        vision_config=hf.SiglipVisionConfig(**vision, image_size=56, patch_size=14),
+        text_config=hf.Qwen2Config(**LANGUAGE, bos_token_id=None, eos_token_id=258),
+        image_token_index=image,
+        video_token_index=video,
+        image_grid_pinpoints=pinpoints,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_9",
+        tie_word_embeddings=False,
+    )
+    config.architectures = ["LlavaOnevisionForConditionalGeneration"]
+    torch.manual_seed(0)
+    model = randomised(hf.LlavaOnevisionForConditionalGeneration._from_config(config))
+    model.save_pretrained(folder)
+    hub_names(folder)
+    size = {"height": 56, "width": 56}
+    images = getattr(hf, "LlavaOnevisionImageProcessorPil", hf.LlavaOnevisionImageProcessor)
+    hf.LlavaOnevisionProcessor(
+        images(size=size, image_grid_pinpoints=pinpoints),
+        tokenizer,
+        hf.LlavaOnevisionVideoProcessor(size=size),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=CHATML.replace("<|vision_start|><|image_pad|><|vision_end|>", "<image>\n"),
+    ).save_pretrained(folder)
+    saved = json.loads((folder / "config.json").read_text())
+    saved["text_config"]["architectures"] = ["Qwen2ForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(saved))
+    return model
+
+
+def hub_names(folder):
+    """Write the weights under the names of the hub's checkpoints, which vLLM reads."""
+    file = folder / "model.safetensors"
+    tensors = {}
+    for name, tensor in load_file(file).items():
+        if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
+            name = "vision_tower.vision_model." + name.removeprefix("vision_tower.")
+        tensors[name] = tensor
+    save_file(tensors, file, metadata={"format": "pt"})

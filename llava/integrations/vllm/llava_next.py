@@ -56,6 +56,29 @@ def in_reading_order(indices: Tensor, grid: tuple[int, int], side: int) -> Tenso
     return torch.cat([overview, tiles[(row * columns * side + column).argsort()]])
 
 
+def encode_tiles(
+    model: Any, pixels: Any, numbers: list[int], grids: list[tuple[int, int]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Features (V, n, d) after the projector and (V, n, c) before it, of the numbered pictures of a batch.
+
+    Pictures of one call are padded to the largest: views beyond a picture's grid are not looked at.
+    """
+    views = [1 + columns * rows for columns, rows in grids]
+    stacked = torch.cat([pixels[number][:count] for number, count in zip(numbers, views, strict=True)])
+    at_once = model.script_server.views_at_once
+    encoder = in_small_batches(
+        lambda part: model._image_pixels_to_features(model.vision_tower, part), stacked, at_once
+    )
+    features = in_small_batches(model.multi_modal_projector, encoder, at_once)
+    return list(zip(features.split(views), encoder.split(views), strict=True))
+
+
+def most_tiles(config: Any) -> int:
+    """Tiles of the largest grid that a picture may be cut into."""
+    side = config.vision_config.image_size
+    return max((height // side) * (width // side) for height, width in config.image_grid_pinpoints)
+
+
 class ScriptLlavaNextProcessingInfo(PrunedProcessingInfo, LlavaNextProcessingInfo):
     script_has_clip = True
 
@@ -70,12 +93,10 @@ class ScriptLlavaNextProcessingInfo(PrunedProcessingInfo, LlavaNextProcessingInf
     def script_most_tokens(
         self, modality: str, options: PruningOptions, seq_len: int, mm_counts: Mapping[str, int]
     ) -> int:
-        config, tokens = self.get_hf_config(), self.script_tokens_per_view()
+        tokens = self.script_tokens_per_view()
         if options.most(tokens) >= tokens:
             return self.get_max_image_tokens()
-        side = config.vision_config.image_size
-        tiles = max((height // side) * (width // side) for height, width in config.image_grid_pinpoints)
-        return (1 + tiles) * options.most(tokens)
+        return (1 + most_tiles(self.get_hf_config())) * options.most(tokens)
 
 
 class ScriptLlavaNextProcessor(PrunedProcessor, LlavaNextMultiModalProcessor):
@@ -106,18 +127,10 @@ class ScriptLlavaNextForConditionalGeneration(PrunedModel, LlavaNextForCondition
         grids = [tile_grid(size, self.config) for size in sizes]
 
         def encode(numbers: list[int]) -> list[PictureFeatures]:
-            # Pictures of one call are padded to the largest: views beyond the grid are not looked at.
-            views = [1 + grids[number][0] * grids[number][1] for number in numbers]
-            stacked = torch.cat([pixels[number][:count] for number, count in zip(numbers, views, strict=True)])
-            encoder = in_small_batches(
-                lambda part: self._image_pixels_to_features(self.vision_tower, part),
-                stacked,
-                self.script_server.views_at_once,
-            )
-            features = in_small_batches(self.multi_modal_projector, encoder, self.script_server.views_at_once)
+            tiles = encode_tiles(self, pixels, numbers, [grids[number] for number in numbers])
             return [
-                PictureFeatures(own, own_encoder, self.script_valid(sizes[number], grids[number]))
-                for number, own, own_encoder in zip(numbers, features.split(views), encoder.split(views), strict=True)
+                PictureFeatures(features, encoder, self.script_valid(sizes[number], grids[number]))
+                for number, (features, encoder) in zip(numbers, tiles, strict=True)
             ]
 
         pictures = self.script_features(plans, encode, self.image_newline.device)
