@@ -65,6 +65,7 @@ def test_both_forms_give_the_same_conversation():
 def test_placeholders_say_where_visuals_stand():
     [message] = read_request(simple("a <image> b <image>", ["1.png", "2.mp4"]), False).open(DOCUMENTS)
     assert message.parts == ("a ", Visual("image", "1.png"), " b ", Visual("video", "2.mp4"))
+    assert message.running
     assert message.text == "a \n b "
     with pytest.raises(UnreadableVisual, match="2 <image> placeholders for 1 visuals"):
         read_request(simple("a <image> b <image>", ["1.png"]), False).open(DOCUMENTS)

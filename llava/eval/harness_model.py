@@ -6,23 +6,36 @@ are evaluated; `llava.integrations.lmms_eval` holds what does not need to know t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 
 from llava.checkpoint import find_folder
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import clean_question, conv_templates, template_for
+from llava.conversation import conv_templates, template_for
 from llava.eval import identity
 from llava.eval.answering import cost_of
 from llava.integrations.lmms_eval.adapter import PrunedModel
 from llava.integrations.lmms_eval.answers import Answer
 from llava.integrations.lmms_eval.arguments import ModelArguments
-from llava.integrations.lmms_eval.requests import Asked, Decoding, Message, Visual
-from llava.mm_utils import get_model_name_from_path, load_image, process_images, to_rgb, tokenizer_image_token
+from llava.integrations.lmms_eval.requests import Asked, Decoding, Message, Visual, last_text
+from llava.mm_utils import (
+    get_model_name_from_path,
+    load_image,
+    most_tiles,
+    process_images,
+    to_rgb,
+    tokenizer_image_token,
+)
 from llava.model.builder import check_files, load_pretrained_model, read_config
+from llava.model.view_layout import NEWLINE_POSITIONS
+from llava.model.visual_layouts import IMAGE, VIDEO
+from llava.model.visual_pooling import POOL_MODES
+from llava.video import Video, load_video, process_video
 
 
 @dataclass(frozen=True)
@@ -33,18 +46,36 @@ class LlavaArguments(ModelArguments):
         model_base: language model that a projector-only checkpoint belongs to.
         conv_template: the prompt's template; ``None`` takes it by the checkpoint's name.
         device_map: spread the language model over the GPUs of one process.
+        joint_space_path: folder of the full SigLIP, see `load_pretrained_model`.
+        mm_spatial_pool_mode, mm_newline_position: how videos are read, in place of the checkpoint's own.
+        force_sample: always ``max_frames_num`` frames, spread evenly; without it a frame a second where that is less.
+        add_time_instruction: tell the model when the frames are, before the question.
     """
 
     model_base: str | None = None
     conv_template: str | None = None
     device_map: str | None = None
+    joint_space_path: str | None = None
+    mm_spatial_pool_mode: str | None = None
+    mm_newline_position: str | None = None
+    force_sample: bool = False
+    add_time_instruction: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.conv_template is not None and self.conv_template not in conv_templates:
-            raise ValueError(
-                f"unknown conv_template {self.conv_template!r}; known ones: {', '.join(sorted(conv_templates))}"
-            )
+        for name, valid in (
+            ("conv_template", sorted(conv_templates)),
+            ("mm_spatial_pool_mode", POOL_MODES),
+            ("mm_newline_position", NEWLINE_POSITIONS),
+        ):
+            value = getattr(self, name)
+            if value is not None and value not in valid:
+                raise ValueError(f"the model argument {name} must be one of {', '.join(valid)}, got {value!r}")
+
+
+# What changes no answer, or is told apart by more than its name.
+NOT_COMPARED = ("pretrained", "model_base", "conv_template", "pruner", "keep_tokens", "pruner_args", "device")
+NOT_COMPARED += ("on_error", "answers")
 
 
 class LlavaModel(PrunedModel):
@@ -56,7 +87,8 @@ class LlavaModel(PrunedModel):
         options = self.arguments
         folder = find_folder(options.pretrained)
         base_folder = folder if options.model_base is None else find_folder(options.model_base)
-        check_files(folder, base_folder, read_config(folder), self.pruner)
+        joint_folder = None if options.joint_space_path is None else find_folder(options.joint_space_path)
+        check_files(folder, base_folder, read_config(folder, base_folder), self.pruner, joint_folder)
         self.model_name = get_model_name_from_path(options.pretrained)
         self.template = options.conv_template or template_for(self.model_name)
         return {
@@ -66,9 +98,7 @@ class LlavaModel(PrunedModel):
             "checkpoint": identity.checkpoint_identity(options.pretrained, options.model_base),
             "conversation": self.template,
             "pruner": None if self.pruner is None else {"name": self.pruner.name, **asdict(self.pruner)},
-            "dtype": options.dtype,
-            "attention": options.attn_implementation,
-            "batch_size": options.batch_size,
+            **{name: value for name, value in vars(options).items() if name not in NOT_COMPARED},
             "device": identity.device_name(str(self.device)),
             "code": identity.code_version(),
             "libraries": identity.library_versions(),
@@ -84,16 +114,37 @@ class LlavaModel(PrunedModel):
             dtype=options.dtype,
             attn_implementation=options.attn_implementation,
             pruner=self.pruner,
+            joint_space_path=options.joint_space_path,
         )
+        for name in ("mm_spatial_pool_mode", "mm_newline_position"):
+            if getattr(options, name) is not None:
+                setattr(self.model.config, name, getattr(options, name))
 
-    def read_visual(self, visual: Visual) -> Any:
-        if visual.kind == "video":
-            raise ValueError(f"{visual.name}: this checkpoint reads no videos")
+    def read_visual(self, visual: Visual) -> Image.Image | Video:
+        if visual.kind == VIDEO:
+            if getattr(self.model.config, "mm_spatial_pool_mode", None) is None:
+                raise NotImplementedError(f"{visual.name} is a video, and {self.model_name} was not made for videos")
+            return load_video(visual.content, self.arguments.max_frames_num, force=self.arguments.force_sample)
         return load_image(visual.content) if isinstance(visual.content, str) else to_rgb(visual.content)
 
-    @torch.inference_mode()
     def respond(self, batch: Sequence[tuple[Asked, list[Message], list[Any]]], decoding: Decoding) -> list[Answer]:
-        prompts = [self.prompt(messages) for _, messages, _ in batch]
+        """As the base says. Prompts with several pictures go by themselves where they are read in another way."""
+        answers: dict[int, Answer] = {}
+        for several in (False, True):
+            own = [number for number, (_, _, shown) in enumerate(batch) if self._reads_squares(shown) == several]
+            if own:
+                with aspect_ratio(self.model.config, "pad" if several else None):
+                    answers |= zip(own, self._respond([batch[number] for number in own], decoding), strict=True)
+        return [answers[number] for number in range(len(batch))]
+
+    def _reads_squares(self, visuals: Sequence[Image.Image | Video]) -> bool:
+        """Whether the pictures of a prompt become one padded square each: several, where one would be many tiles."""
+        tiled = most_tiles(getattr(self.model.config, "image_aspect_ratio", None)) is not None
+        return tiled and sum(not isinstance(visual, Video) for visual in visuals) > 1
+
+    @torch.inference_mode()
+    def _respond(self, batch: Sequence[tuple[Asked, list[Message], list[Any]]], decoding: Decoding) -> list[Answer]:
+        prompts = [self.prompt(messages, visuals) for _, messages, visuals in batch]
         rows = [tokenizer_image_token(prompt, self.tokenizer, return_tensors="pt") for prompt in prompts]
         length = max(len(row) for row in rows)
         ids = torch.zeros(len(rows), length, dtype=torch.long)
@@ -102,14 +153,14 @@ class LlavaModel(PrunedModel):
             ids[number, : len(row)] = row
             mask[number, : len(row)] = 1
         shown = [visual for _, _, visuals in batch for visual in visuals]
-        pixels = process_images(shown, self.image_processor, self.model.config) if shown else None
         embedded = self.model.embed_prompts(
             ids.to(self.device),
             mask.to(self.device),
-            images=_moved(pixels, self.device),
-            image_sizes=[picture.size for picture in shown] or None,
+            images=self._pixels(shown) if shown else None,
+            image_sizes=[(0, 0) if isinstance(visual, Video) else visual.size for visual in shown] or None,
+            modalities=[VIDEO if isinstance(visual, Video) else IMAGE for visual in shown] or None,
             pruner=self.pruner,
-            query=[question_of(messages) for _, messages, _ in batch],
+            query=[last_text(messages) for _, messages, _ in batch],
             sample_ids=[asked.document for asked, _, _ in batch],
             padding_side="left",
             truncate=False,
@@ -134,11 +185,27 @@ class LlavaModel(PrunedModel):
             answers.append(Answer(text.split(template_end)[0], total, tokens, new_tokens))
         return answers
 
-    def prompt(self, messages: Sequence[Message]) -> str:
-        """The whole prompt, a placeholder where each visual stands."""
+    def _pixels(self, shown: Sequence[Image.Image | Video]) -> torch.Tensor | list[torch.Tensor]:
+        """Visuals as `embed_prompts` takes them, on the model's device."""
+        config = self.model.config
+        if not any(isinstance(visual, Video) for visual in shown):
+            pixels = process_images(shown, self.image_processor, config)
+            return pixels.to(self.device) if isinstance(pixels, torch.Tensor) else [p.to(self.device) for p in pixels]
+        pixels = [
+            process_video(visual, self.image_processor)
+            if isinstance(visual, Video)
+            else process_images([visual], self.image_processor, config)[0]
+            for visual in shown
+        ]
+        return [one.to(self.device) for one in pixels]
+
+    def prompt(self, messages: Sequence[Message], visuals: Sequence[Image.Image | Video]) -> str:
+        """The whole prompt, a placeholder where each of the ``visuals`` stands."""
         conversation = conv_templates[self.template].copy()
+        coming = iter(visuals)
         for message in messages:
-            text = with_placeholders(message)
+            times = [getattr(next(coming), "time_instruction", None) for _ in message.visuals]
+            text = with_placeholders(message, times if self.arguments.add_time_instruction else ())
             if message.role == "system":
                 conversation.system = system_like(conversation.system, text)
             else:
@@ -164,32 +231,23 @@ class ChatLlava(LlavaModel):
     is_simple = False
 
 
-def with_placeholders(message: Message) -> str:
+def with_placeholders(message: Message, after: Sequence[str | None] = ()) -> str:
     """A turn's text: neighbouring visuals on a line of their own, joined by spaces, as LLaVA's prompts have them.
 
-    A visual that its text has a place for stands there, without a line of its own.
+    Args:
+        after: for each visual a line that follows it, or ``None``.
     """
+    lines = iter(after)
     text, before = "", None
     for part in message.parts:
-        visual = isinstance(part, Visual)
-        piece = DEFAULT_IMAGE_TOKEN if visual else part
-        if before is None:
-            text = piece
-        elif visual and before:
-            text += f" {piece}"
-        elif visual or before:
-            joint = "" if text.endswith(("\n", " ")) or piece.startswith(("\n", " ")) else "\n"
-            text += joint + piece
-        else:
-            text += f"\n{piece}"
-        before = visual
+        is_visual = isinstance(part, Visual)
+        piece = DEFAULT_IMAGE_TOKEN if is_visual else part
+        if is_visual and (line := next(lines, None)):
+            piece += f"\n{line}"
+        if before is not None and not message.running:
+            text += " " if is_visual and before else "\n"
+        text, before = text + piece, is_visual
     return text
-
-
-def question_of(messages: Sequence[Message]) -> str:
-    """What the user asked last, without requests for a form of answer: what the pruner selects by."""
-    last = next((message for message in reversed(messages) if message.role == "user"), None)
-    return clean_question(last.text) if last is not None else ""
 
 
 def system_like(template: str, text: str) -> str:
@@ -198,7 +256,12 @@ def system_like(template: str, text: str) -> str:
     return f"{mark}{separator}{text}" if mark.startswith("<|im_start|>") else text
 
 
-def _moved(pixels: Any, device: torch.device) -> Any:
-    if pixels is None:
-        return None
-    return pixels.to(device) if isinstance(pixels, torch.Tensor) else [picture.to(device) for picture in pixels]
+@contextmanager
+def aspect_ratio(config: Any, value: str | None) -> Iterator[None]:
+    """Read pictures in another way for a while; ``None`` leaves the checkpoint's own."""
+    own = getattr(config, "image_aspect_ratio", None)
+    config.image_aspect_ratio = own if value is None else value
+    try:
+        yield
+    finally:
+        config.image_aspect_ratio = own

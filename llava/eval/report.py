@@ -18,11 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from llava.eval.files import read_json, write_json, write_whole
-from llava.eval.harness_runs import is_harness_run, read_harness_runs
-from llava.eval.journal import run_folder
+from llava.eval.files import write_json, write_whole
 from llava.eval.paper import PAPER_NOTES, PAPER_ROWS
 from llava.eval.significance import compare_items, compare_seeds
+from llava.eval.study_runs import UNPRUNED, StudyRun, read_runs
 
 COLUMNS = {
     "vqav2": "VQAv2",
@@ -50,7 +49,6 @@ COLUMNS = {
     "hallusionbench": "HallusionBench",
 }
 SCALES = {"mme": 20.0, "ocrbench": 10.0}  # bring perception's total of 2000 and 1000 points to 0..100
-UNPRUNED = "unpruned"
 COST_NOTE = (
     "Tokens: visual tokens of a picture that are left at the end of its way through the decoder. Average: their mean "
     "over layers, for methods inside the decoder with newline tokens, which they rank like any other. TFLOPs: "
@@ -61,55 +59,6 @@ COST_NOTE = (
 def average(scores: dict[str, float]) -> float:
     """Acc.: plain mean over columns, MME divided by 20 and OCRBench by 10."""
     return fmean(score / SCALES.get(name, 1.0) for name, score in scores.items())
-
-
-@dataclass
-class StudyRun:
-    """One finished run as its folder tells it."""
-
-    folder: Path
-    settings: dict
-    record: dict
-    summary: dict
-    score: dict | None
-
-    @property
-    def name(self) -> str:
-        if self.folder.suffix == ".run":
-            return self.folder.name.removesuffix(".run")
-        pruner = self.settings["pruner"]  # a result file of lmms-eval that stands alone
-        return "full" if pruner is None else f"{pruner['name']}_{pruner['keep_tokens']}"
-
-    @property
-    def method(self) -> str:
-        return UNPRUNED if self.settings["pruner"] is None else self.settings["pruner"]["name"]
-
-    @property
-    def tag(self) -> str:
-        """Its name without the seed."""
-        return re.sub(r"-seed\d+$", "", self.name)
-
-    @property
-    def checkpoint(self) -> tuple[str, str]:
-        return self.settings["model"], self.settings["checkpoint"]
-
-
-def read_run(path: Path) -> StudyRun:
-    """A run by its folder or its answers file. Raises ValueError if it is not complete."""
-    folder = path if path.suffix == ".run" else run_folder(path)
-    if not (folder / "summary.json").is_file():
-        raise ValueError(f"{folder} is no complete run: it has no summary.json")
-    config = read_json(folder / "config.json")
-    score = read_json(folder / "score.json") if (folder / "score.json").is_file() else None
-    summary = read_json(folder / "summary.json")
-    return StudyRun(folder, config["settings"], config["record"], summary, score)
-
-
-def read_runs(path: Path) -> list[StudyRun]:
-    """The runs that a path names: one of this evaluation, or the benchmarks of a run of lmms-eval."""
-    if is_harness_run(path):
-        return [StudyRun(**run) for run in read_harness_runs(path)]
-    return [read_run(path)]
 
 
 @dataclass

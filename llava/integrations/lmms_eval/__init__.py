@@ -11,8 +11,9 @@ Two models, each in the harness's simple and chat form:
     adapter.py       what both models share: the harness's interface, batches, accounting
     transformers_model.py   the models of the Transformers library
 
-The harness imports this package at every start: nothing heavy here. Our own host's class is only named: it drives
-`llava.model`, which integrations do not import, and therefore lives one floor up, in `llava.eval.harness_model`.
+The harness imports this package at every start: nothing heavy here. Beside `llava.pruning` the modules use what reads
+files and prompts (`llava.mm_utils`, `llava.video`, `llava.conversation`), no host. Our own host's class is only named:
+it drives `llava.model`, which integrations do not import, and so lives one floor up, in `llava.eval.harness_model`.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import traceback
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,7 +85,18 @@ class PrunedModel(lmms):
 
         Raises:
             UnreadableVisual: a visual cannot be read, unless ``on_error=skip``.
+            SystemExit: any error, in one of several processes. The harness catches exceptions and goes on to its end,
+                while the other processes would wait for this one for hours.
         """
+        try:
+            return self._generate(requests)
+        except Exception as error:
+            if self.world_size == 1:
+                raise
+            traceback.print_exc()
+            raise SystemExit(f"process {self.rank}: {error}") from error
+
+    def _generate(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         asked = self._numbered(requests)
         pending = {question.key: question for question in asked if question.key not in self.book.answers}
         self.used.update(question.key for question in asked)

@@ -44,10 +44,17 @@ class Visual:
 
 @dataclass(frozen=True)
 class Message:
-    """A turn: its role ("user", "assistant", "system") and its parts, texts and visuals in order."""
+    """A turn.
+
+    Args:
+        role: "user", "assistant" or "system".
+        parts: texts and visuals in order.
+        running: the parts are one running text, visuals where it has a place for them, and not a piece each.
+    """
 
     role: str
     parts: tuple[str | Visual, ...]
+    running: bool = False
 
     @property
     def text(self) -> str:
@@ -57,6 +64,11 @@ class Message:
     @property
     def visuals(self) -> list[Visual]:
         return [part for part in self.parts if isinstance(part, Visual)]
+
+
+def last_text(messages: Sequence[Message]) -> str:
+    """What the user said last. A pruner selects by it, without what only asks for a form of answer."""
+    return next((message.text for message in reversed(messages) if message.role == "user"), "")
 
 
 @dataclass(frozen=True)
@@ -141,7 +153,8 @@ class Asked:
             raise UnreadableVisual(f"{type(error).__name__}: {error}") from error
         if self.is_chat:
             return chat_messages(found)
-        return [Message("user", interleave([visual_of(item) for item in _as_list(found)], self.text))]
+        visuals = [visual_of(item) for item in _as_list(found)]
+        return [Message("user", interleave(visuals, self.text), running=PLACEHOLDER in self.text)]
 
 
 def read_request(arguments: Sequence[Any], is_chat: bool, number: int = 0) -> Asked:
