@@ -194,7 +194,7 @@ def test_clip_relevance_is_read_in_clips_space(words):
 
 
 def test_clip_relevance_of_pooled_frames(words):
-    """LLaVA-NeXT-Video pools frames before its projector: a token's place in CLIP's space is that of the mean patch."""
+    """LLaVA-NeXT-Video pools frames before its projector: a token stands in CLIP's space where its mean patch does."""
     config = hf.LlavaNextVideoConfig(
         vision_config=hf.CLIPVisionConfig.from_pretrained(TOY_CLIP),
         text_config=hf.LlamaConfig(**TEXT),
