@@ -78,7 +78,9 @@ def test_other_families_with_a_llama_style_decoder(name):
     with pruner_of("fastv", keep=2)(host.model) as handle:
         output = greedy(host.model, host.batch())
         assert torch.equal(greedy(host.model, host.batch(), use_cache=False), output)
-    assert all(int(one.kept.sum()) == 2 * one.picture.count for one in handle.kept)
+    for one in handle.kept:
+        assert int(one.kept.sum()) == 2 * one.picture.count
+        assert one.per_layer == (len(one.picture.columns), 2 * one.picture.count)
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,8 @@ class TransformersSubject:
             extra = extra_memory(lambda: self.model(**arguments, logits_to_keep=1), self.device)
         if row.name == "limit":
             macs += count_macs(self.encode)
-        per_layer = [visual] * text.num_hidden_layers
+        shrinking = None if handle is None else handle.kept[0].per_layer
+        per_layer = list(shrinking or [visual] * text.num_hidden_layers)
         key_width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
         yield {
             "visual_tokens": visual,

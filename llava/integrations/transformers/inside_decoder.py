@@ -71,10 +71,13 @@ def decoder_pruning(
 
 
 def with_survivors(kept: Sequence[KeptPicture], pruning: DecoderPruning) -> list[KeptPicture]:
-    """What is left of each picture after the last cut."""
+    """What is left of each picture after the last cut, and what entered each layer."""
+    layers = len(pruning.decoder.layers)
+    spans = [span for row in pruning.rows for span in row.pictures]
     answers = []
-    for one, places in zip(kept, pruning.survivors(), strict=True):
+    for one, span, places in zip(kept, spans, pruning.survivors(), strict=True):
         left = torch.zeros_like(one.kept)
         left[places] = True
-        answers.append(replace(one, kept=left))
+        counts = tuple(pruning.pruner.counts(span.count, span.target, layers))
+        answers.append(replace(one, kept=left, per_layer=counts if min(counts) < span.count else None))
     return answers

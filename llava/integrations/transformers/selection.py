@@ -23,11 +23,14 @@ class KeptPicture:
         kept: (t,) bool, True at the tokens, separators among them, whose place in the prompt stays.
         made: columns (m + k,) and what stands there (m + k, d), where a method makes k tokens beside the m that it
             keeps: leading ones, kept ones, the other made ones. ``None`` if it makes none.
+        per_layer: tokens that enter each layer of the decoder, separators among them, where a method inside it drops
+            some; ``None`` where all layers see the same.
     """
 
     picture: Picture
     kept: Tensor
     made: tuple[Tensor, Tensor] | None = None
+    per_layer: tuple[int, ...] | None = None
 
     @property
     def tokens(self) -> int:
