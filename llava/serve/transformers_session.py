@@ -6,6 +6,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from llava.integrations.transformers import KeptPicture
 from llava.integrations.transformers.host import find_host
 from llava.integrations.transformers.loading import load_transformers_model
 from llava.model.builder import pick_device
-from llava.pruning import DecoderPruner, Pruner
+from llava.pruning import Pruner
 from llava.serve.status import TimedStreamer
 
 OURS_ALONE = {  # options that speak of LLaVA's original format or code
@@ -112,14 +113,11 @@ class TransformersSession:
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         placeholder = find_host(self.model).placeholders["image"]
         total = int((inputs["input_ids"] == placeholder).sum())
-        inside = isinstance(self.pruner, DecoderPruner)
-        print(status_line(total, None if handle is None else handle.kept, inside, start, streamer.times))
+        print(status_line(total, None if handle is None else handle.kept, start, streamer.times))
         return answer
 
 
-def status_line(
-    total: int, kept: Sequence[KeptPicture] | None, inside: bool, start: float, times: Sequence[float]
-) -> str:
+def status_line(total: int, kept: Sequence[KeptPicture] | None, start: float, times: Sequence[float]) -> str:
     """One line after each answer: tokens kept of ``total`` placeholders there were, and where the time went."""
     parts = []
     if total and kept is None:
@@ -131,10 +129,18 @@ def status_line(
         more = f", and {separators} newlines" if separators else ""
         parts.append(
             f"{sum(per_view)} of {sum(picture.tokens for picture in kept)} visual tokens ({counts} per view{more})"
-            + (" left after the last cut in the decoder" if inside else "")
+            + decoder_counts(kept)
         )
     if times:
         parts.append(f"first token {(times[0] - start) * 1e3:.0f} ms")
     if len(times) > 1:
         parts.append(f"decode {(times[-1] - times[0]) / (len(times) - 1) * 1e3:.1f} ms/token")
     return f"[{' | '.join(parts)}]"
+
+
+def decoder_counts(kept: Sequence[KeptPicture]) -> str:
+    """What the decoder's layers see, if a method inside it drops some."""
+    if all(picture.per_layer is None for picture in kept):
+        return ""
+    average = sum(fmean(picture.per_layer or (len(picture.picture.columns),)) for picture in kept)
+    return f" left after the last cut in the decoder, {average:.1f} averaged over its layers"
