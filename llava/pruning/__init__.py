@@ -1,4 +1,4 @@
-"""Visual token pruning methods as pure tensor code: torch is all they import."""
+"""Visual token pruning methods as pure tensor code: torch is all they import, and Triton in `kernels`."""
 
 from llava.pruning.base import (
     Pruner,

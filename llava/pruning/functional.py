@@ -285,9 +285,8 @@ def greedy_map_rank(
         relevance (diagonal of L where none is given) and index, then the tokens that may not be chosen.
     """
     diagonal = similarity.diagonal(dim1=-2, dim2=-1)
-    variance, leftover = diagonal.clone(), diagonal
-    if relevance is not None:
-        variance, leftover = diagonal * relevance.square(), relevance  # v_i = L_ii
+    leftover = diagonal if relevance is None else relevance
+    variance = diagonal.clone() if relevance is None else diagonal * relevance.square()  # v_i = L_ii
     if candidates is not None:
         variance, leftover = (values.masked_fill(~candidates, -torch.inf) for values in (variance, leftover))
     rank = similarity.shape[-1] + stable_rank(leftover, descending=True)

@@ -38,38 +38,39 @@ def place_by_map(
     rows = similarity.reshape(views * n, n)
     weight = None if relevance is None else relevance.to(similarity.dtype).contiguous()
     first_of_view = torch.arange(views, device=rank.device)[:, None] * n
-    chosen = rank.new_empty(n, views, 1)
-    largest = similarity.new_empty(n, views, 1)
+    chosen, largest = rank.new_empty(n, views, 1), similarity.new_empty(n, views, 1)
     place = rank.new_empty(views)  # of the chosen tokens among the B n of all views
-    own_weight = similarity.new_empty(views)
-    scale, row, fall = similarity.new_empty(views, 1), similarity.new_empty(views, n), similarity.new_empty(views, n)
+    own_weight, scale = similarity.new_empty(views), similarity.new_empty(views, 1)
+    row, fall = similarity.new_empty(views, n), similarity.new_empty(views, n)
     basis = _Basis(similarity, min(n, 2 * k + 16))
+    # A view of a tensor costs as much as arithmetic on it: those that every step needs are made once.
+    place_column, own_column, all_variances = place[:, None], own_weight[:, None], variance.view(-1)
+    all_weights = None if weight is None else weight.view(-1)
 
-    step, next_look = 0, k
-    while True:
-        j, v = chosen[step], largest[step]
+    next_look = k
+    for step, (j, v) in enumerate(zip(chosen.unbind(), largest.unbind(), strict=True)):
         torch.max(variance, dim=1, keepdim=True, out=(v, j))  # the lowest index among equals
-        torch.add(j, first_of_view, out=place[:, None])
+        torch.add(j, first_of_view, out=place_column)
         torch.index_select(rows, 0, place, out=row)
         if step:
             row.sub_(basis.projection(step, j))
         torch.add(v, epsilon, out=scale).sqrt_()
         if weight is not None:
-            scale.div_(torch.index_select(weight.view(-1), 0, place, out=own_weight)[:, None])
+            torch.index_select(all_weights, 0, place, out=own_weight)
+            scale.div_(own_column)
         w = torch.div(row, scale, out=basis.row(step))
         if weight is not None:
             w = torch.mul(w, weight, out=fall)
         variance.addcmul_(w, w, value=-1)
-        variance.view(-1).index_fill_(0, place, -torch.inf)
-        step += 1
-        if step == min(next_look, n):
-            alive = (largest[:step, :, 0] > stop).cumprod(0).bool().mT  # (B, step); NaN ends a view as well
-            order = chosen[:step, :, 0].mT
+        all_variances.index_fill_(0, place, -torch.inf)
+        if step + 1 == min(next_look, n):
+            alive = (largest[: step + 1, :, 0] > stop).cumprod(0).bool().mT  # (B, steps); NaN ends a view as well
+            order = chosen[: step + 1, :, 0].mT
             counted = alive if member is None else alive & member.gather(1, order)
             missing = int(torch.where(alive[:, -1], k - counted.sum(-1), 0).max())
-            if missing <= 0 or step == n:
+            if missing <= 0:
                 break
-            next_look = step + missing  # no view is done before
+            next_look = step + 1 + missing  # no view is done before
     _write_steps(rank, order, alive & (counted.cumsum(-1) - counted.long() < k))  # a view ends with its k-th member
 
 
@@ -77,40 +78,38 @@ class _Basis:
     """The vectors w of the steps so far (B, steps, n), and what `projection` needs to read them."""
 
     def __init__(self, similarity: Tensor, capacity: int) -> None:
-        views, n, _ = similarity.shape
-        self.rows = similarity.new_empty(views, 0, n)
-        self.views = torch.arange(views, device=similarity.device)
-        self._grow(capacity)
+        self._hold(similarity.new_empty(similarity.shape[0], capacity, similarity.shape[2]))
 
-    def _grow(self, capacity: int) -> None:
-        views, held, n = self.rows.shape
-        self.rows = torch.cat([self.rows, self.rows.new_empty(views, capacity - held, n)], dim=1)
-        self.numbers = torch.arange(views * capacity, device=self.rows.device).view(views, capacity)
-        self.read = torch.empty_like(self.numbers).view(-1)
-        self.entries = torch.empty_like(self.read)
-        self.coefficients = self.rows.new_empty(views * capacity)
+    def _hold(self, vectors: Tensor) -> None:
+        views, capacity, n = vectors.shape
+        self.vectors, self.rows, self.by_step = vectors, vectors.view(-1, n), vectors.unbind(1)
+        self.numbers = torch.arange(views * capacity, device=vectors.device).view(views, capacity)  # of the rows
+        steps = torch.arange(capacity + 1, device=vectors.device)[:, None]
+        self.starts = (steps * torch.arange(views, device=vectors.device)).unbind()
+        self.read, self.entries = torch.empty_like(self.numbers).view(-1), torch.empty_like(self.numbers).view(-1)
+        self.coefficients = vectors.new_empty(views * capacity)
 
     def row(self, step: int) -> Tensor:
         """Where the vectors (B, n) of a step belong."""
-        _, capacity, n = self.rows.shape
-        if step == capacity:
-            self._grow(min(2 * capacity, n))
-        return self.rows[:, step]
+        if step == len(self.by_step):
+            views, capacity, n = self.vectors.shape
+            more = self.vectors.new_empty(views, min(capacity, n - capacity), n)
+            self._hold(torch.cat([self.vectors, more], dim=1))
+        return self.by_step[step]
 
     def projection(self, steps: int, j: Tensor) -> Tensor:
-        """<w_j, w_i> over the first ``steps`` steps, for the tokens ``j`` (B, 1) and all i: (B, n)."""
-        views, _, n = self.rows.shape
-        size = views * steps
-        read = self.read[:size].view(views, steps).copy_(self.numbers[:, :steps])
-        entries = torch.add(j, read, alpha=n, out=self.entries[:size].view(views, steps))
-        coefficients = torch.take(self.rows, entries, out=self.coefficients[:size].view(views, steps))
-        return torch.embedding_bag(
-            self.rows.view(-1, n),
-            read.view(-1),
-            self.views * steps,
-            mode=0,  # sum
-            per_sample_weights=coefficients.view(-1),
-        )[0]
+        """<w_j, w_i> over the first ``steps`` steps, for the tokens ``j`` (B, 1) and all i: (B, n).
+
+        Mode 0 of ``embedding_bag`` is a sum; a view's bag are its vectors, weighted by their entries at j.
+        """
+        views, _, n = self.vectors.shape
+        read, entries, coefficients = (
+            buffer.narrow(0, 0, views * steps) for buffer in (self.read, self.entries, self.coefficients)
+        )
+        numbers = read.view(views, steps).copy_(self.numbers.narrow(1, 0, steps))
+        torch.add(j, numbers, alpha=n, out=entries.view(views, steps))
+        torch.take(self.vectors, entries, out=coefficients)
+        return torch.embedding_bag(self.rows, read, self.starts[steps], mode=0, per_sample_weights=coefficients)[0]
 
 
 def place_by_max_min(rank: Tensor, distance: Tensor, k: int, score: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 ROWS = 16  # tokens per program
 COLUMNS = 256  # numbers of a row that are read at a time
-WARPS = 8
+LAUNCH = {"num_warps": 8, "enable_fp_fusion": True}  # fused whatever the version's default
 
 
 def scale_to_cosines(products: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def scale_to_cosines(products: Tensor) -> Tensor:
     limits = torch.finfo(products.dtype)
     with torch.cuda.device_of(products):
         _scale[(views, triton.cdiv(n, ROWS))](
-            products, squares, n, limits.tiny, limits.max, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
+            products, squares, n, limits.tiny, limits.max, ROWS=ROWS, COLUMNS=COLUMNS, **LAUNCH
         )
     return products
 
@@ -35,7 +35,7 @@ def redundancy_graph(
     with torch.cuda.device_of(similarity):
         _degree[(views, triton.cdiv(n, ROWS))](
             similarity, scores, pairs[0], pairs[1], scores if valid is None else valid.contiguous(), n, tau, gamma,
-            BIPARTITE=bipartite, MASKED=valid is not None, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+            BIPARTITE=bipartite, MASKED=valid is not None, ROWS=ROWS, COLUMNS=COLUMNS, **LAUNCH,
         )  # fmt: skip
     joined, possible = pairs.sum(-1)
     return scores, joined / possible.clamp_min(1)
@@ -47,7 +47,7 @@ def stable_rank(scores: Tensor, descending: bool) -> Tensor:
     rank = torch.empty(views, n, dtype=torch.int64, device=scores.device)
     with torch.cuda.device_of(scores):
         _count_before[(views, triton.cdiv(n, ROWS))](
-            scores.contiguous(), rank, n, DESCENDING=descending, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
+            scores.contiguous(), rank, n, DESCENDING=descending, ROWS=ROWS, COLUMNS=COLUMNS, **LAUNCH
         )
     return rank
 
@@ -64,7 +64,7 @@ def mean_cosine(embeds: Tensor, query_embeds: Tensor, query_mask: Tensor | None,
         _mean_cosine[(views, triton.cdiv(n, ROWS))](
             embeds, query_embeds, mask, scores, n, width, query_embeds.shape[1], int(len(query_embeds) > 1), sign,
             int(query_mask is not None and len(query_mask) > 1), limits.tiny, limits.max,
-            MASKED=query_mask is not None, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+            MASKED=query_mask is not None, ROWS=ROWS, COLUMNS=COLUMNS, **LAUNCH,
         )  # fmt: skip
     return scores
 
@@ -77,7 +77,7 @@ def min_max(scores: Tensor, valid: Tensor | None, offset: float) -> Tensor:
     with torch.cuda.device_of(scores):
         _min_max[(views,)](
             scores, scaled, scores if valid is None else valid.contiguous(), n, offset,
-            MASKED=valid is not None, ALL=triton.next_power_of_2(n), num_warps=WARPS,
+            MASKED=valid is not None, ALL=triton.next_power_of_2(n), **LAUNCH,
         )  # fmt: skip
     return scaled
 
@@ -87,7 +87,7 @@ def first_places(place: Tensor, k: int) -> Tensor:
     views, n = place.shape
     indices = torch.empty(views, k, dtype=torch.int64, device=place.device)
     with torch.cuda.device_of(place):
-        _compact[(views,)](place, indices, n, k, ALL=triton.next_power_of_2(n), num_warps=WARPS)
+        _compact[(views,)](place, indices, n, k, ALL=triton.next_power_of_2(n), **LAUNCH)
     return indices
 
 
