@@ -5,14 +5,18 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels are not tested: pip install triton")
 
+import triton
 from test_greedy import KINDS, options_of, rows_of
 
 from llava.pruning import PruningInputs, get_pruner, kernels
 from llava.pruning.functional import (
     cosine_similarity,
     greedy_map_rank,
+    lowest_ranked,
     max_min_rank,
+    min_max,
     redundancy_graph,
+    relevance_scores,
     stable_rank,
     unprojected_rank,
 )
@@ -20,6 +24,18 @@ from llava.pruning.kernels import greedy, scores
 from records import selection_cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: see conftest.py
+
+
+@triton.jit
+def _count(out, n):
+    for i in range(0, n):
+        triton.language.store(out + i, i)
+
+
+try:
+    _count[(1,)](torch.zeros(3, dtype=torch.int32, device=DEVICE), 3)
+except triton.runtime.errors.InterpreterError as error:  # Triton 3.6 and NumPy 2.4, for one
+    pytest.skip(f"the kernels are not tested: this Triton's interpreter fails: {error}", allow_module_level=True)
 
 
 def on_device(value):
@@ -48,12 +64,27 @@ def launches(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("launches")
-@pytest.mark.parametrize("names", [(), ("relevance",), ("relevance", "member", "candidates")])
+@pytest.mark.parametrize("names", [(), ("relevance", "member", "candidates")])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("views, n, k", [(1, 1, 1), (2, 33, 5), (1, 14, 14)])
+@pytest.mark.parametrize("views, n, k", [(2, 33, 5), (1, 14, 14)])
 def test_greedy_map(both, views, n, k, kind, names):
     similarity = cosine_similarity(rows_of(kind, views, n))
     plain, fused = both(greedy_map_rank, similarity, k, **options_of(views, n, n, names))
+    assert torch.equal(fused, plain)
+
+
+@pytest.mark.usefixtures("launches")
+def test_a_single_token(both):
+    one = torch.ones(2, 1, 1)
+    assert both(greedy_map_rank, one, 1)[1].tolist() == [[0], [0]]
+    assert both(max_min_rank, 1 - one, 1)[1].tolist() == [[0], [0]]
+
+
+@pytest.mark.usefixtures("launches")
+def test_a_view_that_is_not_a_number_leaves_the_others_alone(both):
+    similarity = cosine_similarity(rows_of("iid", 2, 20))
+    similarity[1, 4, 4] = torch.nan
+    plain, fused = both(greedy_map_rank, similarity, 6)
     assert torch.equal(fused, plain)
 
 
@@ -77,7 +108,7 @@ def test_unprojected(both, kind):
 
 @pytest.mark.parametrize("graph", ["bipartite", "exhaustive"])
 @pytest.mark.parametrize("kind", ["iid", "one-hot", "zero", "constant"])
-@pytest.mark.parametrize("views, n", [(1, 1), (2, 33), (1, 300)])
+@pytest.mark.parametrize("views, n", [(1, 1), (2, 33), (1, 280)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_redundancy(both, views, n, kind, graph, masked):
     similarity = cosine_similarity(rows_of(kind, views, n))
@@ -170,3 +201,40 @@ def test_the_released_code_selects_what_is_recorded(both, case, tensors):
     plain, fused = both(selected, tensors["image_features"], pruner, **fields)
     assert torch.equal(fused, plain)
     assert torch.equal(torch.zeros_like(tensors["final_mask"]).scatter(1, fused, True), tensors["final_mask"])
+
+
+# --- scores --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_relevance(both, dtype, shared, masked):
+    embeds = rows_of("zero", 2, 33, dtype=torch.float64).to(dtype)
+    queries = rows_of("iid", 1 if shared else 2, 33, seed=1, dtype=torch.float64)[:, :3].to(dtype)
+    mask = torch.tensor([[True, False, True]]).expand(len(queries), -1) if masked else None
+    plain, fused = both(relevance_scores, embeds, queries, mask, -1.0)
+    assert fused.dtype == plain.dtype
+    assert torch.allclose(fused, plain, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["plain", "flat", "not a number"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_min_max(both, kind, masked):
+    values = torch.randn(3, 33, generator=torch.Generator().manual_seed(0))
+    valid = options_of(3, 33, 33, ("candidates",))["candidates"] if masked else None
+    if kind == "flat":
+        values[1] = 0.25
+    elif kind == "not a number":
+        values[1, 4] = torch.nan
+    plain, fused = both(min_max, values, valid, offset=1e-6)
+    assert torch.allclose(fused, plain, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 9, 30])
+@pytest.mark.parametrize("masked", [False, True])
+def test_lowest_ranked(both, k, masked):
+    rank = torch.rand(3, 33, generator=torch.Generator().manual_seed(0)).argsort(-1)
+    member = options_of(3, 33, 33, ("member",))["member"] if masked else None
+    plain, fused = both(lowest_ranked, rank, k, member)
+    assert torch.equal(fused, plain)

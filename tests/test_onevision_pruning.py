@@ -1,8 +1,12 @@
 """Pruning the pictures of SigLIP checkpoints: tiles without the shrink, methods before the projector, the tower."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from llava.checkpoint import CheckpointError
 from llava.mm_utils import parse_pinpoints, process_images, tokenizer_image_token
@@ -142,3 +146,17 @@ def test_half_precision_and_a_saved_copy(video, loaded, ids, picture):
     with torch.no_grad():
         again.config.image_aspect_ratio = "anyres_max_1"
         assert torch.equal(embed(again, ids, picture).inputs_embeds, embed(loaded[1], ids, picture).inputs_embeds)
+
+
+def test_checkpoints_whose_output_matrix_is_the_embedding(video, loaded):
+    """The small sizes of the family tie them and store no lm_head; both are cut to the tokenizer's length."""
+    folder = shutil.copytree(video / "checkpoints/llava-onevision-tiny-qwen2-ov", video / "checkpoints/tied")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _, tied, _, _ = load_pretrained_model(str(folder), device="cpu")
+    assert tied.lm_head.weight is tied.get_input_embeddings().weight
+    assert tied.lm_head.weight.shape[0] == 379
+    assert torch.equal(tied.get_input_embeddings().weight, loaded[1].get_input_embeddings().weight)

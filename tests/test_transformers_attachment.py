@@ -192,6 +192,23 @@ def simple_processor(tokenizer):
     )
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_compiled_decoding_with_a_static_cache(name):
+    """The same tokens, and no hook breaks the graph of a decode step."""
+    host = family(name)
+    compilation = hf.CompileConfig(backend="eager", fullgraph=False, mode=None)
+    compilation._compile_all_devices = True  # the library compiles on accelerators alone
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with PRUNER(host.model):
+        expected = greedy(host.model, host.batch())
+        options = {"cache_implementation": "static", "compile_config": compilation}
+        assert torch.equal(greedy(host.model, host.batch(), **options), expected)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+
+
 # --- limits, prompts, caches ---------------------------------------------------------------------------------------
 
 

@@ -39,14 +39,28 @@ def test_the_same_answer_as_our_own_host(capsys, converted):
     assert theirs.splitlines()[0] == ours.splitlines()[0]
 
 
+def test_methods_inside_the_decoder_tell_what_is_left(capsys, converted):
+    options = ["--pruner", "fastv", "--keep-tokens", "300", "--query", "What color is the star?"]
+    code, out, err = run(capsys, "--model-path", converted, "--image-file", str(PICTURES[0]), *options)
+    assert code == 0, err
+    assert "[208 of 576 visual tokens (208 x 1 per view) left after the last cut in the decoder |" in out
+
+
 def test_a_conversation(capsys, converted, monkeypatch):
-    lines = ["What color is the star?", "/keep 16", "Is there a cup?", "/pruner fastv", "/clear", "Is there a star?"]
+    lines = [
+        "What color is the star?",
+        "/keep 16",
+        "Is there a cup?",
+        "/pruner downsample",
+        "/clear",
+        "Is there a star?",
+    ]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*lines, "/quit"])))
     code, out, err = run(capsys, "--model-path", converted, "--image-file", str(PICTURES[0]), str(PICTURES[1]))
     assert code == 0, err
     assert "1152 of 1152 visual tokens, nothing pruned" in out
     assert out.count("32 of 1152 visual tokens (16 x 2 per view)") == 2
-    assert "error: pruner 'fastv' acts inside the decoder" in out
+    assert "error: pruner 'downsample' acts on the pixels" in out
 
 
 def test_bad_input(capsys, converted, monkeypatch):
@@ -60,8 +74,8 @@ def test_bad_input(capsys, converted, monkeypatch):
     assert "--clip-path goes with --hf" in refused("--clip-path", CLIP, hf=False)
     assert "no model of the Transformers library at nowhere/none" in refused("--model-path", "nowhere/none")
     assert "leave --hf out" in refused("--model-path", str(GOLDEN / "checkpoints/llava-v1.5-tiny-wide"))
-    assert "'visionzip' acts on the features before the projector" in refused(
-        "--model-path", converted, "--pruner", "visionzip", "--keep-tokens", "64"
+    assert "'downsample' acts on the pixels" in refused(
+        "--model-path", converted, "--pruner", "downsample", "--keep-tokens", "64"
     )
 
     class WithoutTorchvision:

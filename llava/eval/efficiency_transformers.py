@@ -201,26 +201,22 @@ class TransformersSubject:
         """What does not depend on the clock."""
         text = self.model.config.get_text_config()
         arguments = self.text_only(row) if row.name == "limit" else self.arguments
-        visual = self.tokens if row.keep is None else row.keep * self.views
-        with self.attached(row) as handle:
-            if handle is not None:
-                self.model(**arguments, logits_to_keep=1)
-                visual = sum(handle.kept[0].per_view)
-            answered = self.model.generate(
-                **arguments, max_new_tokens=1, do_sample=False, return_dict_in_generate=True
-            )
-            macs = count_macs(lambda: self.model(**arguments, logits_to_keep=1))
-            extra = extra_memory(lambda: self.model(**arguments, logits_to_keep=1), self.device)
-        if row.name == "limit":
-            macs += count_macs(self.encode)
-        per_layer = [visual] * text.num_hidden_layers
+
+        def forward() -> Any:
+            return self.model(**arguments, use_cache=True, logits_to_keep=1)
+
+        with self.attached(row):
+            cache = forward().past_key_values
+            macs = count_macs(forward) + (count_macs(self.encode) if row.name == "limit" else 0)
+            extra = extra_memory(forward, self.device)
+        per_layer = [layer.keys.shape[-2] - TEXT_BEFORE - TEXT_AFTER for layer in cache.layers]
         key_width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
         yield {
-            "visual_tokens": visual,
+            "visual_tokens": per_layer[-1],
             "average_tokens": statistics.fmean(per_layer),
             "formula_macs": prefill_flops(per_layer, text.hidden_size, text.intermediate_size),
             "visual_cache_bytes": 2 * sum(per_layer) * key_width * self.dtype.itemsize,
             "counted_macs": macs / self.batch,
-            "cache_bytes": cache_bytes(answered.past_key_values) // self.batch,
+            "cache_bytes": cache_bytes(cache) // self.batch,
             "extra_memory_bytes": extra,
         }

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.model.decoder_pruning import DecoderPruning
-from llava.model.prompt_stages import PictureSpan, PromptRow
+from llava.decoder.pruning import DecoderPruning
+from llava.decoder.stages import PictureSpan, PromptRow
 from llava.model.token_selection import KeptTokens
 from llava.pruning import DecoderPruner
 

@@ -145,12 +145,20 @@ def select_tokens(
 
 def check_possible(pruner: Pruner, encoded: EncodedImages) -> None:
     """Raise ValueError if a method cannot be used on what it is given."""
-    if any(isinstance(layout.derived, SlowFast) for layout in encoded.layouts):
+    for layout in encoded.layouts:
+        check_layout(pruner, layout)
+
+
+def check_layout(pruner: Pruner, layout: ViewLayout) -> None:
+    """Raise ValueError if a method cannot be used on a picture or video of this layout."""
+    if keeps_everything(pruner, layout.eligible.shape[1]):
+        return
+    if isinstance(layout.derived, SlowFast):
         raise ValueError(
             "a slow/fast video (add_faster_video) is shortened already: it cannot be pruned as well; keep all tokens, "
             "or set add_faster_video to false"
         )
-    if encoded.pool_mode is not None and pruner.place in ("pixels", "encoder"):
+    if layout.pooled and pruner.place in ("pixels", "encoder"):
         raise ValueError(
             f"pruner '{pruner.name}' acts before the projector, on all patches of a view, but a video is pooled after "
             "it: take a method that acts on projected features or inside the decoder"
@@ -216,7 +224,13 @@ def keeps_everything(pruner: Pruner, tokens: int) -> bool:
 
 
 def layout_to_read(pruner: Pruner | None, layout: ViewLayout, with_padding: ViewLayout) -> ViewLayout:
-    """The layout that a pruner leaves tokens of: padding takes part only if it is told so."""
+    """The layout that a pruner leaves tokens of: padding takes part only if it is told so.
+
+    Raises:
+        ValueError: the method cannot be used on it; known before the tower runs.
+    """
+    if pruner is not None:
+        check_layout(pruner, layout)
     unpruned = pruner is None or isinstance(pruner, DecoderPruner)  # inside the decoder the prompt is the unpruned one
     if unpruned or pruner.scope == "official" or keeps_everything(pruner, layout.eligible.shape[1]):
         return layout

@@ -48,6 +48,7 @@ class ViewLayout:
         eligible: (V, n) bool, False at patches that show only padding.
         grid: (columns, rows) of the tiles that follow the overview; ``None`` where the views do not form a grid.
         derived: how the tokens after the patches come about; ``None`` if there are none.
+        pooled: whether a token mixes patches, as those of a video do.
         of_patches: the layout that pruning selects from where this one holds ``derived`` tokens.
     """
 
@@ -56,6 +57,7 @@ class ViewLayout:
     grid: tuple[int, int] | None = None
     derived: Resized | SlowFast | None = None
     of_patches: ViewLayout | None = None
+    pooled: bool = False
 
     @property
     def views(self) -> int:

@@ -16,7 +16,7 @@ from llava.integrations.transformers import KeptPicture
 from llava.integrations.transformers.host import find_host
 from llava.integrations.transformers.loading import load_transformers_model
 from llava.model.builder import pick_device
-from llava.pruning import Pruner
+from llava.pruning import DecoderPruner, Pruner
 from llava.serve.status import TimedStreamer
 
 OURS_ALONE = {  # options that speak of LLaVA's original format or code
@@ -112,11 +112,14 @@ class TransformersSession:
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         placeholder = find_host(self.model).placeholders["image"]
         total = int((inputs["input_ids"] == placeholder).sum())
-        print(status_line(total, None if handle is None else handle.kept, start, streamer.times))
+        inside = isinstance(self.pruner, DecoderPruner)
+        print(status_line(total, None if handle is None else handle.kept, inside, start, streamer.times))
         return answer
 
 
-def status_line(total: int, kept: Sequence[KeptPicture] | None, start: float, times: Sequence[float]) -> str:
+def status_line(
+    total: int, kept: Sequence[KeptPicture] | None, inside: bool, start: float, times: Sequence[float]
+) -> str:
     """One line after each answer: tokens kept of ``total`` placeholders there were, and where the time went."""
     parts = []
     if total and kept is None:
@@ -128,6 +131,7 @@ def status_line(total: int, kept: Sequence[KeptPicture] | None, start: float, ti
         more = f", and {separators} newlines" if separators else ""
         parts.append(
             f"{sum(per_view)} of {sum(picture.tokens for picture in kept)} visual tokens ({counts} per view{more})"
+            + (" left after the last cut in the decoder" if inside else "")
         )
     if times:
         parts.append(f"first token {(times[0] - start) * 1e3:.0f} ms")

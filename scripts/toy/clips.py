@@ -1,6 +1,7 @@
 """Short clips of the toy's objects, with questions about what moves, appears and comes first; and what Script keeps.
 
     python scripts/toy/clips.py --clips 24 --keep-tokens 8
+    python scripts/toy/clips.py --write FOLDER
 
 No language model was trained on clips: the image toy sees them frame by frame, through the path of LLaVA-Video (pooled
 features, one selection of all frames). What can be measured with it is whether the selection follows the asked object
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -173,11 +175,24 @@ def found_over_time(model, processor, clips: int, pruners: dict[str, Pruner]) ->
     return {name: {k: float(statistics.mean(v)) for k, v in cells.items()} for name, cells in values.items()}
 
 
+def write_clip(clip: Clip, folder: Path) -> None:
+    """Save the frames as a folder that `llava.serve.cli --video-file` reads, and print the questions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for t, frame in enumerate(clip.frames):
+        frame.save(folder / f"{t}.png")
+    for question in clip.questions:
+        print(f"{question.text}  {question.answer}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=24)
     parser.add_argument("--keep-tokens", type=int, default=8, help=f"of the {POOLED**2} tokens of a frame")
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="write one clip's frames there, and no report")
     options = parser.parse_args()
+    if options.write:
+        write_clip(make_clip("test", FIRST_CLIP), options.write)
+        return
     _, model, processor, _ = load_pretrained_model(DEFAULT_CHECKPOINT, device="cpu")
     model.config.mm_spatial_pool_mode = "average"
     keep = options.keep_tokens

@@ -43,14 +43,12 @@ class FeatureCache:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.size = 0
-        self.hits = 0
         self._pictures: OrderedDict[str, PictureFeatures] = OrderedDict()
 
     def get(self, picture: str, device: torch.device | str) -> PictureFeatures | None:
         found = self._pictures.get(picture)
         if found is None:
             return None
-        self.hits += 1
         self._pictures.move_to_end(picture)
         return found.to(device)
 

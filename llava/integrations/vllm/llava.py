@@ -15,6 +15,7 @@ from vllm.model_executor.models.llava import (
     LlavaProcessingInfo,
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFieldConfig
 
 from llava.integrations.vllm.compatibility import check_hooks
 from llava.integrations.vllm.features import PictureFeatures, in_small_batches
@@ -60,8 +61,6 @@ class ScriptLlavaProcessor(PrunedProcessor, LlavaMultiModalProcessor):
         return data
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> dict[str, Any]:
-        from vllm.multimodal.inputs import MultiModalFieldConfig
-
         fields = super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs)
         return {**fields, "script_patches": MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
 

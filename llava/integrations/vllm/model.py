@@ -11,7 +11,7 @@ from vllm.distributed import get_tp_group
 
 from llava.integrations.vllm.features import FeatureCache, PictureFeatures
 from llava.integrations.vllm.joint_space import joint_space_folder, relevance_sign
-from llava.integrations.vllm.options import PicturePlan
+from llava.integrations.vllm.options import PicturePlan, host_fields
 from llava.integrations.vllm.processing import PrunedProcessingInfo, server_options
 from llava.integrations.vllm.selection import TokenSelector
 from llava.joint_space.clip import ClipJointSpace
@@ -21,6 +21,7 @@ class PrunedModel:
     """What a pruned model has beside its family's own code."""
 
     script_info: type[PrunedProcessingInfo]
+    supports_tower_connector_lora = False  # vLLM counts the tower's tokens by the placeholders, which are fewer here
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -34,7 +35,7 @@ class PrunedModel:
             return ClipJointSpace.load(joint_space_folder(server, self.config), parameter.dtype, parameter.device)
 
         self.script_selector = TokenSelector(
-            self.script_info.script_fields.fget(self.script_info),
+            host_fields(has_clip),
             self.embed_question,
             joint_space if has_clip else None,
             relevance_sign(server, self.config),

@@ -13,13 +13,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 from llava.integrations.question import QUERY_SCOPES
 from llava.pruning import Pruner, get_pruner, list_pruners
 
 JOINT_FIELDS = frozenset({"image_embeds", "text_embeds"})
 LANGUAGE_FIELDS = frozenset({"query_embeds"})
+
+
+def host_fields(has_clip: bool) -> frozenset[str]:
+    """Fields of `PruningInputs` that a model in vLLM gives; without CLIP, relevance stands for the joint space."""
+    return JOINT_FIELDS | LANGUAGE_FIELDS | ({"encoder_features"} if has_clip else set())
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,6 @@ class PruningOptions:
         min_visual_tokens: never fewer tokens of a view than this.
         max_keep_tokens: the most that a request may ask for; ``None``: what the server itself keeps. Server only.
     """
-
-    REQUEST_NAMES: ClassVar[frozenset[str]]
 
     keep_tokens: int | None = None
     image_pruning_rate: float | None = None
@@ -141,10 +144,10 @@ class PruningOptions:
 
 OPTION_NAMES = frozenset(option.name for option in dataclasses.fields(PruningOptions))
 SERVER_NAMES = frozenset(option.name for option in dataclasses.fields(ServerOptions))
-PruningOptions.REQUEST_NAMES = OPTION_NAMES - {"max_keep_tokens"}
 
 
 def is_count(value: Any, least: int) -> bool:
+    """Whether ``value`` is an integer, and no bool, from ``least``."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 

@@ -27,6 +27,7 @@ from llava.integrations.vllm.options import (
     PicturePlan,
     PruningOptions,
     ServerOptions,
+    host_fields,
     read_request_options,
     read_server_options,
 )
@@ -48,7 +49,7 @@ def encode_plan(plan: PicturePlan) -> Tensor:
 
 def decode_plans(field: Tensor | Sequence[Tensor] | None) -> list[PicturePlan]:
     """The plans of a batch of pictures: (pictures, bytes) where all are of one length, else a list."""
-    return [] if field is None else [PicturePlan.from_bytes(bytes(row.tolist())) for row in field]
+    return [] if field is None else [PicturePlan.from_bytes(row.cpu().numpy().tobytes()) for row in field]
 
 
 def server_options(model_config: Any) -> tuple[ServerOptions, PruningOptions]:
@@ -66,16 +67,10 @@ class PrunedProcessingInfo:
     @cached_property
     def script_options(self) -> tuple[ServerOptions, PruningOptions]:
         server, options = server_options(self.ctx.model_config)
-        pruner = options.pruner(self.script_fields)
+        pruner = options.pruner(host_fields(self.script_has_clip))
         if self.script_has_clip and pruner.needs & JOINT_FIELDS:
             joint_space_folder(server, self.get_hf_config())  # a missing file is told before anything is loaded
         return server, options
-
-    @property
-    def script_fields(self) -> frozenset[str]:
-        """Fields of `PruningInputs` that this host gives; relevance stands for the joint space where there is none."""
-        encoder = {"encoder_features"} if self.script_has_clip else set()
-        return JOINT_FIELDS | LANGUAGE_FIELDS | encoder
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         """The most tokens that a picture or video may give under this server's budget."""
@@ -85,9 +80,23 @@ class PrunedProcessingInfo:
             for modality in self.supported_mm_limits
         }
 
+    def script_most_tokens(
+        self, modality: str, options: PruningOptions, seq_len: int, mm_counts: Mapping[str, int]
+    ) -> int:
+        """A family's own: the most tokens that one picture or video may give. Arguments as vLLM's hook has them."""
+        raise NotImplementedError
+
 
 class PrunedProcessor:
     """Mixed in before a family's multi-modal processor."""
+
+    def script_placeholder(self, modality: str) -> list[int]:
+        """A family's own: the token ids that stand for a picture before it is replaced by its visual tokens."""
+        raise NotImplementedError
+
+    def script_views(self, modality: str, index: int, mm_items: Any, out_mm_kwargs: Any) -> tuple[int, int, int]:
+        """A family's own: views of a picture, tokens of each, and tokens beside them that stay when it is pruned."""
+        raise NotImplementedError
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         refuse_embeddings(inputs.mm_data_items)
@@ -100,7 +109,7 @@ class PrunedProcessor:
 
     def script_plans(self, inputs: Any, options: PruningOptions) -> dict[str, list[PicturePlan]]:
         """A plan for every picture of a request. Raises ValueError for a method that cannot be served."""
-        pruner = options.pruner(self.info.script_fields)
+        pruner = options.pruner(host_fields(self.info.script_has_clip))
         hashes = super()._get_mm_hashes(inputs)
         plans = {}
         for modality in self.info.script_modalities:

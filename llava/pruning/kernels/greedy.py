@@ -75,19 +75,21 @@ def _run(
         "enable_fp_fusion": True,  # whatever the version's default: duplicates are computed alike either way
     }
     if n <= ONE_LAUNCH:
-        chunk = min(TILE // whole, 16)
-        _loop[(views,)](
-            rank, matrix, values, weight, counted, order, n, k, epsilon, stop, CHUNK=chunk, **options
-        )  # fmt: skip
+        with torch.cuda.device_of(matrix):
+            _loop[(views,)](
+                rank, matrix, values, weight, counted, order, n, k, epsilon, stop,
+                CHUNK=min(TILE // whole, 16), **options,
+            )  # fmt: skip
         return
     here, there = values, torch.empty_like(values)
     placed_here, placed_there = (torch.zeros(views, dtype=torch.int32, device=rank.device) for _ in range(2))
     grid = (views, triton.cdiv(n, STEP_BLOCK))
     for step in range(k if member is None else n):  # views that are done return at once
-        _step[grid](
-            rank, matrix, here, there, placed_here, placed_there, weight, counted, order,
-            step, n, k, epsilon, stop, BLOCK=STEP_BLOCK, CHUNK=TILE // STEP_BLOCK, **options,
-        )  # fmt: skip
+        with torch.cuda.device_of(matrix):
+            _step[grid](
+                rank, matrix, here, there, placed_here, placed_there, weight, counted, order,
+                step, n, k, epsilon, stop, BLOCK=STEP_BLOCK, CHUNK=TILE // STEP_BLOCK, **options,
+            )  # fmt: skip
         here, there, placed_here, placed_there = there, here, placed_there, placed_here
 
 

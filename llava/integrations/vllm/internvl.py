@@ -1,0 +1,89 @@
+"""InternVL 2 to 3.5 (`InternVLChatModel`): m of the 256 tokens of every tile, the thumbnail among them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.model_executor.models.internvl import (
+    InternVLChatModel,
+    InternVLDummyInputsBuilder,
+    InternVLMultiModalProcessor,
+    InternVLProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.processing import cached_encode
+
+from llava.integrations.vllm.compatibility import check_hooks
+from llava.integrations.vllm.features import PictureFeatures, in_small_batches
+from llava.integrations.vllm.model import PrunedModel, gathered
+from llava.integrations.vllm.options import PruningOptions
+from llava.integrations.vllm.processing import PrunedProcessingInfo, PrunedProcessor, decode_plans, field_name
+
+check_hooks(
+    (InternVLChatModel, "extract_feature", ("pixel_values",)),
+    (InternVLChatModel, "_parse_and_validate_multimodal_inputs", ("kwargs",)),
+    (InternVLChatModel, "_process_vision_input", ("image_input",)),
+)
+
+
+class ScriptInternVLProcessingInfo(PrunedProcessingInfo, InternVLProcessingInfo):
+    def script_most_tokens(
+        self, modality: str, options: PruningOptions, seq_len: int, mm_counts: Mapping[str, int]
+    ) -> int:
+        tokens = self.get_hf_processor().image_seq_length
+        if modality == "video":  # served unpruned
+            return tokens * self.get_num_frames_with_most_features(seq_len, mm_counts)
+        return self.get_max_image_tokens() // tokens * options.most(tokens)
+
+
+class ScriptInternVLProcessor(PrunedProcessor, InternVLMultiModalProcessor):
+    def script_placeholder(self, modality: str) -> list[int]:
+        return cached_encode(self.info.get_tokenizer(), "<image>", add_special_tokens=False)
+
+    def script_views(self, modality: str, index: int, mm_items: Any, out_mm_kwargs: Any) -> tuple[int, int, int]:
+        tiles = int(out_mm_kwargs["image"][index]["image_num_patches"].data)
+        return tiles, self.info.get_hf_processor().image_seq_length, 0
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    ScriptInternVLProcessor, info=ScriptInternVLProcessingInfo, dummy_inputs=InternVLDummyInputsBuilder
+)
+class ScriptInternVLChatModel(PrunedModel, InternVLChatModel):
+    """vLLM's InternVL that gives m visual tokens of every tile of a picture."""
+
+    script_info = ScriptInternVLProcessingInfo
+
+    def embed_multimodal(self, **kwargs: object) -> tuple[Tensor, ...]:
+        plans = decode_plans(kwargs.pop(field_name("image"), None))
+        embeddings: tuple[Tensor, ...] = ()
+        for modality, given in self._parse_and_validate_multimodal_inputs(**kwargs).items():
+            if modality == "images":
+                embeddings += self.script_images(given, plans)
+            else:
+                embeddings += tuple(self._process_vision_input(given))
+        return embeddings
+
+    def script_images(self, given: Any, plans: list[Any]) -> tuple[Tensor, ...]:
+        """Rows (tiles * m, d) of every picture."""
+        counts = given["num_patches"].flatten().tolist()
+        tiles = given["pixel_values_flat"].split(counts)
+
+        def encode(numbers: list[int]) -> list[PictureFeatures]:
+            pixels = torch.cat([tiles[number] for number in numbers])
+            features = in_small_batches(self.extract_feature, pixels, self.script_server.views_at_once)
+            return [PictureFeatures(own) for own in features.split([counts[number] for number in numbers])]
+
+        pictures = self.script_features(plans, encode, given["pixel_values_flat"].device)
+        chosen = self.script_selector.select(pictures, plans)
+        return tuple(
+            picture.features.flatten(0, 1) if indices is None else gathered(picture.features, indices)
+            for picture, indices in zip(pictures, chosen, strict=True)
+        )
+
+    def get_encoder_cudagraph_config(self) -> Any:
+        """No graphs of the encoder: they would go past the selection."""
+        return dataclasses.replace(super().get_encoder_cudagraph_config(), modalities=[])
