@@ -75,9 +75,9 @@ def root(tmp_path_factory):
         )
         for number, (picture, fields) in enumerate(rows[:4])
     ]
-    data = write_pictures(root / "hallusion", "image", hallusion)
+    data = write_pictures(root / "hallusion", "test", hallusion)
     name = f"{JUDGE_FREE}_local"
-    write_task(tasks, "hallusion_bench/hallusion_bench_image.yaml", "image", data, name, JUDGE_FREE_METRICS)
+    write_task(tasks, "hallusion_bench/hallusion_bench_image.yaml", "test", data, name, JUDGE_FREE_METRICS)
     return root
 
 
