@@ -126,7 +126,7 @@ class PrunedProcessor:
         for modality in self.info.script_modalities:
             pictures = hashes.get(modality, [])
             queries: list[str | None] = [None] * len(pictures)
-            if reads_question(pruner):
+            if options.prunes and reads_question(pruner):
                 if options.query is None:
                     queries = self.script_questions(inputs.prompt, modality, options, len(pictures))
                 else:
