@@ -12,4 +12,11 @@ ANSWER_FORMAT_INSTRUCTIONS = (
     "Answer the question using a single word or phrase.",
     "Answer with the option's letter from the given choices directly.",
     "请直接回答选项字母。",
+    # of the benchmarks that come through lmms-eval
+    "Answer the question with a single word.",
+    "Select the best answer to the following multiple-choice question based on the video and the subtitles. "
+    "Respond with only the letter (A, B, C, or D) of the correct option.",
+    "The best answer is:",
+    "Only give the best option.",
+    "Best option: (",
 )

@@ -14,7 +14,10 @@ if not torch.cuda.is_available():
 
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
-from records import GOLDEN, load_picture, unpack
+from records import GOLDEN, load_picture, unpack, write_shards
+
+for sharded in (GOLDEN / "checkpoints").glob("*-sharded"):
+    write_shards(sharded)
 
 
 @cache

@@ -2,13 +2,14 @@
 
 import json
 import lzma
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load
+from safetensors.torch import load, save_file
 
 GOLDEN = Path(__file__).parent / "golden"
 PICTURES = ("square336", "land640x480", "tall300x900", "wide1000x400", "odd501x333", "small97x61")
@@ -35,6 +36,26 @@ def unpack(folder, target):
         packed.with_suffix("").write_bytes(lzma.decompress(packed.read_bytes()))
         packed.unlink()
     return target
+
+
+def write_shards(sharded):
+    """Fill a golden checkpoint stored as its index alone with shards, from the one that has the same weights whole.
+
+    Two copies of the same random numbers would be the largest thing in this repository.
+    """
+    whole = sharded.with_name(sharded.name.removesuffix("-sharded"))
+    index = next(sharded.glob("*.index.json"))
+    in_pickles = index.name.startswith("pytorch_model.bin")
+    name = "pytorch_model.bin" if in_pickles else "model.safetensors"
+    weights = torch.load(whole / name, weights_only=True) if in_pickles else load((whole / name).read_bytes())
+    shards = {}
+    for tensor, shard in json.loads(index.read_text())["weight_map"].items():
+        shards.setdefault(shard, {})[tensor] = weights[tensor].clone()
+    for shard, tensors in shards.items():
+        if not (sharded / shard).is_file():
+            partial = sharded / f"{shard}.{os.getpid()}"  # another run may do the same at the same time
+            torch.save(tensors, partial) if in_pickles else save_file(tensors, partial, metadata={"format": "pt"})
+            partial.replace(sharded / shard)
 
 
 def load_picture(name):

@@ -127,7 +127,8 @@ def test_refusals(tmp_path):
     copy.mkdir()
     for file in CHECKPOINTS[0].iterdir():
         (copy / file.name).symlink_to(file)
-    values = json.loads((copy / "config.json").read_text()) | {"mm_projector_type": "linear"}
+    values = json.loads((copy / "config.json").read_text())
+    values |= {"mm_projector_type": "linear", "mm_vision_tower": str(CHECKPOINTS[0].parent / "clip-toy-336")}
     (copy / "config.json").unlink()
     (copy / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="mm_projector_type 'linear'"):

@@ -19,10 +19,10 @@ from transformers import (
     StaticCache,
 )
 
+from llava.decoder.pruning import DecoderPruning, find_pruning, pruning_decoder
+from llava.decoder.stages import PictureSpan, PromptRow
 from llava.eval.cost import prefill_flops
 from llava.mm_utils import process_images
-from llava.model.decoder_pruning import DecoderPruning, find_pruning, pruning_decoder
-from llava.model.prompt_stages import PictureSpan, PromptRow
 from llava.pruning import get_pruner
 from llava.pruning.decoder import Cut
 from llava.pruning.fastv import FastV

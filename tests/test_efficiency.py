@@ -1,5 +1,6 @@
 """The efficiency command: its counts against formulas, its limit against the model's own path, its table."""
 
+import dataclasses
 import json
 from functools import partial
 
@@ -96,6 +97,30 @@ def test_a_method_that_this_model_cannot_host_keeps_its_line_and_says_why():
     measure(one, rows, repeats=1, warm_up=0, new_tokens=2)
     assert "tokenizer" in summary_of(rows[1], None, rows[0])["note"]
     assert rows[0].seconds["first token"]
+
+
+def test_figures_of_a_video():
+    """LLaVA-Video's preset with smaller numbers: tokens per frame, newlines of the unpruned clip, no joint space."""
+    sizes = {
+        "width": 64,
+        "layers": 2,
+        "heads": 4,
+        "key_value_heads": 2,
+        "ffn": 96,
+        "tower": (32, 2, 2, 48),
+        "frames": 3,
+    }
+    geometry = dataclasses.replace(GEOMETRIES["llava-video-7b"], **sizes, vocabulary=2048)
+    model, image_processor = build_random(geometry, torch.float32, "cpu")
+    subject = Subject(model, image_processor, geometry.picture, 2, "cpu", geometry.frames)
+    rows = make_rows(["script", "cdpruner"], [16], subject.tokens_per_view)
+    assert measure(subject, rows, repeats=1, warm_up=0, new_tokens=2) == 1
+    unpruned, limit, script, cdpruner = (summary_of(row, rows[1], rows[0]) for row in rows)
+    assert unpruned["visual_tokens"] == 3 * 13 * 14
+    assert limit["visual_tokens"] == script["visual_tokens"] == 3 * 16
+    assert script["visual_cache_bytes"] == 2 * 2 * 48 * 32 * 4
+    assert rows[2].pruner.relevance == "projector"
+    assert "joint space" in cdpruner["note"]
 
 
 TINY_TEXT = {

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from llava.eval import report
+from llava.eval import report, study_runs
 from llava.eval.cost import prefill_flops
-from llava.eval.files import write_json
+from llava.eval.files import read_json, write_json
 from llava.eval.paper import PAPER_ROWS
 
 
@@ -82,7 +82,7 @@ def test_the_papers_relative_follows_from_its_averages():
 def test_the_same_run_twice_is_refused(tmp_path):
     paths = [make_run(tmp_path / part, "sqa", "full", 60.0) for part in ("A", "I")]
     with pytest.raises(ValueError, match="same benchmark, tag and seed"):
-        report.make_rows([report.read_run(path) for path in paths], {})
+        report.make_rows([study_runs.read_run(path) for path in paths], {})
 
 
 def test_work_that_was_not_noted_is_a_dash(tmp_path):
@@ -90,19 +90,19 @@ def test_work_that_was_not_noted_is_a_dash(tmp_path):
     summary = json.loads((path / "summary.json").read_text())
     del summary["prefill_flops"]
     write_json(path / "summary.json", summary)
-    rows = report.make_rows([report.read_run(path)], {})
+    rows = report.make_rows([study_runs.read_run(path)], {})
     assert report.cells(rows[0], rows)[-3] == "–"
 
 
 def test_methods_inside_the_decoder_are_shown_by_their_average(tmp_path):
     """FastV at 64: 30 tokens after two layers of 576; the work is that of the layers, not of the average."""
     place = make_run(tmp_path, "gqa", "vtn_64-fastv", 50.0, 64)
-    summary = report.read_json(place / "summary.json")
+    summary = read_json(place / "summary.json")
     counts = [576] * 2 + [30] * 30
     summary |= {"visual_tokens": 30.0, "average_tokens": sum(counts) / 32}
     write_json(place / "summary.json", summary | {"prefill_flops": prefill_flops(counts, 4096, 11008)})
     paths = [make_run(tmp_path, "gqa", "full", 60.0), make_run(tmp_path, "gqa", "vtn_40", 52.0, 40), place]
-    rows = report.make_rows([report.read_run(path) for path in paths], {})
+    rows = report.make_rows([study_runs.read_run(path) for path in paths], {})
     assert [row.tokens for row in rows] == [576.0, 30.0, 40.0]  # sorted by the average
     assert rows[1].average == 64.125
     by_layer = sum(prefill_flops([count], 4096, 11008) for count in counts)
@@ -116,7 +116,7 @@ def test_seeds_servers_and_gaps(tmp_path):
         for suffix, score, seed in (("", 40.0, 0), ("-seed1", 50.0, 1))
     ]
     paths += [make_run(tmp_path, "gqa", "full", 60.0, code="other"), make_run(tmp_path, "vqav2", "vtn_8", None, 8)]
-    runs = [report.read_run(path) for path in paths]
+    runs = [study_runs.read_run(path) for path in paths]
     full, pruned = report.make_rows(runs, dict([report.parse_value("vqav2:vtn_8=70.5")]))
     assert (pruned.scores, pruned.seeds) == ({"vqav2": 70.5, "gqa": 45.0}, 2)
     assert pruned.acc == 45.0  # over GQA, which alone both rows have
@@ -137,7 +137,7 @@ def test_comparison(tmp_path):
     b = {str(i): float(i % 4 > 1) for i in range(30)}
     paths = [make_run(tmp_path, "gqa", f"vtn_8-seed{s}", 50.0 + s, 8, s, items=a) for s in (1, 2, 3)]
     paths += [make_run(tmp_path, "gqa", f"vtn_4-seed{s}", 40.0 + s * s, 4, s, items=b) for s in (1, 2, 3)]
-    text = report.comparison([report.read_run(path) for path in paths], "vtn_8", "vtn_4")
+    text = report.comparison([study_runs.read_run(path) for path in paths], "vtn_8", "vtn_4")
     expected = scipy.ttest_rel(list(a.values()), list(b.values())).pvalue
     assert f"30 pairs, difference +0.2000, p = {expected:.3g} (t-test)" in text
     assert "GQA, seeds: 3 pairs, difference +7.3333" in text

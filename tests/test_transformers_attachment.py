@@ -192,6 +192,23 @@ def simple_processor(tokenizer):
     )
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_compiled_decoding_with_a_static_cache(name):
+    """The same tokens, and no hook breaks the graph of a decode step."""
+    host = family(name)
+    compilation = hf.CompileConfig(backend="eager", fullgraph=False, mode=None)
+    compilation._compile_all_devices = True  # the library compiles on accelerators alone
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with PRUNER(host.model):
+        expected = greedy(host.model, host.batch())
+        options = {"cache_implementation": "static", "compile_config": compilation}
+        assert torch.equal(greedy(host.model, host.batch(), **options), expected)
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0
+    assert not torch._dynamo.utils.counters["graph_break"]
+    torch._dynamo.reset()
+
+
 # --- limits, prompts, caches ---------------------------------------------------------------------------------------
 
 
@@ -345,8 +362,21 @@ def test_classes_that_do_not_fit_are_refused_with_the_list(host):
 def test_a_language_model_that_is_called_otherwise_is_refused(host):
     model = copy.deepcopy(host.model)
     base = model.model
-    inner = base.forward
     base.forward = lambda **arguments: base.language_model(input_ids=arguments["input_ids"])
     with PRUNER(model), pytest.raises(UnsupportedModelError, match="not called with inputs_embeds="):
         greedy(model, host.batch())
-    assert inner is not base.forward
+
+
+def test_features_that_do_not_reach_the_placeholders_are_refused(host):
+    """A class that computes features and gives its language model something else: cross-attention, discrete tokens."""
+    model = copy.deepcopy(host.model)
+    base = model.model
+
+    def forward(**named):
+        base.get_image_features(named.pop("pixel_values"))
+        embeds = base.get_input_embeddings()(named.pop("input_ids"))
+        return base.language_model(inputs_embeds=embeds, attention_mask=named["attention_mask"])
+
+    base.forward = forward
+    with PRUNER(model), pytest.raises(UnsupportedModelError, match="image placeholders are not its image features"):
+        greedy(model, host.batch())

@@ -10,7 +10,7 @@ from transformers_families import IMAGE, MAKERS, TEXT, VIDEO, family
 
 FAMILIES = sorted(MAKERS)
 NEW = 5
-MASK_BEFORE_THE_DOOR = {"gemma3", "paligemma", "aya_vision"}  # the language model alone would build another mask
+MASK_BEFORE_THE_DOOR = {"gemma3", "paligemma"}  # the language model alone would build another mask
 REFUSES_ASSISTANTS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma"}  # the library itself, see below
 
 

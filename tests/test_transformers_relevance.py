@@ -23,6 +23,8 @@ ON_ALL_HOSTS = [
     if pruner_class(name).place == "projected" and pruner_class(name)().needs <= {"image_embeds", "text_embeds"}
 ]
 
+IN_DECODERS = [name for name in list_pruners() if pruner_class(name).place == "decoder"]
+
 
 @pytest.fixture(scope="module")
 def words():
@@ -151,11 +153,14 @@ def test_pooled_tokens_take_the_places_of_others():
     assert torch.equal(torch.cat([pooled[:4], pooled[8:]]), whole[~visual])
 
 
-def test_methods_that_need_more_say_where_they_act(words):
-    host = family("qwen2_5_vl")
-    for name in sorted(set(list_pruners()) - set(ON_ALL_HOSTS)):
-        with pytest.raises(ValueError, match=f"'{name}' acts .*Qwen2_5_VLForConditionalGeneration"):
-            get_pruner(name)(host.model, words).__enter__()
+@pytest.mark.parametrize("name", sorted(set(list_pruners()) - set(ON_ALL_HOSTS) - set(IN_DECODERS)))
+def test_methods_that_need_more_say_where_they_act(name, words):
+    for host in ("qwen2_5_vl", "llava_next", "llava_onevision", "internvl", "paligemma"):
+        with pytest.raises(ValueError, match=f"'{name}' acts on .* in {type(family(host).model).__name__}: "):
+            get_pruner(name).attach(family(host).model, words)
+    if pruner_class(name).place == "encoder":
+        with pytest.raises(ValueError, match="makes tokens, which have no position"):
+            get_pruner(name).attach(family("llava").model, words, positions="original")
 
 
 # --- joint spaces --------------------------------------------------------------------------------------------------
@@ -171,7 +176,7 @@ def llava_like_the_toy():
 def test_clip_relevance_is_read_in_clips_space(words):
     model = llava_like_the_toy()
     host = Family("llava", model, {"pixel_values": pixels(3, 3, 336, 336)}, [576] * 3)
-    space = ClipJointSpace(find_folder(str(TOY_CLIP)), torch.float32, "cpu")
+    space = ClipJointSpace.load(find_folder(str(TOY_CLIP)), torch.float32, "cpu")
     questions = ["What color is the star?", "Is there a cup?"]
     with torch.no_grad():
         hidden = model.model.vision_tower(host.images["pixel_values"], output_hidden_states=True).hidden_states[-2]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava.model import view_layout
 from llava.serve import cli
 from records import GOLDEN
 
@@ -38,6 +39,18 @@ def test_unpruned_with_the_checkpoints_newlines(run):
     code, out, _ = run("--query", "What moves?", "--num-frames", "4", checkpoint="llava-onevision-tiny-qwen2-ov")
     assert code == 0
     assert "784 of 784 visual tokens (196 x 4 per view, and 1 newlines), nothing pruned" in out
+
+
+def test_a_picture_that_the_model_shrinks_says_so(run, video, monkeypatch):
+    monkeypatch.setattr(view_layout, "SHRINK_ABOVE", 0.5)  # no golden picture is large enough for a maximum of nine
+    view_layout.tiled_layout.cache_clear()
+    shown = ["--image-file", str(video / "images/wide1500x300.png")]
+    code, out, err = run("--query", "What?", *shown, checkpoint="llava-onevision-tiny-qwen2-ov", source=None)
+    view_layout.tiled_layout.cache_clear()
+    assert code == 0, err
+    assert re.search(
+        r"\d+ of 3645 visual tokens \(resized by the model itself, and \d+ newlines\), nothing pruned", out
+    )
 
 
 def test_a_budget_for_the_clip(run):

@@ -200,3 +200,9 @@ def test_recorded_templates(loaded):
             conversation.append_message(conversation.roles[i % 2], turn)
         assert conversation.get_prompt() == entry["prompt"]
         assert tokenizer_image_token(entry["prompt"], tokenizer) == entry["input_ids"]
+
+
+def test_recorded_token_ids(loaded):
+    for tokenizer in (loaded["llava_video"][0], loaded["llava_onevision"][0]):  # without and with tokenizer.json
+        for entry in recorded("prompts_tokens")["strings"]:
+            assert tokenizer_image_token(entry["text"], tokenizer) == entry["input_ids"], entry["text"]

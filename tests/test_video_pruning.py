@@ -271,7 +271,8 @@ def test_a_folder_of_siglip_can_be_given(video):
 
 
 @pytest.mark.parametrize("name", [name for name in list_pruners() if name not in ON_VIDEO])
-def test_methods_before_the_projector_are_refused(loaded, model, pixels, name):
+def test_methods_before_the_projector_are_refused(loaded, model, pixels, monkeypatch, name):
+    monkeypatch.setattr(model.get_vision_tower(), "observe", None)  # before the tower runs
     with pytest.raises(ValueError, match=f"'{name}' acts before the projector"):
         embed(model, ids_of(loaded), pixels[:1], pruner=get_pruner(name, keep_tokens=64))
 
@@ -322,9 +323,9 @@ def test_rows_on_demand_are_the_matrix():
     features = torch.randn(2, 301, 16, dtype=torch.float64)
     features[:, 7] = 0
     features[:, 9] = features[:, 8]
-    matrix, rows = cosine_similarity(features), CosineRows(features)
-    chosen = torch.tensor([[3], [7]])
-    assert torch.allclose(rows.rows(chosen)[:, 1], matrix[torch.arange(2), chosen[:, 0]])
+    matrix = cosine_similarity(features)
+    tokens = torch.tensor([3, 7, 8])
+    assert torch.allclose(CosineRows(features[0]).rows(tokens), matrix[0, tokens])
     relevance = torch.rand(2, 301, dtype=torch.float64)
     assert torch.equal(
         map_rank_by_rows(features, 40, relevance=relevance), greedy_map_rank(matrix, 40, relevance=relevance)

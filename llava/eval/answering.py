@@ -121,24 +121,27 @@ class Answerer:
         kept = iter(prompts.kept)
         answers = []
         for item, text in zip(batch, texts, strict=True):
-            cost = self.cost_of(next(kept)) if item.pixels is not None else None
+            cost = cost_of(next(kept), self.model.config) if item.pixels is not None else None
             answers.append((text.split(stop)[0].strip(), cost))
         return answers
 
-    def cost_of(self, tokens: KeptTokens) -> dict[str, float]:
-        """Visual tokens left at the end of the decoder, their mean over layers, newline tokens, and prefill work.
 
-        What a method inside the decoder has made of dropped tokens is among those left. Such methods rank newline
-        tokens like any other: their mean and their work count them.
-        """
-        config = self.model.config
-        per_layer = tokens.per_layer or [tokens.patches] * config.num_hidden_layers
-        return {
-            "visual_tokens": tokens.patches + tokens.recycled,
-            "average_tokens": fmean(per_layer),
-            "newline_tokens": tokens.newlines,
-            "prefill_flops": prefill_flops(per_layer, config.hidden_size, config.intermediate_size),
-        }
+def cost_of(tokens: KeptTokens, config: Any) -> dict[str, float]:
+    """Visual tokens left at the end of the decoder, their mean over layers, newline tokens, and prefill work.
+
+    What a method inside the decoder has made of dropped tokens is among those left. Such methods rank newline
+    tokens like any other: their mean and their work count them.
+
+    Args:
+        config: the language model's.
+    """
+    per_layer = tokens.per_layer or [tokens.patches] * config.num_hidden_layers
+    return {
+        "visual_tokens": tokens.patches + tokens.recycled,
+        "average_tokens": fmean(per_layer),
+        "newline_tokens": tokens.newlines,
+        "prefill_flops": prefill_flops(per_layer, config.hidden_size, config.intermediate_size),
+    }
 
 
 def prepared_batches(

@@ -76,6 +76,7 @@ def measure(
     try:
         for row in tqdm(rows, desc="work and memory", leave=False):
             with guarded(row):
+                row.pruner = subject.suited(row.pruner)
                 for figures in subject.counts(row):
                     row.figures |= figures
         for repeat in range(warm_up + repeats):
@@ -164,16 +165,19 @@ def load_subjects(options: argparse.Namespace) -> Iterator[AnySubject]:
         return
     if options.model_path or options.preset == "toy":
         _, model, image_processor, _ = load_pretrained_model(options.model_path or DEFAULT_CHECKPOINT, **loaded)
-        size = (672, 672) if getattr(model.config, "image_aspect_ratio", None) == "anyres" else (336, 336)
+        size, frames = (
+            (672, 672) if getattr(model.config, "image_aspect_ratio", None) == "anyres" else (336, 336),
+            None,
+        )
     else:
         geometry = GEOMETRIES[options.preset]
         decoder = "meta" if options.counts_only else None
         model, image_processor = build_random(geometry, **loaded, decoder_device=decoder)
-        size = geometry.picture
+        size, frames = geometry.picture, geometry.frames
     if options.compile_tower:
         model.get_vision_tower().compile_layers()
     for batch in [1] if options.counts_only else options.batch_sizes:
-        yield Subject(model, image_processor, size, batch, options.device)
+        yield Subject(model, image_processor, size, batch, options.device, frames)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

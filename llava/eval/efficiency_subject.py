@@ -20,9 +20,10 @@ from llava.eval.selection_speed import extra_memory, synchronise
 from llava.mm_utils import process_images
 from llava.model.encoded_images import EncodedImages
 from llava.model.llava_arch import EmbeddedPrompts
-from llava.model.questions import Questions
+from llava.model.questions import Questions, suited
 from llava.model.token_selection import select_tokens
 from llava.pruning import Pruner
+from llava.video import process_video
 
 STAGES = ("preprocess", "vision", "text tower", "selection", "prefill", "first token", "decode")
 QUESTION = "What color is the star?"
@@ -65,13 +66,22 @@ class Clock(BaseStreamer):
 
 
 class Subject:
-    """The model under measurement, with a picture and a prompt for each of ``batch`` rows.
+    """The model under measurement, with a picture or a video and a prompt for each of ``batch`` rows.
 
     `preprocess` to `prefill` are the stages of the pipeline; `answer` is all of it as a user runs it.
     """
 
-    def __init__(self, model: Any, image_processor: Any, size: tuple[int, int], batch: int, device: str) -> None:
+    def __init__(
+        self,
+        model: Any,
+        image_processor: Any,
+        size: tuple[int, int],
+        batch: int,
+        device: str,
+        frames: int | None = None,
+    ) -> None:
         self.model, self.image_processor, self.batch, self.device = model, image_processor, batch, device
+        self.frames, self.modality = frames, "image" if frames is None else "video"
         self.dtype = next(model.parameters()).dtype
         self.only_counts = model.lm_head.weight.is_meta
         generator = torch.Generator().manual_seed(0)
@@ -85,19 +95,25 @@ class Subject:
         self.chosen: Tensor | None = None
         self.encoded: EncodedImages | None = None
         self.vision_macs = 0
-        self.pixels = self.preprocess().to(device, self.dtype)
+        self.pixels = [pixels.to(device, self.dtype) for pixels in self.preprocess()]
+        if frames is None:
+            self.pixels = torch.stack(self.pixels)
+        layout, _ = self.model.layouts_of(self.pixels, self.sizes, self.modality)[0]
+        self.tokens_per_view = layout.eligible.shape[1]
 
-    @property
-    def tokens_per_view(self) -> int:
-        return self.model.get_vision_tower().num_patches
+    def suited(self, pruner: Pruner | None) -> Pruner | None:
+        """The form of a method that this model can host. Raises ValueError if there is none."""
+        return None if pruner is None else suited(self.model, pruner)
 
-    def preprocess(self) -> Tensor:
-        """Pictures -> pixels (batch, views or nothing, 3, s, s) float32."""
-        return process_images(self.pictures, self.image_processor, self.model.config)
+    def preprocess(self) -> Tensor | list[Tensor]:
+        """Pictures -> pixels (batch, views or nothing, 3, s, s) float32; videos -> a list of (frames, 3, s, s)."""
+        if self.frames is None:
+            return process_images(self.pictures, self.image_processor, self.model.config)
+        return [process_video([picture] * self.frames, self.image_processor) for picture in self.pictures]
 
     def encode(self) -> EncodedImages:
         """Pixels -> projected features, the tower and the projector."""
-        return self.model.encode_pictures(self.pixels, self.sizes)
+        return self.model.encode_pictures(self.pixels, self.sizes, self.modality)
 
     def read_question(self, row: Row) -> Questions:
         """The text tower, where the method asks for it."""
@@ -121,8 +137,10 @@ class Subject:
     def embed(self, row: Row, images: Tensor | EncodedImages) -> EmbeddedPrompts | Tensor:
         """The prompts with the visual tokens in their place; embeddings (batch, T, d) alone for the limit."""
         if row.name != "limit":
-            asked = {"images": images, "image_sizes": self.sizes, "pruner": row.pruner, "query": self.queries}
-            return self.model.embed_prompts(self.ids, **asked, padding_side="left")
+            asked = {"image_sizes": self.sizes, "pruner": row.pruner, "query": self.queries}
+            return self.model.embed_prompts(
+                self.ids, images=images, modalities=self.modality, **asked, padding_side="left"
+            )
         encoded = images if isinstance(images, EncodedImages) else self.encode()
         before, after = (
             self.model.get_input_embeddings()(ids.to(self.device))

@@ -28,6 +28,7 @@ from llava.eval.efficiency_subject import QUESTION, TEXT_AFTER, TEXT_BEFORE, Clo
 from llava.eval.geometry import randomise
 from llava.eval.selection_speed import extra_memory, synchronise
 from llava.model.builder import DEFAULT_CHECKPOINT, read_config
+from llava.pruning import Pruner
 
 PLACEHOLDER = 2000  # id of the image token: any that the text does not use
 QWEN_7B = {
@@ -126,6 +127,7 @@ class TransformersSubject:
     def __init__(self, subject: VisionLanguageModel, batch: int, device: str) -> None:
         self.model, self.tokens, self.views = subject.model, subject.tokens, subject.views
         self.batch, self.device = batch, device
+        self.tokens_per_view = self.tokens // self.views
         self.dtype = next(self.model.parameters()).dtype
         self.tokenizer = AutoTokenizer.from_pretrained(
             DEFAULT_CHECKPOINT, config=read_config(Path(DEFAULT_CHECKPOINT))
@@ -141,9 +143,9 @@ class TransformersSubject:
         if "image_grid_thw" in self.visual:
             self.arguments["mm_token_type_ids"] = (ids == PLACEHOLDER).int()
 
-    @property
-    def tokens_per_view(self) -> int:
-        return self.tokens // self.views
+    def suited(self, pruner: Pruner | None) -> Pruner | None:
+        """The method itself: what this model cannot host is refused when it is attached."""
+        return pruner
 
     def encode(self) -> Any:
         """Pixels -> projected features."""

@@ -12,12 +12,15 @@ from pathlib import Path
 import torch
 
 import llava
-from llava.checkpoint import find_folder, read_json, weight_files
+from llava.checkpoint import find_folder, weight_files
+from llava.model.builder import read_config
+from llava.model.multimodal_encoder.siglip_encoder import folder_at_hand
 
 LIBRARIES = ("torch", "transformers", "accelerate", "pillow", "numpy")
 # Of the evaluation, what a question or an answer passes through; reports and scorers change none, but MMBench's says
 # which options are shown.
 ANSWERING = ("eval/answering.py", "eval/benchmarks.py", "eval/files.py", "eval/run.py", "eval/scorers/mmbench.py")
+ANSWERING += ("eval/harness_model.py",)  # through lmms-eval; the same hash, so that both kinds of run share a row
 SAMPLE_BYTES = 2**20
 
 
@@ -56,7 +59,12 @@ def checkpoint_identity(model_path: str, model_base: str | None = None) -> str:
     """
     folder = find_folder(model_path)
     folders = [folder, *([find_folder(model_base)] if model_base else [])]
-    folders.append(find_folder(read_json(folder / "config.json")["mm_vision_tower"], near=folder))
+    config = read_config(folder, folders[-1])
+    if config.mm_vision_tower_type == "siglip":  # its weights are in the checkpoint; the folder serves relevance
+        tower = folder_at_hand(config.mm_vision_tower, near=folder)
+    else:
+        tower = find_folder(config.mm_vision_tower, near=folder)
+    folders += [tower] if tower is not None else []
     parts: list[bytes] = []
     for place in folders:
         weights = set(weight_files(place)) if place != folder or model_base is None else set(place.glob("*.bin"))

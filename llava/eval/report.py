@@ -1,6 +1,8 @@
 """The table of a study: methods x budgets against benchmarks, with averages, tokens, theoretical work and time.
 
 python -m llava.eval.report playground/data/eval/*/answers/*/llava-v1.5-7b/*.run
+
+Runs of this evaluation and of lmms-eval (`llava.eval.harness`) stand in one table.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from llava.eval.files import read_json, write_json, write_whole
-from llava.eval.journal import run_folder
+from llava.eval.files import write_json, write_whole
 from llava.eval.paper import PAPER_NOTES, PAPER_ROWS
 from llava.eval.significance import compare_items, compare_seeds
+from llava.eval.study_runs import UNPRUNED, StudyRun, read_runs
 
 COLUMNS = {
     "vqav2": "VQAv2",
@@ -32,9 +34,21 @@ COLUMNS = {
     "mmbench": "MMB",
     "mmbench_cn": "MMB-CN",
     "mmvet": "MM-Vet",
+    "mlvu": "MLVU",
+    "mvbench": "MVBench",
+    "longvideobench": "LVB",
+    "longvideobench_perception": "LVB-perception",
+    "longvideobench_relation": "LVB-relation",
+    "videomme": "Video-MME",
+    "videomme_short": "VMME-short",
+    "videomme_medium": "VMME-medium",
+    "videomme_long": "VMME-long",
+    "ai2d": "AI2D",
+    "chartqa": "ChartQA",
+    "ocrbench": "OCRBench",
+    "hallusionbench": "HallusionBench",
 }
-MME_SCALE = 20.0  # brings perception's total of 2000 to 0..100
-UNPRUNED = "unpruned"
+SCALES = {"mme": 20.0, "ocrbench": 10.0}  # bring perception's total of 2000 and 1000 points to 0..100
 COST_NOTE = (
     "Tokens: visual tokens of a picture that are left at the end of its way through the decoder. Average: their mean "
     "over layers, for methods inside the decoder with newline tokens, which they rank like any other. TFLOPs: "
@@ -43,47 +57,8 @@ COST_NOTE = (
 
 
 def average(scores: dict[str, float]) -> float:
-    """Acc.: plain mean over benchmarks, MME divided by 20."""
-    return fmean(score / MME_SCALE if name == "mme" else score for name, score in scores.items())
-
-
-@dataclass
-class StudyRun:
-    """One finished run as its folder tells it."""
-
-    folder: Path
-    settings: dict
-    record: dict
-    summary: dict
-    score: dict | None
-
-    @property
-    def name(self) -> str:
-        return self.folder.name.removesuffix(".run")
-
-    @property
-    def method(self) -> str:
-        return UNPRUNED if self.settings["pruner"] is None else self.settings["pruner"]["name"]
-
-    @property
-    def tag(self) -> str:
-        """Its name without the seed."""
-        return re.sub(r"-seed\d+$", "", self.name)
-
-    @property
-    def checkpoint(self) -> tuple[str, str]:
-        return self.settings["model"], self.settings["checkpoint"]
-
-
-def read_run(path: Path) -> StudyRun:
-    """A run by its folder or its answers file. Raises ValueError if it is not complete."""
-    folder = path if path.suffix == ".run" else run_folder(path)
-    if not (folder / "summary.json").is_file():
-        raise ValueError(f"{folder} is no complete run: it has no summary.json")
-    config = read_json(folder / "config.json")
-    score = read_json(folder / "score.json") if (folder / "score.json").is_file() else None
-    summary = read_json(folder / "summary.json")
-    return StudyRun(folder, config["settings"], config["record"], summary, score)
+    """Acc.: plain mean over columns, MME divided by 20 and OCRBench by 10."""
+    return fmean(score / SCALES.get(name, 1.0) for name, score in scores.items())
 
 
 @dataclass
@@ -104,6 +79,7 @@ class Row:
     seconds: float = 0.0
     rate: float = 0.0
     skipped: int = 0
+    unreadable: int = 0
     acc: float | None = None
     relative: float | None = None
 
@@ -132,7 +108,8 @@ def _row(key: tuple, runs: list[StudyRun], values: dict[tuple[str, str], float])
         if same is not run:
             raise ValueError(f"{same.folder} and {run.folder} are the same benchmark, tag and seed: give one of them")
         if run.score is not None:
-            scores[run.settings["benchmark"]].append(run.score["score"])
+            for name, score in run.score.get("columns", {run.settings["benchmark"]: run.score["score"]}).items():
+                scores[name].append(score)
     for (benchmark, of_tag), value in values.items():
         if of_tag == tag:
             scores[benchmark] = [value]
@@ -148,6 +125,7 @@ def _row(key: tuple, runs: list[StudyRun], values: dict[tuple[str, str], float])
     questions = sum(run.summary["questions"] for run in runs)
     row.rate = questions / row.seconds if row.seconds else 0.0
     row.skipped = sum(run.summary["skipped"] for run in runs)
+    row.unreadable = sum(run.summary.get("unreadable", 0) for run in runs)
     return row
 
 
@@ -179,6 +157,7 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
     numbers = [row.scores.get(name) for name in shown] + [row.acc, row.relative]
     method = row.method + (f" (mean of {row.seeds} seeds)" if row.seeds > 1 else "")
     method += f" ({row.skipped} questions skipped)" if row.skipped else ""
+    method += f" ({row.unreadable} unreadable, scored as empty answers)" if row.unreadable else ""
     rest = [
         f"{row.tokens:.1f}",
         f"{row.average:.1f}",
@@ -215,9 +194,11 @@ def markdown(rows: Sequence[Row], with_paper: bool = False) -> str:
     text += [f"| {' | '.join(line)} |" for line in lines[1:]]
     for checkpoint in dict.fromkeys(row.checkpoint for row in rows):
         own = [row for row in rows if row.checkpoint == checkpoint]
-        common = [COLUMNS[name] for name in COLUMNS if all(name in row.scores for row in own)]
+        common = [name for name in COLUMNS if all(name in row.scores for row in own)]
+        titles = ", ".join(COLUMNS[name] for name in common) or "no common benchmark"
+        ocrbench = ", OCRBench / 10" if "ocrbench" in common else ""
         text.append("")
-        text.append(f"{own[0].model}: Acc. is the mean over {', '.join(common) or 'no common benchmark'} (MME / 20).")
+        text.append(f"{own[0].model}: Acc. is the mean over {titles} (MME / 20{ocrbench}).")
         if any(row.relative is None for row in own):
             text.append("Relative is empty where no unpruned run of the same checkpoint and code was given.")
     text += ["", COST_NOTE]
@@ -299,7 +280,13 @@ def parse_value(text: str) -> tuple[tuple[str, str], float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0 if all went well, 2 with one line on standard error if it could not."""
     parser = argparse.ArgumentParser(prog="python -m llava.eval.report", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="<tag>.run folders or answer files")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="<tag>.run folders, answer files, or lmms-eval's result files",
+    )
     parser.add_argument("--value", nargs="+", default=[], metavar="BENCH:TAG=SCORE", help="a server's scores")
     parser.add_argument("--paper", action="store_true", help="add the paper's rows")
     parser.add_argument("--compare", nargs=2, metavar="TAG", help="paired tests between two tags")
@@ -308,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="picture of Relative against tokens")
     options = parser.parse_args(arguments)
     try:
-        runs = [read_run(path) for path in options.runs]
+        runs = [run for path in options.runs for run in read_runs(path)]
         rows = make_rows(runs, dict(map(parse_value, options.value)))
         print(markdown(rows, options.paper), end="")
         if options.csv:

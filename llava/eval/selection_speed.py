@@ -71,6 +71,15 @@ def extra_memory(call: Callable[[], object], device: str) -> int:
     return peak
 
 
+def describe_machine(device: str) -> dict[str, object]:
+    """What a measurement ran on."""
+    return {
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, object]:
     """Time the similarity product, its cosine form, the greedy loop as it runs and as it reads, the whole selection.
 
@@ -99,6 +108,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     seconds = time_rows(rows, arguments.repeats, arguments.device)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     beside = statistics.median(s - p for s, p in zip(seconds["selection"], seconds["product"], strict=True))
+    speed_up = statistics.median(p / f for p, f in zip(seconds["plain_loop"], seconds["loop"], strict=True))
     matrix = 4 * arguments.tokens**2 * arguments.views
     return {
         "views": arguments.views,
@@ -110,11 +120,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         "spread_ms": {name: [round(min(v) * 1e3, 2), round(max(v) * 1e3, 2)] for name, v in seconds.items()},
         "beside_product_ms": round(beside * 1e3, 2),
         "beside_product_ratio": round(beside / medians["product"], 3),
-        "loop_speed_up": round(medians["plain_loop"] / medians["loop"], 2),
+        "loop_speed_up": round(speed_up, 2),
         "extra_memory_in_matrices": round(extra_memory(rows["selection"], arguments.device) / matrix, 2),
-        "device": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else f"{platform.machine()} CPU",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **describe_machine(arguments.device),
     }
 
 

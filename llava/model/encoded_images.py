@@ -110,6 +110,11 @@ class EncodedImages:
             return stored
         wanted = tower.image_embeds_source if name == "image_embeds" else "layer_input"
         source = self.encoder_features if wanted == "encoder_features" else self._stored(wanted)
+        if name == "class_features" and not tower.class_tokens:
+            raise ValueError(
+                "this checkpoint's vision tower has no class token beside its patches: take a method, or an option of "
+                "it, that needs no class_features"
+            )
         if name in ("class_features", "pixels") or source is None:
             raise ValueError(f"these encoded images hold nothing for {name}: make them with encode_pictures")
         self._fields[name] = self._pooled(name, getattr(tower, name)(source))

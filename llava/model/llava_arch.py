@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import clean_question, last_question
+from llava.decoder.stages import PictureSpan
 from llava.model.encoded_images import EncodedImages
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.prompt_splicing import EmbeddedPrompts, match_images, pad_rows, splice
-from llava.model.prompt_stages import PictureSpan
 from llava.model.questions import Questions
 from llava.model.token_selection import (
     KeptTokens,
@@ -216,7 +216,9 @@ class LlavaMetaForCausalLM(ABC):
                 images, image_sizes, modalities, pruner, [queries[row] for row in owners], ids
             )
         embed = self.get_input_embeddings()
-        texts = embed(torch.cat(rows).clamp_min(0).to(embed.weight.device)).split([len(row) for row in rows])
+        texts = embed(torch.cat(rows).clamp_min(0).to(embed.weight.device, non_blocking=True)).split(
+            [len(row) for row in rows]
+        )
         spliced = [
             splice(row, text, label, [features[picture] for picture in pictures])
             for row, text, label, pictures in zip(rows, texts, row_labels, of_row, strict=True)
@@ -283,7 +285,7 @@ class LlavaMetaForCausalLM(ABC):
             made = encoded.derived[picture] if tokens.made is None else tokens.made.flatten(0, 1)
             if made is not None:
                 table = torch.cat([table, made.to(table.device, table.dtype)])
-            sequence = tokens.sequence.to(table.device)
+            sequence = tokens.sequence.to(table.device, non_blocking=True)
             row = table[sequence.clamp_min(0)]
             if tokens.newlines:
                 learned = {NEWLINE: "image_newline"}
@@ -363,7 +365,7 @@ class LlavaMetaForCausalLM(ABC):
         if prompts.pruner is not None:
             raise ValueError(
                 f"pruner '{prompts.pruner.name}' acts inside the decoder, which embeddings alone cannot make it do: "
-                "give it to generate or forward, or attach it with llava.model.decoder_pruning"
+                "give it to generate or forward, or attach it with llava.decoder.pruning"
             )
         mask, positions = prompts.attention_mask, prompts.position_ids
         if attention_mask is not None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.model.decoder_pruning import DecoderPruning
-from llava.model.prompt_stages import PictureSpan, PromptRow
+from llava.decoder.pruning import DecoderPruning
+from llava.decoder.stages import PictureSpan, PromptRow
 from llava.model.token_selection import KeptTokens
 from llava.pruning import DecoderPruner
 
@@ -125,5 +125,6 @@ def pad_rows(
         places.append(PromptRow(place.start, len(row), inside))
         if padded_labels is not None:
             padded_labels[i, place] = labels
-    mask, positions = mask.to(first.device), positions.to(first.device)
+    device = first.device
+    mask, positions = mask.to(device, non_blocking=True), positions.to(device, non_blocking=True)
     return EmbeddedPrompts(embeds, mask, positions, padded_labels, kept, places)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from llava.pruning import Pruner
 
 if TYPE_CHECKING:
     from llava.model.llava_arch import LlavaMetaForCausalLM
+
+logger = logging.getLogger(__name__)
 
 
 class Questions:
@@ -26,6 +29,9 @@ class Questions:
         pruner: says which embeddings are needed; ``None``, or one that keeps all of a view's ``tokens``, needs none.
         queries: one per picture; ``None`` where the prompt could not be read.
 
+    Attributes:
+        pruner: the one that will select, in the form that `suited` gives it; ``None`` if none will.
+
     Raises:
         ValueError: the pruner selects by the question and there is none.
     """
@@ -34,7 +40,8 @@ class Questions:
         self, model: LlavaMetaForCausalLM, pruner: Pruner | None, tokens: int, queries: Sequence[str | None]
     ) -> None:
         selects = pruner is not None and pruner.count(tokens) < tokens
-        needs = pruner.needs & {"text_embeds", "query_embeds"} if selects else frozenset()
+        self.pruner = suited(model, pruner) if selects else None
+        needs = self.pruner.needs & {"text_embeds", "query_embeds"} if selects else frozenset()
         self._embedded: dict[str, Tensor] = {}  # rows: distinct questions
         self._stream: torch.cuda.Stream | None = None
         if not needs:
@@ -77,3 +84,19 @@ def embed_queries(model: LlavaMetaForCausalLM, queries: Sequence[str]) -> tuple[
     padded = nn.utils.rnn.pad_sequence(ids, batch_first=True)
     mask = torch.arange(padded.shape[1]) < lengths[:, None]
     return embed(padded.to(device, non_blocking=True)), mask.to(device, non_blocking=True)
+
+
+def suited(model: LlavaMetaForCausalLM, pruner: Pruner) -> Pruner:
+    """The pruner itself, or its form for a model whose joint space is not at hand.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if "text_embeds" not in pruner.needs or model.get_vision_tower().has_joint_space:
+        return pruner
+    logger.warning(
+        "the full %s is not at hand: relevance comes from the projector's space, a weak signal; joint_space_path "
+        "(--siglip-path) says where it is",
+        model.get_vision_tower().name,
+    )
+    return pruner.without_joint_space()

@@ -104,7 +104,7 @@ def select_tokens(
     tokens = encoded.features.shape[1]
     if pruner is not None and not keeps_everything(pruner, tokens):
         check_possible(pruner, encoded)
-        pruner = suited(model, pruner)
+        pruner = questions.pruner
     if isinstance(pruner, DecoderPruner):
         return keep_until_the_decoder(pruner, encoded, model.config.num_hidden_layers)
     if pruner is None or keeps_everything(pruner, tokens):
@@ -143,30 +143,22 @@ def select_tokens(
     return kept
 
 
-def suited(model: LlavaMetaForCausalLM, pruner: Pruner) -> Pruner:
-    """The pruner itself, or its form for a model whose joint space is not at hand.
-
-    Raises:
-        ValueError: it has none.
-    """
-    if "text_embeds" not in pruner.needs or model.get_vision_tower().has_joint_space:
-        return pruner
-    logger.warning(
-        "the full %s is not at hand: relevance comes from the projector's space, a weak signal; joint_space_path "
-        "(--siglip-path) says where it is",
-        model.get_vision_tower().name,
-    )
-    return pruner.without_joint_space()
-
-
 def check_possible(pruner: Pruner, encoded: EncodedImages) -> None:
     """Raise ValueError if a method cannot be used on what it is given."""
-    if any(isinstance(layout.derived, SlowFast) for layout in encoded.layouts):
+    for layout in encoded.layouts:
+        check_layout(pruner, layout)
+
+
+def check_layout(pruner: Pruner, layout: ViewLayout) -> None:
+    """Raise ValueError if a method cannot be used on a picture or video of this layout."""
+    if keeps_everything(pruner, layout.eligible.shape[1]):
+        return
+    if isinstance(layout.derived, SlowFast):
         raise ValueError(
             "a slow/fast video (add_faster_video) is shortened already: it cannot be pruned as well; keep all tokens, "
             "or set add_faster_video to false"
         )
-    if encoded.pool_mode is not None and pruner.place in ("pixels", "encoder"):
+    if layout.pooled and pruner.place in ("pixels", "encoder"):
         raise ValueError(
             f"pruner '{pruner.name}' acts before the projector, on all patches of a view, but a video is pooled after "
             "it: take a method that acts on projected features or inside the decoder"
@@ -232,7 +224,13 @@ def keeps_everything(pruner: Pruner, tokens: int) -> bool:
 
 
 def layout_to_read(pruner: Pruner | None, layout: ViewLayout, with_padding: ViewLayout) -> ViewLayout:
-    """The layout that a pruner leaves tokens of: padding takes part only if it is told so."""
+    """The layout that a pruner leaves tokens of: padding takes part only if it is told so.
+
+    Raises:
+        ValueError: the method cannot be used on it; known before the tower runs.
+    """
+    if pruner is not None:
+        check_layout(pruner, layout)
     unpruned = pruner is None or isinstance(pruner, DecoderPruner)  # inside the decoder the prompt is the unpruned one
     if unpruned or pruner.scope == "official" or keeps_everything(pruner, layout.eligible.shape[1]):
         return layout

@@ -48,6 +48,7 @@ class ViewLayout:
         eligible: (V, n) bool, False at patches that show only padding.
         grid: (columns, rows) of the tiles that follow the overview; ``None`` where the views do not form a grid.
         derived: how the tokens after the patches come about; ``None`` if there are none.
+        pooled: whether a token mixes patches, as those of a video do.
         of_patches: the layout that pruning selects from where this one holds ``derived`` tokens.
     """
 
@@ -56,6 +57,7 @@ class ViewLayout:
     grid: tuple[int, int] | None = None
     derived: Resized | SlowFast | None = None
     of_patches: ViewLayout | None = None
+    pooled: bool = False
 
     @property
     def views(self) -> int:
@@ -213,7 +215,7 @@ def kept_sequence(layout: ViewLayout, kept: Tensor, count: int, keep_newlines: b
     Returns:
         (count,) flat patch numbers in the layout's order, on ``kept``'s device; with newlines, more.
     """
-    return layout.sequence.to(kept.device)[kept_places(layout, kept, count, keep_newlines)]
+    return layout.sequence.to(kept.device, non_blocking=True)[kept_places(layout, kept, count, keep_newlines)]
 
 
 def kept_places(layout: ViewLayout, kept: Tensor, count: int, keep_newlines: bool) -> Tensor:
@@ -222,7 +224,7 @@ def kept_places(layout: ViewLayout, kept: Tensor, count: int, keep_newlines: boo
     patches = layout.sequence != NEWLINE
     place[layout.sequence[patches]] = torch.arange(layout.sequence.numel())[patches]
     place[~layout.eligible.flatten()] = layout.sequence.numel()
-    places = place.to(kept.device)[kept].sort().values[:count]
+    places = place.to(kept.device, non_blocking=True)[kept].sort().values[:count]
     if keep_newlines:
         ends = (~patches).nonzero().flatten()
         overview = 0 if layout.grid is None else layout.eligible.shape[1]
@@ -257,6 +259,8 @@ def with_made_tokens(layout: ViewLayout, places: Tensor, made: Sequence[int], wi
                 chosen = range(min(leading, made[view])) if lead else range(min(leading, made[view]), made[view])
                 numbers += [first_made + view * width + token for token in chosen]
                 keys += [2 * start - 1 if lead and alone else 2 * end - 1] * len(chosen)
-    order = torch.cat([2 * places, torch.tensor(keys, dtype=places.dtype).to(places.device)]).argsort(stable=True)
-    kept = layout.sequence.to(places.device)[places]
-    return torch.cat([kept, torch.tensor(numbers, dtype=kept.dtype).to(kept.device)])[order]
+    order = torch.cat(
+        [2 * places, torch.tensor(keys, dtype=places.dtype).to(places.device, non_blocking=True)]
+    ).argsort(stable=True)
+    kept = layout.sequence.to(places.device, non_blocking=True)[places]
+    return torch.cat([kept, torch.tensor(numbers, dtype=kept.dtype).to(kept.device, non_blocking=True)])[order]

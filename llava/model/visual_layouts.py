@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,10 +89,12 @@ class VideoReading:
 
     def layout(self, frames: int, side: int) -> ViewLayout:
         """Where the tokens of a video of so many frames of side x side patches stand."""
-        pooled = pooled_side(side, self.pool_mode)
+        slow = pooled_side(side, self.pool_mode)
         if self.slow_every is None:
-            return video_layout(frames, pooled, self.newline_position, self.merge_type)
-        return slow_fast_layout(frames, pooled, pooled_side(side, self.pool_mode, 4), self.slow_every)
+            layout = video_layout(frames, slow, self.newline_position, self.merge_type)
+        else:
+            layout = slow_fast_layout(frames, slow, pooled_side(side, self.pool_mode, 4), self.slow_every)
+        return replace(layout, pooled=True)
 
 
 def merge_type_of(config: Any) -> str:

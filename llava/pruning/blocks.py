@@ -19,6 +19,7 @@ from llava.pruning.functional import (
 )
 
 ROWS = 256  # rows of similarities that are looked at together
+AHEAD = 63  # rows computed beside that of a chosen token
 
 
 def map_rank_by_rows(
@@ -30,60 +31,87 @@ def map_rank_by_rows(
     candidates: Tensor | None = None,
     epsilon: float = 1e-6,
 ) -> Tensor:
-    """`greedy_map_rank` (B, n) of the cosine similarities of features (B, n, d), one row of them at each step.
+    """`greedy_map_rank` (B, n) of the cosine similarities of features (B, n, d), rows of them as they are needed.
 
-    A step costs n d products for the row of the chosen token, and as many as it has predecessors for each token; it
-    leaves one row of n numbers.
+    The row of a chosen token is computed together with those of the `AHEAD` likeliest next ones, which turns passes
+    over all features into one product. Each step leaves a row of n numbers. Exact duplicates may tie up to rounding.
     """
+    views = range(len(features))
+
+    def of_view(values: Tensor | None, view: int) -> Tensor | None:
+        return None if values is None else values[view]
+
+    return torch.stack(
+        [
+            _map_rank_of_view(
+                features[view], k, *(of_view(values, view) for values in (relevance, member, candidates)), epsilon
+            )
+            for view in views
+        ]
+    )
+
+
+def _map_rank_of_view(
+    features: Tensor,
+    k: int,
+    relevance: Tensor | None,
+    member: Tensor | None,
+    candidates: Tensor | None,
+    epsilon: float,
+) -> Tensor:
+    """`map_rank_by_rows` of one view: (n, d) -> (n,)."""
     cosines = CosineRows(features)
-    variance = cosines.diagonal if relevance is None else cosines.diagonal * relevance.square()  # v_i = L_ii
-    leftover = cosines.diagonal if relevance is None else relevance
+    weight = torch.ones_like(cosines.diagonal) if relevance is None else relevance.to(cosines.diagonal.dtype)
+    variance = cosines.diagonal * weight.square()  # v_i = L_ii
+    leftover = cosines.diagonal if relevance is None else weight
     if candidates is not None:
         variance, leftover = (values.masked_fill(~candidates, -torch.inf) for values in (variance, leftover))
-    views, n = variance.shape
-    rank = n + stable_rank(leftover, descending=True)
-    placed = torch.zeros(views, dtype=torch.int64, device=rank.device)
-    basis: list[Tensor] = []  # blocks of e_i of the steps so far, (B, ROWS, n) each
+    n = len(variance)
+    rank = n + stable_rank(leftover[None], descending=True)[0]
+    basis: list[Tensor] = []  # blocks (ROWS, n) of e_i, a row for each step so far
+    ahead = torch.empty(0, dtype=torch.int64, device=rank.device)  # tokens whose rows are at hand
+    rows = variance.new_empty(0, n)  # L_ji - <u_j, u_i> of these tokens j
+    placed = 0
     for step in range(n):
-        chosen = variance.argmax(dim=-1, keepdim=True)  # (B, 1), lowest index among equals
-        largest = variance.gather(1, chosen)
-        alive = largest > epsilon
-        row = cosines.rows(chosen)  # (B, 2, n), the same twice: see `CosineRows.rows`
-        if relevance is not None:
-            row = row * (relevance * relevance.gather(1, chosen))[:, None]
-        for block in basis:  # Eq. 11: e_i = (L_ji - <u_j, u_i>) / sqrt(v_j + epsilon)
-            row = row - block.gather(2, chosen[:, None].expand(-1, ROWS, 2)).mT @ block
-        row = torch.where(alive, row[:, 0] / (largest.clamp_min(epsilon) + epsilon).sqrt(), 0.0)
-        if step % ROWS == 0:
-            basis.append(row.new_zeros(views, ROWS, n))
-        basis[-1][:, step % ROWS] = row
-        variance = (variance - row.square()).scatter(1, chosen, torch.where(alive, -torch.inf, largest))
-        rank.scatter_(1, chosen, torch.where(alive, step, rank.gather(1, chosen)))
-        placed += (alive if member is None else alive & member.gather(1, chosen)).squeeze(1)
-        if step + 1 >= k and bool(((placed >= k) | ~alive.squeeze(1)).all()):
+        chosen = int(variance.argmax())  # lowest index among equals
+        largest = variance[chosen]
+        if not largest > epsilon:
             break
-    return stable_rank(rank)
+        place = (ahead == chosen).nonzero().flatten()
+        if not len(place):
+            ahead = torch.cat([ahead.new_tensor([chosen]), variance.topk(min(AHEAD, n)).indices])
+            rows = cosines.rows(ahead) * weight[ahead, None] * weight
+            for block in basis:
+                rows -= block[:, ahead].mT @ block
+            place = place.new_zeros(1)
+        row = rows[place[0]] / (largest + epsilon).sqrt()  # Eq. 11: e_i = (L_ji - <u_j, u_i>) / sqrt(v_j + epsilon)
+        if step % ROWS == 0:
+            basis.append(row.new_zeros(ROWS, n))
+        basis[-1][step % ROWS] = row
+        rows.addr_(row[ahead], row, alpha=-1)
+        variance -= row.square()
+        variance[chosen] = -torch.inf
+        rank[chosen] = step
+        placed += 1 if member is None else int(member[chosen])
+        if placed >= k:
+            break
+    return stable_rank(rank[None])[0]
 
 
 class CosineRows:
-    """Cosine similarities (B, n, n) of features (B, n, d), of which only the rows asked for are computed."""
+    """Cosine similarities (n, n) of features (n, d), of which only the rows asked for are computed."""
 
     def __init__(self, features: Tensor) -> None:
         self.features = features
         norm = torch.linalg.vector_norm(features, dim=-1, dtype=working_dtype(features.dtype))
-        self._inverse_norm = inverse_norm(norm.square())  # (B, n)
-        self.diagonal = (self._inverse_norm > 0).to(self._inverse_norm.dtype)  # (B, n), 0 without a direction
+        self._inverse_norm = inverse_norm(norm.square())  # (n,)
+        self.diagonal = (self._inverse_norm > 0).to(self._inverse_norm.dtype)  # (n,), 0 without a direction
 
-    def rows(self, chosen: Tensor) -> Tensor:
-        """The row of one token per view, twice: chosen (B, 1) int64 -> (B, 2, n).
-
-        With a single vector BLAS does not treat exact duplicates alike, and they must tie (see `greedy_map_rank`).
-        """
-        own = self.features.gather(1, chosen[:, :, None].expand(-1, 2, self.features.shape[-1]))
-        scale = self._inverse_norm * self._inverse_norm.gather(1, chosen)
-        rows = (inner_products(own, self.features) * scale[:, None]).nan_to_num(nan=0.0)
-        place = chosen[:, :, None].expand(-1, 2, 1)
-        return rows.scatter(2, place, self.diagonal.gather(1, chosen)[:, None].expand(-1, 2, 1))
+    def rows(self, tokens: Tensor) -> Tensor:
+        """The rows of some tokens: (q,) int64 -> (q, n)."""
+        product = inner_products(self.features[tokens][None], self.features[None])[0]
+        rows = product * self._inverse_norm[tokens, None] * self._inverse_norm
+        return rows.nan_to_num_(nan=0.0).scatter_(1, tokens[:, None], self.diagonal[tokens, None])
 
 
 def redundancy_by_blocks(

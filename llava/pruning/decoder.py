@@ -2,7 +2,7 @@
 
 All visual tokens enter the decoder. A cut after K layers keeps some of those that are left, by what a layer says about
 them; the layers from K on work on fewer tokens. A method states its cuts beforehand, from numbers alone, and chooses
-at each of them by a pure function; the mechanism that shortens hidden states is llava/model/decoder_pruning.py.
+at each of them by a pure function; the mechanism that shortens hidden states is llava/decoder/pruning.py.
 
 "m tokens on average" is the mean over layers of the number of visual tokens entering each.
 """
@@ -174,7 +174,7 @@ class DecoderPruner(Pruner):
     def choose(self, inputs: PruningInputs, keep: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         raise ValueError(
             f"pruner '{self.name}' chooses inside the decoder: it needs a host that attaches it to one, as "
-            "llava.model.decoder_pruning does"
+            "llava.decoder.pruning does"
         )
 
 

@@ -27,7 +27,7 @@ class Downsample(Pruner):
     A view that shows no padding becomes a square of rows x columns patches close to m. Where some patches are not
     valid, the box that holds the valid ones is cut out first, so that no token is spent on padding, and rows and
     columns follow its shape: the count of such a view is known from its layout (`stand`). Pixels are averaged by area;
-    the tower interpolates its positions.
+    the tower interpolates its positions. The CPU cuts: on a GPU it waits for ``valid``, where there is one.
     """
 
     name: ClassVar[str] = "downsample"
@@ -71,9 +71,11 @@ class Downsample(Pruner):
         for ((top, left, bottom, right), (rows, columns)), views in jobs.items():
             if rows * columns == 0:
                 continue
-            cut = inputs.pixels[views, :, top * patch : bottom * patch, left * patch : right * patch]
+            chosen = torch.tensor(views).to(made.device, non_blocking=True)
+            seen = inputs.pixels[:, :, top * patch : bottom * patch, left * patch : right * patch]
+            cut = seen.index_select(0, chosen)
             small = F.interpolate(cut.float(), size=(rows * patch, columns * patch), mode="area")
-            made[views, : rows * columns] = inputs.encode(small.to(cut.dtype)).to(made.dtype)
+            made[:, : rows * columns].index_copy_(0, chosen, inputs.encode(small.to(cut.dtype)).to(made.dtype))
         return dataclasses.replace(kept, made=made)
 
 

@@ -38,6 +38,8 @@ def cosine_similarity(rows: Tensor, others: Tensor | None = None) -> Tensor:
     """
     if others is None:
         similarity = inner_products(rows, rows)
+        if kernels.usable(similarity):
+            return _fused().scale_to_cosines(similarity)
         scale = inverse_norm(similarity.diagonal(dim1=-2, dim2=-1))
         similarity.mul_(scale[:, :, None]).mul_(scale[:, None, :])
         similarity.diagonal(dim1=-2, dim2=-1).copy_(scale > 0)
@@ -51,10 +53,12 @@ def cosine_similarity(rows: Tensor, others: Tensor | None = None) -> Tensor:
 
 
 def inner_products(rows: Tensor, others: Tensor) -> Tensor:
-    """(B, n, d) and (B, q, d) -> (B, n, q); half precision is multiplied and summed in float32, block by block."""
+    """(B, n, d) and (B, q, d) -> (B, n, q); half precision is multiplied and summed in float32."""
     dtype = working_dtype(rows.dtype)
     if rows.dtype == others.dtype == dtype:
         return rows @ others.mT
+    if kernels.multiplies_half_precision(rows, others):
+        return torch.bmm(rows, others.mT, out_dtype=dtype)
     product = rows.new_zeros(rows.shape[0], rows.shape[1], others.shape[1], dtype=dtype)
     for left, right in zip(rows.split(COLUMN_BLOCK, -1), others.split(COLUMN_BLOCK, -1), strict=True):
         product.baddbmm_(left.to(dtype), right.to(dtype).mT)
@@ -78,6 +82,8 @@ def min_max(scores: Tensor, valid: Tensor | None = None, groups: Tensor | None =
         offset: added to the numerator.
     """
     scores = scores.to(working_dtype(scores.dtype))
+    if groups is None and kernels.usable(scores):
+        return _fused().min_max(scores, valid, offset)
     lowest, highest = scores, scores
     if valid is not None:
         lowest = scores.masked_fill(~valid, torch.inf)
@@ -113,6 +119,8 @@ def relevance_scores(
         (B, n) raw scores, cosines in [-1, 1], not yet scaled: see `min_max`.
     """
     if normalise:
+        if kernels.usable(embeds):
+            return _fused().mean_cosine(embeds, query_embeds, query_mask, sign)
         similarity = cosine_similarity(embeds, query_embeds)
     else:
         similarity = inner_products(embeds, query_embeds.to(embeds.dtype).expand(embeds.shape[0], -1, -1))
@@ -164,13 +172,15 @@ def redundancy_graph(
 
     Where nearly all or nearly none of the pairs are, the degree says little and tau should move.
     """
+    if graph not in ("bipartite", "exhaustive"):
+        raise ValueError(f"graph must be 'bipartite' or 'exhaustive', got {graph!r}")
+    if similarity is not None and kernels.usable(similarity):
+        return _fused().redundancy_graph(similarity, tau, gamma, graph == "bipartite", valid)
     if graph == "exhaustive":
         block = cosine_similarity(features) if similarity is None else similarity
         others = ~torch.eye(block.shape[-1], dtype=torch.bool, device=block.device)
         pairs = others if valid is None else others & (valid[:, :, None] & valid[:, None, :])
         return degree_score(block, tau, gamma, pairs, dim=-1)
-    if graph != "bipartite":
-        raise ValueError(f"graph must be 'bipartite' or 'exhaustive', got {graph!r}")
     if similarity is None:
         block = cosine_similarity(features[:, 0::2], features[:, 1::2])
     else:
@@ -206,6 +216,8 @@ def conditional_kernel(similarity: Tensor, relevance: Tensor) -> Tensor:
 
 def stable_rank(scores: Tensor, descending: bool = False) -> Tensor:
     """Rank of every entry along the last axis, 0 first; equal scores in order of index. (B, n) -> (B, n) int64."""
+    if kernels.usable(scores):
+        return _fused().stable_rank(scores, descending)
     order = scores.argsort(dim=-1, descending=descending, stable=True)
     return torch.empty_like(order).scatter_(
         -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
@@ -215,7 +227,9 @@ def stable_rank(scores: Tensor, descending: bool = False) -> Tensor:
 def lowest_ranked(rank: Tensor, k: int, member: Tensor | None = None) -> Tensor:
     """Ascending indices (B, k) of the k smallest entries of ``rank`` (B, n), those of ``member`` before all others."""
     if member is not None:
-        rank = rank + rank.shape[-1] * 2 * ~member
+        rank = torch.where(member, rank, rank + 2 * rank.shape[-1])
+    if kernels.usable(rank):
+        return _fused().first_places(stable_rank(rank), k)
     return rank.argsort(dim=-1, stable=True)[:, :k].sort(dim=-1).values
 
 
@@ -278,8 +292,8 @@ def greedy_map_rank(
         variance, leftover = (values.masked_fill(~candidates, -torch.inf) for values in (variance, leftover))
     rank = similarity.shape[-1] + stable_rank(leftover, descending=True)
     stop = epsilon if stop is None else stop
-    if kernels.usable(similarity) and not overwrite:
-        similarity = similarity.clone(memory_format=torch.contiguous_format)
+    if kernels.usable(similarity):  # they write into it
+        similarity = similarity.contiguous() if overwrite else similarity.clone(memory_format=torch.contiguous_format)
     _loops(similarity).place_by_map(rank, similarity, k, variance, relevance, member, epsilon, stop)
     return stable_rank(rank)
 
@@ -332,6 +346,13 @@ def unprojected_rank(
     relevance = relevance.contiguous()
     _loops(similarity).place_unprojected(rank, similarity.contiguous(), k, relevance, variance, epsilon)
     return stable_rank(rank)
+
+
+def _fused() -> ModuleType:
+    """The scores as kernels."""
+    from llava.pruning.kernels import scores  # imports triton
+
+    return scores
 
 
 def _loops(tensor: Tensor) -> ModuleType:

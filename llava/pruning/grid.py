@@ -31,11 +31,11 @@ class Grid(Pruner):
 
     def choose(self, inputs: PruningInputs, keep: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         views, tokens = inputs.features.shape[:2]
-        points = torch.tensor(grid_points(tokens, keep), device=inputs.features.device)
+        points = torch.tensor(grid_points(tokens, keep)).to(inputs.features.device, non_blocking=True)
         if inputs.valid is None:
             return points.expand(views, -1), {}
         spread = torch.arange(tokens, device=points.device, dtype=torch.float64) * GOLDEN_RATIO % 1
-        spread[points] = -1.0
+        spread.index_fill_(0, points, -1.0)
         return lowest_ranked(stable_rank(spread.expand(views, -1)), keep, inputs.valid), {}
 
 

@@ -58,8 +58,8 @@ class Script(RelevancePruner):
         seed: of the random order when all three parts are switched off.
         scope: "clip" beside those of every method: as "global", m times the frames of a video are dealt over them by
             the selection itself, but no matrix of all pairs of tokens is built (see blocks.py). The same tokens up to
-            rounding. Costs k n d products for the k steps of the greedy loop, n^2 d / 2 for the graph, and k rows of
-            n numbers; n = 10,816 tokens of 64 frames.
+            rounding. n = 10,816 tokens of 64 frames cost n^2 d / 2 products for the graph, a row of n numbers for
+            each of the k steps of the greedy loop, and k n d to 64 k n d products for the similarities of the chosen.
 
     Deviations from the paper: (1) the relevance comes from CLIP's joint space with a negative sign, as in every
     released implementation of this family, not from the projector's space (kept as an option); (2) p is a share of
@@ -128,7 +128,7 @@ class Script(RelevancePruner):
     def least_redundant(self, redundancy: Tensor, keep: int, valid: Tensor | None) -> Tensor:
         """G (B, n) bool: the n_G = max(m, floor((1 - p) n + 1/2)) tokens with the lowest score, valid ones first."""
         if valid is None:
-            share = torch.full((1, 1), float(redundancy.shape[-1]), device=redundancy.device)
+            share = torch.tensor(float(redundancy.shape[-1]))  # a number on the CPU, whatever the device
         else:
             share = valid.sum(-1, keepdim=True).float()
             redundancy = redundancy.masked_fill(~valid, torch.inf)
@@ -160,14 +160,13 @@ class Script(RelevancePruner):
             weight = relevance if relevance is None or self.kernel_exponent == 1 else relevance**self.kernel_exponent
             rank = partial(map_rank_by_rows, inputs.features)
             if self.scope != "clip":
-                rank = partial(greedy_map_rank, similarity)
+                rank = partial(greedy_map_rank, similarity, overwrite=True)
             return rank(
                 keep,
                 relevance=weight,
                 member=kept_by_gsp,
                 candidates=candidates,
                 epsilon=self.epsilon,
-                overwrite=True,
             )
         if relevance is not None:
             score = -relevance

@@ -17,12 +17,13 @@ from llava.conversation import Conversation, conv_templates, template_for
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
 from llava.model.builder import DEFAULT_CHECKPOINT, load_pretrained_model
 from llava.model.encoded_images import EncodedImages
-from llava.model.token_selection import suited
+from llava.model.questions import suited
 from llava.model.visual_layouts import IMAGE, VIDEO
 from llava.model.visual_pooling import POOL_MODES
 from llava.pruning import Pruner, get_pruner, list_pruners, parse_budget, parse_options
 from llava.serve.status import TimedStreamer, status_line
 from llava.serve.token_picture import draw_kept_tokens, drawn_cell
+from llava.serve.transformers_session import TransformersSession, check_options
 from llava.video import Video, load_video, process_video
 
 COMMANDS = "/image PATH ...   /video PATH   /keep N|full   /pruner NAME [key=value ...]   /clear   /quit"
@@ -33,6 +34,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--model-path", default=DEFAULT_CHECKPOINT, help="LLaVA checkpoint: folder or hub name; default: the toy"
     )
+    parser.add_argument(
+        "--hf", action="store_true", help="--model-path is a model of the Transformers library's own classes"
+    )
+    parser.add_argument("--clip-path", metavar="PATH", help="with --hf: the CLIP that the model's tower comes from")
     parser.add_argument("--model-base", help="language model that a projector-only --model-path belongs to")
     parser.add_argument("--image-file", nargs="+", default=[], metavar="FILE", help="pictures: files or addresses")
     parser.add_argument("--video-file", metavar="FILE", help="a video: a file, or a folder with a picture per frame")
@@ -218,7 +223,7 @@ def parse_grid(text: str) -> list[int]:
     return [width, height]
 
 
-def chat(session: Session) -> None:
+def chat(session: Session | TransformersSession) -> None:
     """Read questions and commands until /quit or the end of the input."""
     print(COMMANDS)
     keep, name, options = session.arguments.keep_tokens, session.arguments.pruner, session.arguments.pruner_args
@@ -258,7 +263,7 @@ def chat(session: Session) -> None:
             print(f"error: {error}")
 
 
-def answer_queries(session: Session) -> None:
+def answer_queries(session: Session | TransformersSession) -> None:
     """Answer every --query on its own."""
     out = session.arguments.show_tokens
     for number, query in enumerate(session.arguments.query, start=1):
@@ -273,6 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         pruner = make_pruner(options.pruner, options.keep_tokens, options.pruner_args)
+        check_options(options)
         if options.image_grid:
             parse_grid(options.image_grid)
         for query in options.query or []:
@@ -281,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError("--image-file and --video-file exclude each other")
         pictures = [load_image(path) for path in options.image_file]
         video = load_video(options.video_file, options.num_frames) if options.video_file else None
-        session = Session(options, pruner)
+        session = TransformersSession(options, pruner) if options.hf else Session(options, pruner)
         session.show(pictures, video)
         if options.query:
             answer_queries(session)

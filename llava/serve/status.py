@@ -47,10 +47,11 @@ def status_line(
         newlines = sum(tokens.newlines for tokens in prompt.kept)
         per_view = [count for tokens in prompt.kept for count in tokens.per_view()]
         counts = f"{per_view[0]} x {len(per_view)}" if len(set(per_view)) == 1 else " + ".join(map(str, per_view))
+        detail = f"{counts} per view"
         if sum(per_view) != kept:  # tokens that the model computes of several patches belong to no view
-            counts = f"{total - kept} fewer by shrinking, none"
+            detail = "resized by the model itself"
         parts.append(
-            f"{kept} of {total} visual tokens ({counts} per view{f', and {newlines} newlines' if newlines else ''})"
+            f"{kept} of {total} visual tokens ({detail}{f', and {newlines} newlines' if newlines else ''})"
             + decoder_counts(prompt)
         )
         parts.append(f"vision {vision * 1e3:.0f} ms" if vision else "vision cached")

@@ -35,8 +35,8 @@ from llava.conversation import clean_question
 from llava.eval import identity, run
 from llava.eval.benchmarks import BENCHMARKS, find_questions
 from llava.eval.files import write_whole
-from llava.eval.report import UNPRUNED, read_run
 from llava.eval.selection_speed import time_rows
+from llava.eval.study_runs import UNPRUNED, read_run
 from llava.model.builder import DEFAULT_CHECKPOINT, TOY_FOLDER
 from llava.model.encoded_images import EncodedImages
 from llava.model.questions import Questions

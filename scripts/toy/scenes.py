@@ -168,7 +168,7 @@ def _paint(pixels: np.ndarray, mask: np.ndarray, color: np.ndarray, left: int, t
     region += mask[..., None] * (color - region)
 
 
-def _draw_shape(pixels, instances, rng, number: int, shape: str, color: str, box: tuple[int, int, int, int]) -> None:
+def draw_shape(pixels, instances, rng, number: int, shape: str, color: str, box: tuple[int, int, int, int]) -> None:
     left, top, right, bottom = box
     mask = _shape_mask(shape, right - left)
     # Light from above: a vertical gradient, so that no object is a flat patch of one value.
@@ -319,7 +319,7 @@ def make_scene(split: str, index: int, backgrounds: tuple = BACKGROUNDS, sizes: 
         if box is None:
             continue
         if text is None:
-            _draw_shape(pixels, instances, rng, len(objects) + 1, shape, color, box)
+            draw_shape(pixels, instances, rng, len(objects) + 1, shape, color, box)
         else:
             _draw_sign(pixels, instances, letters, rng, len(objects) + 1, color, text, box, unit)
         objects.append(SceneObject(shape, color, box, text))

@@ -10,23 +10,37 @@ and after its ``forward``, a hook before its language model's.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from llava.decoder.pruning import DecoderPruning
+from llava.integrations.transformers.arguments import (
+    check_cache,
+    checked_prompt,
+    lower_lengths,
+    mark_pruned,
+    mask_of_padding,
+    shortened,
+    with_whole_prompt,
+)
 from llava.integrations.transformers.boundary import Plan
 from llava.integrations.transformers.capture import ABSENT, Capture, capture_prompt
 from llava.integrations.transformers.host import TOKEN_TYPES, Host, find_host
+from llava.integrations.transformers.inside_decoder import (
+    check_decoder,
+    decoder_pruning,
+    keep_until_the_decoder,
+    with_survivors,
+)
 from llava.integrations.transformers.relevance import RelevanceSource
 from llava.integrations.transformers.selection import KeptPicture, select_tokens, with_made_tokens
 from llava.integrations.transformers.shortening import (
-    IGNORE_INDEX,
     Shortening,
     counted_positions,
     original_positions,
@@ -34,7 +48,7 @@ from llava.integrations.transformers.shortening import (
     shorten,
 )
 from llava.integrations.transformers.visual_layout import find_pictures
-from llava.pruning import Pruner
+from llava.pruning import DecoderPruner, Pruner
 
 Positions = Literal["auto", "packed", "original"]
 
@@ -78,15 +92,22 @@ class AttachedPruner:
             raise ValueError(f"positions must be auto, packed or original, got {positions!r}")
         self.pruner = pruner
         self.host: Host = find_host(model)
+        if pruner.place == "encoder" and positions == "original":
+            raise ValueError(f"pruner '{pruner.name}' makes tokens, which have no position in the whole prompt")
         if find_attached(model) is not None:
             raise RuntimeError("a pruner is attached to this model already: remove it first (its handle's remove())")
         self.query = query
         self.positions = positions
         self.relevance = RelevanceSource(self.host, pruner, processor, clip, siglip)
         self.kept: list[KeptPicture] = []
+        if isinstance(pruner, DecoderPruner):
+            check_decoder(self.host, pruner)
         self._plan: Plan | None = None
+        self._in_decoder: DecoderPruning | None = None
+        self._attached_to_decoder = ExitStack()
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread whose call is under way
+        self._generating = False
         self._generate_before = model.__dict__.get("generate", ABSENT)
         self._generate = model.generate
         model.generate = self._wrapped_generate()
@@ -119,7 +140,7 @@ class AttachedPruner:
             arguments |= arguments.pop("kwargs", {})
             query = arguments.pop("query", None)
             with self._one_call():
-                self._check_cache(arguments)
+                check_cache(arguments)
                 if not self.host.shows_pictures(arguments):
                     return inner(**arguments)
                 return self._generate_pruned(arguments, query)
@@ -138,48 +159,53 @@ class AttachedPruner:
                 "the assistant model reads pictures itself, and would get a prompt that is pruned for another model: "
                 "use a text-only assistant"
             )
-        prompt = self._checked_prompt(arguments)
+        prompt = checked_prompt(arguments)
         if arguments.get("attention_mask") is None:
-            arguments["attention_mask"] = self._mask_of_padding(prompt, arguments.get("generation_config"))
+            arguments["attention_mask"] = mask_of_padding(self.host, prompt, arguments.get("generation_config"))
         shortening = self._plan_call(arguments, query, generating=True)
-        shorter = self._shortened(arguments, shortening)
+        shorter = shortened(self.host, arguments, shortening)
         if self._plan.counts_itself and self._plan.positions.ndim == 3:
             # mRoPE: generate goes on from the last of these, with the plain count of tokens in front of the axes.
             counted = counted_positions(shortening.valid).to(self._plan.positions)
             shorter["position_ids"] = torch.cat([counted[None], self._plan.positions])
-        self._lower_lengths(shorter, prompt.shape[1] - shortening.length)
+        lower_lengths(shorter, prompt.shape[1] - shortening.length)
         output = self._generate(**shorter)
-        _mark_pruned(arguments.get("past_key_values"))
+        mark_pruned(arguments.get("past_key_values"))
         if isinstance(output, Tensor):
             return with_whole_prompt(output, prompt, shortening.length)
-        _mark_pruned(output.get("past_key_values"))
+        mark_pruned(output.get("past_key_values"))
         output.sequences = with_whole_prompt(output.sequences, prompt, shortening.length)
         return output
 
     def _before_forward(self, model: nn.Module, positional: tuple, named: dict[str, Any]) -> tuple[tuple, dict] | None:
-        if self._owner == threading.get_ident():
+        if self._compiled_step() or self._owner == threading.get_ident():
             return None  # a step of generate
         self._acquire()
         bound = inspect.signature(type(model).forward).bind_partial(model, *positional, **named).arguments
         arguments = {name: value for name, value in bound.items() if name != "self"}
         arguments |= arguments.pop("kwargs", {})
         query = arguments.pop("query", None)
-        self._check_cache(arguments)
+        check_cache(arguments)
         if not self.host.shows_pictures(arguments):
             return (), arguments
-        prompt = self._checked_prompt(arguments)
+        prompt = checked_prompt(arguments)
         if isinstance(arguments.get("logits_to_keep"), Tensor):
             raise ValueError("logits_to_keep as a tensor names positions of the whole prompt: give a number")
+        if arguments.get("labels") is not None and isinstance(self.pruner, DecoderPruner):
+            raise ValueError(
+                f"labels with pruner '{self.pruner.name}': inside the decoder other positions are left than the "
+                "labels have. LLaVA's own code (llava.model) computes such losses"
+            )
         if arguments.get("attention_mask") is None:
             arguments["attention_mask"] = torch.ones_like(prompt)
         shortening = self._plan_call(arguments, query, generating=False)
-        return (), self._shortened(arguments, shortening)
+        return (), shortened(self.host, arguments, shortening)
 
     def _after_forward(self, _: nn.Module, __: tuple, output: Any) -> None:
-        if self._owner != threading.get_ident() or self._generating:
+        if self._compiled_step() or self._owner != threading.get_ident() or self._generating:
             return
         if self._plan is not None and output is not None:
-            _mark_pruned(getattr(output, "past_key_values", None))
+            mark_pruned(getattr(output, "past_key_values", None))
         self._release()
 
     def _before_language_model(self, module: nn.Module, positional: tuple, named: dict[str, Any]) -> Any:
@@ -187,7 +213,9 @@ class AttachedPruner:
 
     # --- one call at a time ----------------------------------------------------------------------------------------
 
-    _generating = False
+    def _compiled_step(self) -> bool:
+        """Whether this is a step of `generate` that is being compiled: a look at threads would break its graph."""
+        return self._generating and torch.compiler.is_compiling()
 
     def _acquire(self) -> None:
         if not self._lock.acquire(blocking=False):
@@ -197,6 +225,10 @@ class AttachedPruner:
         self._owner = threading.get_ident()
 
     def _release(self) -> None:
+        self._attached_to_decoder.close()
+        if self._in_decoder is not None and self._in_decoder.prompt is not None:
+            self.kept = with_survivors(self.kept, self._in_decoder)
+        self._in_decoder = None
         self._plan = None
         self._owner = None
         self._lock.release()
@@ -218,17 +250,26 @@ class AttachedPruner:
         prompt, mask = arguments["input_ids"], arguments["attention_mask"]
         names = {"input_ids", "attention_mask", "position_ids", *TOKEN_TYPES}
         given = {name: value for name, value in arguments.items() if name in names and value is not None}
-        capture = capture_prompt(self.host, given | self.host.visual_inputs(arguments), self.relevance.reads_encoder)
+        given |= self.host.visual_inputs(arguments)
+        source = self.relevance
+        capture = capture_prompt(self.host, given, source.reads_encoder, source.watched_layer)
         pictures = find_pictures(self.host, capture, prompt)
         question = self.query if query is None else query
-        describe = self.relevance.describer(capture, pictures, prompt, mask, question)
-        self.kept = select_tokens(self.pruner, pictures, capture.inputs_embeds, describe)
-
+        describe = source.describer(capture, pictures, prompt, mask, question)
+        inside = isinstance(self.pruner, DecoderPruner)
+        if inside:
+            self.kept = keep_until_the_decoder(pictures)
+        else:
+            project = getattr(self.host.base, "multi_modal_projector", None)
+            self.kept = select_tokens(self.pruner, pictures, capture.inputs_embeds, describe, project)
         columns = mask.bool().cpu().clone()
         for one in self.kept:
             columns[one.picture.row, one.picture.columns] &= one.kept
         shortening = shorten(columns, pad_left=generating or bool((mask[:, 0] == 0).any()))
         self._plan = self._make_plan(capture, mask, shortening, generating)
+        if inside:
+            self._in_decoder = decoder_pruning(self.host, self.pruner, pictures, shortening, mask)
+            self._attached_to_decoder.enter_context(self._in_decoder.attached())
         return shortening
 
     def _make_plan(self, capture: Capture, mask: Tensor, shortening: Shortening, generating: bool) -> Plan:
@@ -268,88 +309,8 @@ class AttachedPruner:
             deepstack=deepstack,
         )
 
-    def _shortened(self, arguments: dict[str, Any], shortening: Shortening) -> dict[str, Any]:
-        """The arguments of the model's own call: everything about tokens shorter, nothing about pictures."""
-        visual = self.host.visual_inputs(arguments)
-        shorter = {name: value for name, value in arguments.items() if name not in visual and name != "position_ids"}
-        mask = arguments["attention_mask"]
-        shorter["input_ids"] = shortening.tokens(arguments["input_ids"])
-        shorter["attention_mask"] = shortening.attention_mask(mask)
-        for name in TOKEN_TYPES:
-            if arguments.get(name) is not None:
-                shorter[name] = shortening.tokens(arguments[name], padding=0)
-        if arguments.get("labels") is not None:
-            shorter["labels"] = shortening.tokens(arguments["labels"], padding=IGNORE_INDEX)
-        return shorter
-
-    # --- checks ----------------------------------------------------------------------------------------------------
-
-    def _checked_prompt(self, arguments: dict[str, Any]) -> Tensor:
-        """The ids (B, L) of a call that shows pictures. Raises ValueError for what cannot be pruned."""
-        if arguments.get("mm_encoder_outputs"):
-            raise ValueError("mm_encoder_outputs holds features that are computed already: give pixel_values instead")
-        if arguments.get("inputs_embeds") is not None:
-            raise ValueError(
-                "inputs_embeds with pictures: the prompt's placeholders cannot be found in embeddings; give input_ids"
-            )
-        prompt = arguments.get("input_ids")
-        if prompt is None:
-            raise ValueError("a call with pictures needs input_ids, (B, L) with placeholder tokens")
-        mask = arguments.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != prompt.shape):
-            shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-            raise ValueError(f"attention_mask must be (B, L) = {tuple(prompt.shape)} like input_ids, got {shape}")
-        cache = arguments.get("past_key_values")
-        if cache is not None and int(cache.get_seq_length()) > 0:
-            raise ValueError(
-                "past_key_values is not empty: pictures can be pruned in a first turn only. Give the whole "
-                "conversation without the cache"
-            )
-        return prompt
-
-    def _check_cache(self, arguments: dict[str, Any]) -> None:
-        """Refuse to go on with a cache whose prompt was pruned: where its tokens stood is not known any more."""
-        cache = arguments.get("past_key_values")
-        if getattr(cache, "prompt_was_pruned", False) and int(cache.get_seq_length()) > 0:
-            raise ValueError(
-                "past_key_values holds a prompt that was pruned, and cannot be gone on with: give the whole "
-                "conversation, its pictures too, without the cache"
-            )
-
-    def _mask_of_padding(self, prompt: Tensor, config: Any) -> Tensor:
-        """The mask that `generate` infers when none is given: 0 at padding tokens, unless these also end answers."""
-        config = self.host.model.generation_config if config is None else config
-        padding, ends = config.pad_token_id, config.eos_token_id
-        ends = ends if isinstance(ends, (list, tuple)) else [ends]
-        if padding is None or padding in ends:
-            return torch.ones_like(prompt)
-        return prompt.ne(padding).long()
-
-    def _lower_lengths(self, arguments: dict[str, Any], dropped: int) -> None:
-        """Make limits that count the prompt fit the shorter one."""
-        for name in ("max_length", "min_length"):
-            if arguments.get(name) is not None:
-                arguments[name] -= dropped
-        config = arguments.get("generation_config")
-        if config is not None and (config.max_length is not None or config.min_length):
-            arguments["generation_config"] = config = copy.deepcopy(config)
-            for name in ("max_length", "min_length"):
-                if getattr(config, name):
-                    setattr(config, name, max(0, getattr(config, name) - dropped))
-
-
-def with_whole_prompt(sequences: Tensor, prompt: Tensor, shortened: int) -> Tensor:
-    """Put the prompts (B, L) as the user gave them before the new tokens of (B r, ``shortened`` + new) sequences."""
-    whole = prompt.repeat_interleave(len(sequences) // len(prompt), dim=0)
-    return torch.cat([whole.to(sequences.device), sequences[:, shortened:]], dim=1)
-
 
 def find_attached(model: nn.Module) -> AttachedPruner | None:
     """The pruner that is attached to a model."""
     owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
     return next((owner for owner in owners if isinstance(owner, AttachedPruner)), None)
-
-
-def _mark_pruned(cache: Any) -> None:
-    if cache is not None:
-        cache.prompt_was_pruned = True

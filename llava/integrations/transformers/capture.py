@@ -53,6 +53,7 @@ class Capture:
             one tensor per image.
         projector_inputs: what entered the projector, in the order of its calls; only if it was asked for.
         packing: how tiles were packed, for models that pack.
+        watched: what entered a layer of the tower and what left it; only if it was asked for.
         arguments: what the base model was called with.
     """
 
@@ -64,20 +65,25 @@ class Capture:
     arguments: dict[str, Any]
     projector_inputs: list[Tensor] = field(default_factory=list)
     packing: Packing | None = None
+    watched: tuple[Tensor, Tensor] | None = None
 
 
 @torch.no_grad()
-def capture_prompt(host: Host, arguments: dict[str, Any], observe_projector: bool = False) -> Capture:
+def capture_prompt(
+    host: Host, arguments: dict[str, Any], observe_projector: bool = False, watched_layer: nn.Module | None = None
+) -> Capture:
     """Run the base model on a prompt, all but the language model.
 
     Args:
         arguments: of the base model's ``forward``.
         observe_projector: record what enters ``multi_modal_projector``.
+        watched_layer: record what enters and leaves this layer of the vision tower.
     """
     at_the_door: dict[str, Any] = {}
     features: dict[str, Any] = {}
     packings: list[Packing] = []
     projector_inputs: list[Tensor] = []
+    watched: list[tuple[Tensor, Tensor]] = []
 
     def stub(*_: Any, **received: Any) -> BaseModelOutputWithPast:
         if received.get("inputs_embeds") is None:
@@ -118,6 +124,8 @@ def capture_prompt(host: Host, arguments: dict[str, Any], observe_projector: boo
             stack.enter_context(replaced(base, "pack_image_features", remember_packing(base.pack_image_features)))
         if observe_projector and hasattr(base, "multi_modal_projector"):
             stack.callback(base.multi_modal_projector.register_forward_pre_hook(remember_input).remove)
+        if watched_layer is not None:
+            stack.callback(watch(watched_layer, watched).remove)
         base(**arguments)
     given = {"image": "pixel_values", "video": "pixel_values_videos"}
     shown = {modality for modality, name in given.items() if arguments.get(name) is not None}
@@ -132,7 +140,18 @@ def capture_prompt(host: Host, arguments: dict[str, Any], observe_projector: boo
         arguments=arguments,
         projector_inputs=projector_inputs,
         packing=packings[-1] if packings else None,
+        watched=watched[-1] if watched else None,
     )
+
+
+def watch(layer: nn.Module, seen: list[tuple[Tensor, Tensor]]) -> Any:
+    """Hook that writes down what enters a layer and what leaves it."""
+
+    def remember(_: nn.Module, positional: tuple, named: dict[str, Any], output: Any) -> None:
+        entered = positional[0] if positional else named["hidden_states"]
+        seen.append((entered, output if isinstance(output, Tensor) else output[0]))
+
+    return layer.register_forward_hook(remember, with_kwargs=True)
 
 
 @contextmanager

@@ -51,8 +51,8 @@ class HostJointSpace:
                     f"{getattr(config, part)} here"
                 )
         self.into_space = self._way(config, theirs, kind)
-        space = ClipJointSpace.load if kind == "clip" else SiglipJointSpace
-        self.space = space(folder, host.model.dtype, _device(host))
+        load = ClipJointSpace.load if kind == "clip" else SiglipJointSpace
+        self.space = load(folder, host.model.dtype, _device(host))
         # A tower whose patches behave otherwise says so in its checkpoint.
         self.relevance_sign = getattr(host.model.config, "mm_relevance_sign", None) or self.space.relevance_sign
 

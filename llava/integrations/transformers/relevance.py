@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llava.integrations.question import find_questions
 from llava.integrations.transformers.capture import Capture
+from llava.integrations.transformers.encoder_fields import EncoderFields
 from llava.integrations.transformers.host import Host
 from llava.integrations.transformers.joint_space import HostJointSpace
 from llava.integrations.transformers.selection import Candidates
@@ -58,11 +59,13 @@ class RelevanceSource:
 
     def _check_method(self) -> None:
         pruner = self.pruner
-        if pruner.place == "projected" and pruner.needs <= GIVEN:
+        self.encoder: EncoderFields | None = None
+        if pruner.place == "encoder":
+            self.encoder = EncoderFields(self.host, pruner)
+            return
+        if pruner.place == "decoder" or (pruner.place == "projected" and pruner.needs <= GIVEN):
             return
         where = {
-            "decoder": "inside the decoder",
-            "encoder": "on the features before the projector",
             "pixels": "on the pixels",
             "projected": f"on {', '.join(sorted(pruner.needs - GIVEN))}",
         }[pruner.place]
@@ -77,7 +80,11 @@ class RelevanceSource:
 
     @property
     def reads_encoder(self) -> bool:
-        return self.space is not None
+        return self.space is not None or self.encoder is not None
+
+    @property
+    def watched_layer(self) -> nn.Module | None:
+        return None if self.encoder is None else self.encoder.layer
 
     def describer(
         self,
@@ -87,11 +94,33 @@ class RelevanceSource:
         attention_mask: Tensor,
         query: str | Sequence[str] | None,
     ) -> Describe:
-        """What tells `select_tokens` about the question of each row of prompts (B, L).
+        """What tells `select_tokens` about the tower's views and the question of each row of prompts (B, L).
 
         Args:
             query: the question of all rows, or one per row; ``None`` reads it out of each prompt.
         """
+        ask = self._asking(capture, pictures, input_ids, attention_mask, query)
+        if self.encoder is None:
+            return ask
+        of_images = self.encoder.of(capture)
+
+        def describe(group: Sequence[Candidates], features: Tensor) -> dict[str, Any]:
+            images = torch.tensor([one.picture for one in group])
+            return ask(group, features) | {
+                name: value[images.to(value.device)].to(features.device) for name, value in of_images.items()
+            }
+
+        return describe
+
+    def _asking(
+        self,
+        capture: Capture,
+        pictures: Sequence[Picture],
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        query: str | Sequence[str] | None,
+    ) -> Describe:
+        """The part of `describer` that is about the question."""
         if not self.reads_question:
             return lambda group, features: {}
         questions = self.questions(pictures, input_ids, attention_mask, query)

@@ -21,7 +21,8 @@ class KeptPicture:
     Args:
         picture: as it stood in the prompt.
         kept: (t,) bool, True at the tokens, separators among them, whose place in the prompt stays.
-        made: columns (k,) whose embedding a token (k, d) that the method made takes; ``None`` if it made none.
+        made: columns (m + k,) and what stands there (m + k, d), where a method makes k tokens beside the m that it
+            keeps: leading ones, kept ones, the other made ones. ``None`` if it makes none.
     """
 
     picture: Picture
@@ -65,7 +66,7 @@ def candidates_of(pruner: Pruner, pictures: Sequence[Picture]) -> list[Candidate
         views = picture.view_columns()
         if pruner.scope == "view":
             parts = [(columns, pruner.count(len(columns))) for columns in views]
-        elif pruner.scope == "global":
+        elif pruner.scope in ("global", "clip"):
             columns = concatenated(views).sort().values
             parts = [(columns, sum(pruner.count(len(view)) for view in views))]
         else:  # "official": the whole sequence, separators among the candidates
@@ -84,6 +85,7 @@ def select_tokens(
     pictures: Sequence[Picture],
     inputs_embeds: Tensor,
     describe: Callable[[Sequence[Candidates], Tensor], dict[str, Any]],
+    project: Callable[[Tensor], Tensor] | None = None,
 ) -> list[KeptPicture]:
     """Run a method over all pictures of a batch.
 
@@ -93,6 +95,7 @@ def select_tokens(
         inputs_embeds: (B, L, d), visual features in their places.
         describe: from `Candidates` of equal size and their features (V, n, d) to the other `PruningInputs` fields
             that the method reads.
+        project: the projector, for methods that make tokens before it.
     """
     candidates = candidates_of(pruner, pictures)
     groups: dict[tuple[int, int], list[Candidates]] = {}
@@ -119,13 +122,21 @@ def select_tokens(
         )
         selection = pruner.select(inputs, keep=keep)
         chosen = selection.indices.cpu()
+        made_tokens = selection.made
+        if made_tokens is not None and pruner.place == "encoder":
+            made_tokens = project(made_tokens)
         for number, one in enumerate(group):
             whole[one.picture] = False
-            kept_columns[one.picture].append(one.columns[chosen[number]])
-            if selection.made is not None:
-                places = carriers(one.columns, chosen[number], selection.made.shape[1])
+            own, own_columns = selection.indices[number], one.columns[chosen[number]]
+            if selection.eligible is not None:  # only the data told how many
+                own, own_columns = own[selection.eligible[number]], own_columns[selection.eligible[number].cpu()]
+            kept_columns[one.picture].append(own_columns)
+            if made_tokens is not None:
+                places = carriers(one.columns, own_columns, made_tokens.shape[1])
                 kept_columns[one.picture].append(places)
-                made.setdefault(one.picture, []).append((places, selection.made[number]))
+                lead, follow = made_tokens[number].tensor_split([selection.leading])
+                tokens = torch.cat([lead, features[number][own].to(lead), follow])
+                made.setdefault(one.picture, []).append((torch.cat([own_columns, places]).sort().values, tokens))
     answers = []
     for index, picture in enumerate(pictures):
         kept = torch.isin(picture.columns, concatenated(kept_columns[index]))
@@ -155,9 +166,7 @@ def check_groups(pruner: Pruner, groups: dict[tuple[int, int], list[Candidates]]
 
 def carriers(columns: Tensor, kept: Tensor, count: int) -> Tensor:
     """Columns (count,), evenly spaced among those of a view (n,) that are not ``kept`` (m,): places of made tokens."""
-    free = torch.ones(len(columns), dtype=torch.bool)
-    free[kept] = False
-    free = columns[free]
+    free = columns[~torch.isin(columns, kept)]
     return free[(2 * torch.arange(count) + 1) * len(free) // (2 * count)]
 
 

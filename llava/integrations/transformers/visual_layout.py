@@ -80,10 +80,25 @@ def find_pictures(host: Host, capture: Capture, input_ids: Tensor) -> list[Pictu
             raise UnsupportedModelError(
                 host.model, f"the prompts have {len(places)} {modality} placeholders that do not match its features"
             )
+        if not stand_there(capture, modality, places):
+            raise UnsupportedModelError(
+                host.model,
+                f"what its language model gets at the {modality} placeholders are not its {modality} features",
+            )
     items.sort(key=lambda item: (item[0], int(item[1][0])))
     if host.model_type in TILES_SIDE_BY_SIDE:
         items = joined_tiles(items)
     return [with_row_breaks(Picture(*item)) for item in items]
+
+
+def stand_there(capture: Capture, modality: str, places: Tensor) -> bool:
+    """Whether features stand at the places (t, 2) in the order in which they were computed."""
+    features = capture.features[modality]
+    items = [features] if isinstance(features, Tensor) else features
+    embeds = capture.inputs_embeds
+    computed = torch.cat([item.reshape(-1, embeds.shape[-1]).to(embeds) for item in items])
+    rows, columns = places.to(embeds.device).unbind(-1)
+    return torch.allclose(embeds[rows, columns], computed, rtol=0, atol=0, equal_nan=True)
 
 
 def views_of(host: Host, capture: Capture, modality: str) -> list[Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import cache
 
+import torch
 from torch import Tensor
 
 
@@ -24,5 +25,11 @@ def is_installed() -> bool:
 
 
 def usable(tensor: Tensor) -> bool:
-    """Whether a computation on ``tensor`` is one for the kernels."""
-    return tensor.is_cuda and is_installed()
+    """Whether a computation on ``tensor`` is one for the kernels, through which no gradient flows."""
+    return tensor.is_cuda and is_installed() and not (tensor.requires_grad and torch.is_grad_enabled())
+
+
+def multiplies_half_precision(rows: Tensor, others: Tensor) -> bool:
+    """Whether ``torch.bmm`` multiplies half precision into float32 by itself: on NVIDIA, from torch 2.8 on."""
+    same = rows.is_cuda and rows.dtype == others.dtype and not (rows.requires_grad or others.requires_grad)
+    return same and torch.version.cuda is not None and hasattr(torch.ops.aten.bmm, "dtype")

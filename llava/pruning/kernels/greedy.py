@@ -20,7 +20,6 @@ from torch import Tensor
 ONE_LAUNCH = 1024  # the longest view that one program works through
 TILE = 16384  # numbers of earlier vectors that a program reads at a time
 STEP_BLOCK = 128  # tokens per program where a step is a launch
-WARPS = 16
 
 
 def place_by_map(
@@ -66,27 +65,31 @@ def _run(
     # Arguments that a rule does not read still have to be tensors.
     weight = values if relevance is None else relevance.to(matrix.dtype).contiguous()
     counted = order if member is None else member.contiguous()
+    whole = triton.next_power_of_2(n)
     options = {
         "RULE": rule,
         "WEIGHTED": relevance is not None,
         "COUNTED": member is not None,
-        "ALL": triton.next_power_of_2(n),
-        "num_warps": WARPS,
+        "ALL": whole,
+        "num_warps": min(max(whole // 64, 4), 16),
+        "enable_fp_fusion": True,  # whatever the version's default: duplicates are computed alike either way
     }
     if n <= ONE_LAUNCH:
-        chunk = min(max(TILE // options["ALL"], 1), 16)
-        _loop[(views,)](
-            rank, matrix, values, weight, counted, order, n, k, epsilon, stop, CHUNK=chunk, **options
-        )  # fmt: skip
+        with torch.cuda.device_of(matrix):
+            _loop[(views,)](
+                rank, matrix, values, weight, counted, order, n, k, epsilon, stop,
+                CHUNK=min(TILE // whole, 16), **options,
+            )  # fmt: skip
         return
     here, there = values, torch.empty_like(values)
     placed_here, placed_there = (torch.zeros(views, dtype=torch.int32, device=rank.device) for _ in range(2))
     grid = (views, triton.cdiv(n, STEP_BLOCK))
     for step in range(k if member is None else n):  # views that are done return at once
-        _step[grid](
-            rank, matrix, here, there, placed_here, placed_there, weight, counted, order,
-            step, n, k, epsilon, stop, BLOCK=STEP_BLOCK, CHUNK=TILE // STEP_BLOCK, **options,
-        )  # fmt: skip
+        with torch.cuda.device_of(matrix):
+            _step[grid](
+                rank, matrix, here, there, placed_here, placed_there, weight, counted, order,
+                step, n, k, epsilon, stop, BLOCK=STEP_BLOCK, CHUNK=TILE // STEP_BLOCK, **options,
+            )  # fmt: skip
         here, there, placed_here, placed_there = there, here, placed_there, placed_here
 
 

@@ -1,7 +1,7 @@
 """Where the text and the pictures of a padded batch of prompts stand, and how dropping visual tokens shortens it.
 
 A method inside the decoder leaves every stretch of layers a batch of its own: shorter rows, other padding, positions
-and masks. This is the bookkeeping of that, as data and one pure function; decoder_pruning.py puts it to work.
+and masks. This is the bookkeeping of that, as data and one pure function; pruning.py puts it to work.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 
 Hooks before the layers shorten the hidden states at each cut and give the layers after it their own mask and
 positions; they hang on this one decoder and are gone when the block ends, whatever happened in it. A stretch of layers
-between two cuts is a `Stage` (prompt_stages.py). How long every row is at every stage is known beforehand, so nothing
+between two cuts is a `Stage` (stages.py). How long every row is at every stage is known beforehand, so nothing
 waits for the device, where alone it is known which tokens stay.
 
 Attention rows that a method reads are computed from the layer's own queries and keys, beside its kernel, which may be
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
-from llava.model.prompt_stages import PromptRow, PrunedPrompt, Stage, shortened, valid_positions
+from llava.decoder.stages import PromptRow, PrunedPrompt, Stage, shortened, valid_positions
 from llava.pruning.decoder import Cut, CutInputs, DecoderPruner, attention_rows
 
 

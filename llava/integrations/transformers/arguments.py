@@ -1,0 +1,95 @@
+"""The arguments of a call: what of them can be pruned, and what they become for a shortened prompt."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava.integrations.transformers.host import TOKEN_TYPES, Host
+from llava.integrations.transformers.shortening import IGNORE_INDEX, Shortening
+
+
+def shortened(host: Host, arguments: dict[str, Any], shortening: Shortening) -> dict[str, Any]:
+    """The arguments of the model's own call: everything about tokens shorter, nothing about pictures."""
+    visual = host.visual_inputs(arguments)
+    shorter = {name: value for name, value in arguments.items() if name not in visual and name != "position_ids"}
+    mask = arguments["attention_mask"]
+    shorter["input_ids"] = shortening.tokens(arguments["input_ids"])
+    shorter["attention_mask"] = shortening.attention_mask(mask)
+    for name in TOKEN_TYPES:
+        if arguments.get(name) is not None:
+            shorter[name] = shortening.tokens(arguments[name], padding=0)
+    if arguments.get("labels") is not None:
+        shorter["labels"] = shortening.tokens(arguments["labels"], padding=IGNORE_INDEX)
+    return shorter
+
+
+def checked_prompt(arguments: dict[str, Any]) -> Tensor:
+    """The ids (B, L) of a call that shows pictures. Raises ValueError for what cannot be pruned."""
+    if arguments.get("mm_encoder_outputs"):
+        raise ValueError("mm_encoder_outputs holds features that are computed already: give pixel_values instead")
+    if arguments.get("inputs_embeds") is not None:
+        raise ValueError(
+            "inputs_embeds with pictures: the prompt's placeholders cannot be found in embeddings; give input_ids"
+        )
+    prompt = arguments.get("input_ids")
+    if prompt is None:
+        raise ValueError("a call with pictures needs input_ids, (B, L) with placeholder tokens")
+    mask = arguments.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != prompt.shape):
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask must be (B, L) = {tuple(prompt.shape)} like input_ids, got {shape}")
+    cache = arguments.get("past_key_values")
+    if cache is not None and int(cache.get_seq_length()) > 0:
+        raise ValueError(
+            "past_key_values is not empty: pictures can be pruned in a first turn only. Give the whole "
+            "conversation without the cache"
+        )
+    return prompt
+
+
+def check_cache(arguments: dict[str, Any]) -> None:
+    """Refuse to go on with a cache whose prompt was pruned: where its tokens stood is not known any more."""
+    cache = arguments.get("past_key_values")
+    if getattr(cache, "prompt_was_pruned", False) and int(cache.get_seq_length()) > 0:
+        raise ValueError(
+            "past_key_values holds a prompt that was pruned, and cannot be gone on with: give the whole "
+            "conversation, its pictures too, without the cache"
+        )
+
+
+def mask_of_padding(host: Host, prompt: Tensor, config: Any) -> Tensor:
+    """The mask that `generate` infers when none is given: 0 at padding tokens, unless these also end answers."""
+    config = host.model.generation_config if config is None else config
+    padding, ends = config.pad_token_id, config.eos_token_id
+    ends = ends if isinstance(ends, (list, tuple)) else [ends]
+    if padding is None or padding in ends:
+        return torch.ones_like(prompt)
+    return prompt.ne(padding).long()
+
+
+def lower_lengths(arguments: dict[str, Any], dropped: int) -> None:
+    """Make limits that count the prompt fit the shorter one."""
+    for name in ("max_length", "min_length"):
+        if arguments.get(name) is not None:
+            arguments[name] -= dropped
+    config = arguments.get("generation_config")
+    if config is not None and (config.max_length is not None or config.min_length):
+        arguments["generation_config"] = config = copy.deepcopy(config)
+        for name in ("max_length", "min_length"):
+            if getattr(config, name):
+                setattr(config, name, max(0, getattr(config, name) - dropped))
+
+
+def with_whole_prompt(sequences: Tensor, prompt: Tensor, shortened: int) -> Tensor:
+    """Put the prompts (B, L) as the user gave them before the new tokens of (B r, ``shortened`` + new) sequences."""
+    whole = prompt.repeat_interleave(len(sequences) // len(prompt), dim=0)
+    return torch.cat([whole.to(sequences.device), sequences[:, shortened:]], dim=1)
+
+
+def mark_pruned(cache: Any) -> None:
+    if cache is not None:
+        cache.prompt_was_pruned = True

@@ -1,0 +1,72 @@
+"""Load a model of the Transformers library with its processor, so that a pruner can attach to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from llava.checkpoint import CheckpointError
+from llava.integrations.transformers.host import find_host
+
+TESTED_WITHOUT_TORCHVISION = "LLaVA and LLaVA-NeXT need none"
+
+
+def load_transformers_model(
+    name: str,
+    device: str = "cpu",
+    device_map: str | None = None,
+    dtype: torch.dtype | str = "auto",
+    attn_implementation: str | None = None,
+    quantization_config: Any = None,
+) -> tuple[Any, nn.Module]:
+    """Processor and model, ready for inference.
+
+    Args:
+        name: folder or hub name.
+        device: where the model goes unless ``device_map`` spreads it.
+
+    Raises:
+        CheckpointError: no such checkpoint, or a file is missing.
+        UnsupportedModelError: a class that a pruner cannot attach to.
+        ValueError: a model whose code comes with the checkpoint, or one that reads no pictures.
+        ImportError: the processor needs torchvision; says how to install it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+        architecture = (config.architectures or [config.model_type])[0]
+        if type(config) not in AutoModelForImageTextToText._model_mapping or not hasattr(transformers, architecture):
+            raise ValueError(
+                f"{name} is a {architecture}, which is none of the library's models of pictures and text (a "
+                "checkpoint in LLaVA's original format: leave --hf out)"
+            )
+        processor = AutoProcessor.from_pretrained(name)
+        model = AutoModelForImageTextToText.from_pretrained(
+            name,
+            dtype=dtype,
+            device_map=device_map,
+            attn_implementation=attn_implementation,
+            quantization_config=quantization_config,
+        )
+    except ImportError as error:
+        if "torchvision" in str(error).lower():
+            raise ImportError(
+                f"the processor of {name} has a part for videos, which needs torchvision: "
+                f'pip install "script-llava[hf]" ({TESTED_WITHOUT_TORCHVISION})'
+            ) from error
+        raise
+    except OSError as error:
+        raise CheckpointError(f"no model of the Transformers library at {name}: {error}") from error
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{name} brings its own code, which is not run here: take a checkpoint of one of the library's classes"
+            ) from error
+        raise
+    find_host(model)
+    if device_map is None and quantization_config is None:
+        model.to(device)
+    return processor, model.eval()

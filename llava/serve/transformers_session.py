@@ -1,0 +1,140 @@
+"""The command line on models of the Transformers library's own classes: ``--hf``."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from PIL import Image
+
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.integrations.transformers import KeptPicture
+from llava.integrations.transformers.host import find_host
+from llava.integrations.transformers.loading import load_transformers_model
+from llava.model.builder import pick_device
+from llava.pruning import DecoderPruner, Pruner
+from llava.serve.status import TimedStreamer
+
+OURS_ALONE = {  # options that speak of LLaVA's original format or code
+    "model_base": "--model-base",
+    "video_file": "--video-file",
+    "pool_mode": "--pool-mode",
+    "conv_mode": "--conv-mode",
+    "image_grid": "--image-grid",
+    "show_tokens": "--show-tokens",
+    "load_4bit": "--load-4bit",
+    "load_8bit": "--load-8bit",
+    "compile_tower": "--compile-tower",
+}
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Raise ValueError for options that do not go together with ``--hf`` or without it."""
+    if not options.hf:
+        if options.clip_path:
+            raise ValueError("--clip-path goes with --hf: a checkpoint of LLaVA's own format names its CLIP itself")
+        return
+    given = [flag for name, flag in OURS_ALONE.items() if getattr(options, name, None)]
+    if given:
+        raise ValueError(f"{', '.join(given)} goes with LLaVA's own code, not with --hf")
+
+
+class TransformersSession:
+    """A loaded model, the pictures on the table, and the conversation about them; `Session` for ``--hf``.
+
+    Every turn goes to the model as a whole, as a cache with a pruned prompt cannot be gone on with.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, pruner: Pruner | None) -> None:
+        self.arguments = arguments
+        device = pick_device(arguments.device)
+        dtype: Any = arguments.dtype
+        if dtype == "auto" and device == "cpu":
+            dtype = torch.float32
+        self.processor, self.model = load_transformers_model(
+            arguments.model_path, device, arguments.device_map, dtype, arguments.attn_implementation
+        )
+        if getattr(self.processor, "chat_template", None) is None:
+            raise ValueError(f"the processor of {arguments.model_path} has no chat template to write a prompt with")
+        self.tokenizer = self.processor.tokenizer
+        self.use_pruner(pruner)
+        self.pixels: Sequence[Image.Image] = []
+        self.clear()
+
+    def use_pruner(self, pruner: Pruner | None) -> None:
+        """Select with this method from now on, if it can be attached. Raises ValueError where it cannot."""
+        with self._attached(pruner):
+            self.pruner = pruner
+
+    def _attached(self, pruner: Pruner | None) -> Any:
+        if pruner is None:
+            return nullcontext()
+        return pruner(self.model, self.processor, clip=self.arguments.clip_path, siglip=self.arguments.siglip_path)
+
+    def clear(self) -> None:
+        self.messages: list[dict[str, Any]] = []
+
+    def show(self, pictures: Sequence[Image.Image] = (), video: Any = None) -> None:
+        """Put pictures on the table and start a new conversation."""
+        if video is not None:
+            raise ValueError("/video goes with LLaVA's own code, not with --hf")
+        self.clear()
+        self.pixels = list(pictures)
+
+    def ask(self, question: str) -> str:
+        """Answer a question in the conversation so far, printing the answer and a line about the work done."""
+        content: list[dict[str, str]] = [{"type": "text", "text": question.replace(DEFAULT_IMAGE_TOKEN, "").strip()}]
+        if not self.messages:
+            content = [{"type": "image"}] * len(self.pixels) + content
+        messages = [*self.messages, {"role": "user", "content": content}]
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        inputs = self.processor(images=list(self.pixels) or None, text=text, return_tensors="pt")
+        inputs = inputs.to(self.model.device, dtype=self.model.dtype)
+        options = self.arguments
+        sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
+        if options.temperature <= 0:
+            sampling = {"do_sample": False, "temperature": None, "top_p": None}
+        if options.repetition_penalty:
+            sampling["repetition_penalty"] = options.repetition_penalty
+        streamer = TimedStreamer(self.tokenizer, self.tokenizer.eos_token)
+        with torch.inference_mode(), self._attached(self.pruner) as handle:
+            if handle is not None:
+                handle.query = question
+            start = time.perf_counter()
+            output = self.model.generate(
+                **inputs, max_new_tokens=options.max_new_tokens, streamer=streamer, **sampling
+            )
+        answer = self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        placeholder = find_host(self.model).placeholders["image"]
+        total = int((inputs["input_ids"] == placeholder).sum())
+        inside = isinstance(self.pruner, DecoderPruner)
+        print(status_line(total, None if handle is None else handle.kept, inside, start, streamer.times))
+        return answer
+
+
+def status_line(
+    total: int, kept: Sequence[KeptPicture] | None, inside: bool, start: float, times: Sequence[float]
+) -> str:
+    """One line after each answer: tokens kept of ``total`` placeholders there were, and where the time went."""
+    parts = []
+    if total and kept is None:
+        parts.append(f"{total} of {total} visual tokens, nothing pruned")
+    elif total:
+        per_view = [count for picture in kept for count in picture.per_view]
+        separators = sum(picture.separators for picture in kept)
+        counts = f"{per_view[0]} x {len(per_view)}" if len(set(per_view)) == 1 else " + ".join(map(str, per_view))
+        more = f", and {separators} newlines" if separators else ""
+        parts.append(
+            f"{sum(per_view)} of {sum(picture.tokens for picture in kept)} visual tokens ({counts} per view{more})"
+            + (" left after the last cut in the decoder" if inside else "")
+        )
+    if times:
+        parts.append(f"first token {(times[0] - start) * 1e3:.0f} ms")
+    if len(times) > 1:
+        parts.append(f"decode {(times[-1] - times[0]) / (len(times) - 1) * 1e3:.1f} ms/token")
+    return f"[{' | '.join(parts)}]"
