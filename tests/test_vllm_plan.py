@@ -20,7 +20,7 @@ from llava.integrations.vllm.options import (
 )
 from llava.integrations.vllm.padding import patches_of_square, patches_of_tiles
 from llava.integrations.vllm.prompt import questions_of_pictures, split_at
-from llava.integrations.vllm.register import ARCHITECTURES, unsupported
+from llava.integrations.vllm.registration import ARCHITECTURES, unsupported
 from llava.integrations.vllm.selection import TokenSelector
 from llava.joint_space.clip import ClipJointSpace
 from llava.model.builder import TOY_FOLDER

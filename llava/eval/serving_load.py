@@ -15,6 +15,7 @@ import base64
 import http.client
 import io
 import json
+import math
 import os
 import platform
 import random
@@ -219,7 +220,7 @@ def measure(
 
 def percentile(ascending: Sequence[float], share: float) -> float:
     """The smallest value that at least ``share`` of the values do not exceed."""
-    return ascending[max(0, -(-int(share * len(ascending) * 1000) // 1000) - 1)]
+    return ascending[max(0, math.ceil(share * len(ascending) - 1e-9) - 1)]
 
 
 def server_arguments(arguments: argparse.Namespace, mode: str) -> list[str]:

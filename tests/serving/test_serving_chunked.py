@@ -12,11 +12,12 @@ QUESTION = "What colour is the circle?"
 
 def test_chunked_equals_whole(toy, square):
     folder = toy("v1.5")
-    pruning = {"keep_tokens": 64, "image_pruning_method": "divprune"}
+    pruning = {"image_pruning_method": "divprune"}
     llm = start(
         folder,
         "ScriptLlavaForConditionalGeneration",
         pruning,
+        mm_processor_kwargs={"keep_tokens": 64},  # the server's other place for options
         max_num_batched_tokens=80,
         max_num_seqs=2,
         max_model_len=512,

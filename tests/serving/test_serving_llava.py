@@ -128,6 +128,17 @@ def test_bad_requests_are_refused(llm, pictures, options, message):
         ask(llm, prompt_of(FIRST), pictures[0], **options)
 
 
+def test_missing_clip_files_are_told_to_the_request_that_needs_them(llm, pictures, tmp_path):
+    """A worker would end with the whole server."""
+    info = type(llm.llm_engine.renderer.get_mm_processor().info)(llm.llm_engine.renderer.get_mm_processor().info.ctx)
+    server, options = info.script_options
+    info._joint_space_found = False
+    info.__dict__["script_options"] = (dataclasses.replace(server, clip=str(tmp_path)), options)
+    with pytest.raises(ValueError, match="Name the CLIP that the vision tower comes from"):
+        info.script_pruner(options)
+    info.script_pruner(dataclasses.replace(options, image_pruning_args={"relevance": "projector"}))
+
+
 def test_embeddings_are_refused(toy, llm):
     from vllm.multimodal.parse import ImageEmbeddingItems
 

@@ -136,3 +136,60 @@ def hub_names(folder):
             name = "vision_tower.vision_model." + name.removeprefix("vision_tower.")
         tensors[name] = tensor
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+INTERNVL_CONFIG = """
+from transformers import PretrainedConfig, Qwen2Config
+
+
+class InternVisionConfig(PretrainedConfig):
+    model_type = "intern_vit_6b"
+
+
+class InternVLChatConfig(PretrainedConfig):
+    model_type = "internvl_chat"
+
+    def __init__(self, vision_config=None, llm_config=None, **values):
+        super().__init__(**values)
+        self.vision_config = InternVisionConfig(**(vision_config or {}))
+        self.text_config = self.llm_config = Qwen2Config(**(llm_config or {}))
+"""
+
+
+def make_internvl(folder):
+    """Configuration and tokenizer, tiles of 64 patches that become 16 tokens; weights are left to the engine."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
+    byte_tokenizer(specials).save_pretrained(folder)
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_channels": 3,
+        "image_size": 112,
+        "patch_size": 14,
+        "qkv_bias": True,
+        "qk_normalization": False,
+        "norm_type": "layer_norm",
+        "layer_norm_eps": 1e-6,
+        "initializer_factor": 0.1,
+        "hidden_act": "gelu",
+    }
+    config = {
+        "model_type": "internvl_chat",
+        "architectures": ["InternVLChatModel"],
+        "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
+        "vision_config": vision,
+        "llm_config": {**LANGUAGE, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+        "select_layer": -1,
+        "downsample_ratio": 0.5,
+        "ps_version": "v2",
+        "template": "internvl2_5",
+        "dynamic_image_size": True,
+        "force_image_size": 112,
+        "min_dynamic_patch": 1,
+        "max_dynamic_patch": 6,
+        "use_thumbnail": True,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "configuration_internvl_chat.py").write_text(INTERNVL_CONFIG)

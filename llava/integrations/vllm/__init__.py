@@ -7,6 +7,6 @@ vLLM finds `register` by the entry point ``vllm.general_plugins`` in every proce
 where it is started under one of the names in `ARCHITECTURES`.
 """
 
-from llava.integrations.vllm.register import ARCHITECTURES, register
+from llava.integrations.vllm.registration import ARCHITECTURES, register
 
 __all__ = ["ARCHITECTURES", "register"]

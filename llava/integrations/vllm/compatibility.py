@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingInfo
 
-from llava.integrations.vllm.register import installed_version, unsupported
+from llava.integrations.vllm.registration import installed_version, unsupported
 
 HOOKS: Mapping[Any, Mapping[str, tuple[str, ...]]] = {
     BaseMultiModalProcessor: {

@@ -110,6 +110,11 @@ class PruningOptions:
             values.setdefault("image_pruning_args", {})  # another method's options mean nothing to this one
         return dataclasses.replace(self, **values)
 
+    @property
+    def prunes(self) -> bool:
+        """Whether a budget is given at all."""
+        return self.keep_tokens is not None or self.image_pruning_rate is not None
+
     def count(self, tokens: int) -> int:
         """How many of a view's ``tokens`` go on: all of them where no budget is given."""
         if self.keep_tokens is not None:

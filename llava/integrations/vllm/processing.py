@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import EmbeddingItems
+from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import PromptUpdateDetails
 
+from llava.integrations.question import question_text
 from llava.integrations.vllm.joint_space import joint_space_folder
 from llava.integrations.vllm.options import (
     JOINT_FIELDS,
@@ -63,14 +64,24 @@ class PrunedProcessingInfo:
 
     script_modalities = ("image",)
     script_has_clip = False  # whether the tower is one whose joint space can be had
+    _joint_space_found = False
 
     @cached_property
     def script_options(self) -> tuple[ServerOptions, PruningOptions]:
         server, options = server_options(self.ctx.model_config)
-        pruner = options.pruner(host_fields(self.script_has_clip))
-        if self.script_has_clip and pruner.needs & JOINT_FIELDS:
-            joint_space_folder(server, self.get_hf_config())  # a missing file is told before anything is loaded
+        self.script_pruner(options, server)
         return server, options
+
+    def script_pruner(self, options: PruningOptions, server: ServerOptions | None = None) -> Pruner:
+        """The method, whose files are there: a missing one is told here, before a worker would need it."""
+        pruner = options.pruner(host_fields(self.script_has_clip))
+        if self.reads_joint_space(pruner) and not self._joint_space_found:
+            joint_space_folder(self.script_options[0] if server is None else server, self.get_hf_config())
+            self._joint_space_found = True
+        return pruner
+
+    def reads_joint_space(self, pruner: Pruner) -> bool:
+        return self.script_has_clip and bool(pruner.needs & JOINT_FIELDS)
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         """The most tokens that a picture or video may give under this server's budget."""
@@ -109,16 +120,17 @@ class PrunedProcessor:
 
     def script_plans(self, inputs: Any, options: PruningOptions) -> dict[str, list[PicturePlan]]:
         """A plan for every picture of a request. Raises ValueError for a method that cannot be served."""
-        pruner = options.pruner(host_fields(self.info.script_has_clip))
+        pruner = self.info.script_pruner(options)
         hashes = super()._get_mm_hashes(inputs)
         plans = {}
         for modality in self.info.script_modalities:
             pictures = hashes.get(modality, [])
             queries: list[str | None] = [None] * len(pictures)
-            if reads_question(pruner):
-                queries = [options.query] * len(pictures)
+            if options.prunes and reads_question(pruner):
                 if options.query is None:
                     queries = self.script_questions(inputs.prompt, modality, options, len(pictures))
+                else:
+                    queries = [question_text(options.query)] * len(pictures)
             plans[modality] = [
                 self.script_plan(options, pruner, picture, query)
                 for picture, query in zip(pictures, queries, strict=True)
@@ -133,8 +145,7 @@ class PrunedProcessor:
 
     def script_plan(self, options: PruningOptions, pruner: Pruner, picture: str, query: str | None) -> PicturePlan:
         ids: tuple[int, ...] = ()
-        joint = self.info.script_has_clip and pruner.needs & JOINT_FIELDS
-        if query is not None and not joint:
+        if query is not None and not self.info.reads_joint_space(pruner):
             ids = tuple(self.info.get_tokenizer().encode(query, add_special_tokens=False))
         return PicturePlan(
             picture,
@@ -248,7 +259,7 @@ def reads_question(pruner: Pruner) -> bool:
 def refuse_embeddings(mm_items: Mapping[str, Any]) -> None:
     """Raise ValueError for pictures that come as embeddings."""
     for modality, items in mm_items.items():
-        if isinstance(items, EmbeddingItems):
+        if isinstance(items, (EmbeddingItems, DictEmbeddingItems)):
             raise ValueError(
                 f"this model is served pruned and needs pixels, but got {modality} embeddings: send the {modality} "
                 "itself, or shorten the embeddings yourself and serve the model under its own architecture"
