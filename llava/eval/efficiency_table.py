@@ -19,8 +19,8 @@ HEADER = (
 
 def print_table(rows: Sequence[dict[str, Any]], preset: str | None, batch: int) -> None:
     """Markdown: what was measured, then what the paper prints for the same model and budget, marked as such."""
-    print(f"\n{preset or 'checkpoint'}, batch {batch}: medians; MACs and cache are those of one prompt; what a method")
-    print("does inside the decoder is part of prefill, and the vision tower part of the time to the first token\n")
+    print(f"\n{preset or 'checkpoint'}, batch {batch}: medians, and the spread of the time to the first token. MACs and cache are")
+    print("those of one prompt. What a method does inside the decoder is part of prefill.\n")
     lines = [HEADER, *(_cells(row) for row in rows)]
     lines += [_paper_cells(row) for row in PAPER_EFFICIENCY if row.preset == preset]
     for number, line in enumerate(lines):
@@ -44,14 +44,18 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     average = row.get("average_tokens")
     if average is not None and round(average) != row["visual_tokens"]:
         tokens += f" (mean {average:.0f})"
-    milliseconds = row["milliseconds"]
+    milliseconds, spread = row["milliseconds"], row["spread_ms"].get("first token")
     forms = {stage: ".2f" if stage in ("selection", "decode") else ".1f" for stage in STAGE_COLUMNS}
     return (
         _name(row),
         tokens,
         number(row.get("formula_macs"), ",.1f", 1e9),
         number(row.get("counted_macs"), ",.1f", 1e9),
-        *(number(milliseconds.get(stage), form) for stage, form in forms.items()),
+        *(
+            number(milliseconds.get(stage), form)
+            + (f" ({spread[0]:.1f} to {spread[1]:.1f})" if spread and stage == "first token" else "")
+            for stage, form in forms.items()
+        ),
         number(row.get("visual_cache_bytes"), ",.1f", 2**20),
         number(row.get("cache_bytes"), ",.1f", 2**20),
         number(row.get("extra_memory_bytes"), ",.0f", 2**20),
