@@ -22,7 +22,7 @@ from llava.model.encoded_images import EncodedImages
 from llava.model.llava_arch import EmbeddedPrompts
 from llava.model.questions import Questions, suited
 from llava.model.token_selection import select_tokens
-from llava.pruning import Pruner
+from llava.pruning import DecoderPruner, Pruner
 from llava.video import process_video
 
 STAGES = ("preprocess", "vision", "text tower", "selection", "prefill", "first token", "decode")
@@ -217,6 +217,8 @@ class Subject:
             "formula_macs": prefill_flops(per_layer, config.hidden_size, config.intermediate_size),
             "visual_cache_bytes": 2 * sum(per_layer) * key_width * value_bytes,
         }
+        if self.only_counts and isinstance(row.pruner, DecoderPruner):
+            return  # it reads what layers without storage do not have
         cache = self.prefill(prompts).past_key_values
         macs = self.vision_macs + count_macs(lambda: self.prefill(self.embed(row, self.encoded)))
         yield {"counted_macs": macs / self.batch, "cache_bytes": cache_bytes(cache) // self.batch}

@@ -19,11 +19,14 @@ HEADER = (
 
 def print_table(rows: Sequence[dict[str, Any]], preset: str | None, batch: int) -> None:
     """Markdown: what was measured, then what the paper prints for the same model and budget, marked as such."""
-    print(f"\n{preset or 'checkpoint'}, batch {batch}: medians, and the spread of the time to the first token. MACs and cache are")
-    print("those of one prompt. What a method does inside the decoder is part of prefill.\n")
-    lines = [HEADER, *(_cells(row) for row in rows)]
-    lines += [_paper_cells(row) for row in PAPER_EFFICIENCY if row.preset == preset]
-    for number, line in enumerate(lines):
+    print(
+        f"\n{preset or 'checkpoint'}, batch {batch}: medians, and the spread of the time to the first token. MACs and"
+    )
+    print("cache are those of one prompt. What a method does inside the decoder is part of prefill.\n")
+    own = [_cells(row) for row in rows]
+    filled = [column for column in range(len(HEADER)) if not own or any(line[column] != "-" for line in own)]
+    lines = [HEADER, *own, *(_paper_cells(row) for row in PAPER_EFFICIENCY if row.preset == preset)]
+    for number, line in enumerate([line[column] for column in filled] for line in lines):
         print(f"| {' | '.join(line)} |")
         if number == 0:
             print(f"|{'---|' * len(line)}")

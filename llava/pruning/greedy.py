@@ -48,7 +48,8 @@ def place_by_map(
     all_weights = None if weight is None else weight.view(-1)
 
     next_look = k
-    for step, (j, v) in enumerate(zip(chosen.unbind(), largest.unbind(), strict=True)):
+    for step in range(n):
+        j, v = chosen[step], largest[step]
         torch.max(variance, dim=1, keepdim=True, out=(v, j))  # the lowest index among equals
         torch.add(j, first_of_view, out=place_column)
         torch.index_select(rows, 0, place, out=row)
