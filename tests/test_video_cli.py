@@ -53,6 +53,19 @@ def test_a_picture_that_the_model_shrinks_says_so(run, video, monkeypatch):
     )
 
 
+def test_several_pictures_are_a_padded_square_each(run, video):
+    """As the published code evaluates them; one picture is tiles again."""
+    files = [str(video / "images" / f"{name}.png") for name in ("small320x240", "wide1500x300")]
+    options = {"checkpoint": "llava-onevision-tiny-qwen2-ov", "source": None}
+    code, out, err = run("--query", "What?", "--keep-tokens", "32", "--image-file", *files, **options)
+    assert code == 0, err
+    assert "64 of 1458 visual tokens (32 x 2 per view)" in out
+    code, out, err = run("--query", "What?", "--image-file", *files, **options)
+    assert "1458 of 1458 visual tokens (729 x 2 per view, and 2 newlines)" in out
+    code, out, err = run("--query", "What?", "--keep-tokens", "32", "--image-file", files[1], **options)
+    assert re.search(r"\(32 x ([2-9]|\d\d) per view\)", out)
+
+
 def test_a_budget_for_the_clip(run):
     options = ["--num-frames", "4", "--keep-tokens", "16", "--pruner-args", "scope=clip"]
     code, out, _ = run("--query", "What moves?", *options)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, conv_templates, template_for
-from llava.mm_utils import load_image, process_images, tokenizer_image_token
+from llava.mm_utils import load_image, most_tiles, process_images, tokenizer_image_token
 from llava.model.builder import DEFAULT_CHECKPOINT, load_pretrained_model
 from llava.model.encoded_images import EncodedImages
 from llava.model.questions import suited
@@ -107,6 +107,7 @@ class Session:
         )
         if options.pool_mode:
             self.model.config.mm_spatial_pool_mode = options.pool_mode
+        self.aspect_ratio = getattr(self.model.config, "image_aspect_ratio", None)
         if options.image_grid:
             self.model.config.image_grid_pinpoints = [parse_grid(options.image_grid)]
         self.template = conv_templates[options.conv_mode or template_for(self.model.model_name)]
@@ -127,12 +128,17 @@ class Session:
         self.conversation: Conversation = self.template.copy()
 
     def show(self, pictures: Sequence[Image.Image] = (), video: Video | None = None) -> None:
-        """Put pictures or a video on the table and start a new conversation."""
+        """Put pictures or a video on the table and start a new conversation.
+
+        Of several pictures LLaVA-OneVision, whose single ones are many tiles, reads one padded square each.
+        """
         self.clear()
         self.pictures = None
         self.modality = IMAGE if video is None else VIDEO
         self.preface = ""
         if video is None:
+            several_tiled = len(pictures) > 1 and most_tiles(self.aspect_ratio) is not None
+            self.model.config.image_aspect_ratio = "pad" if several_tiled else self.aspect_ratio
             self.pixels = process_images(pictures, self.image_processor, self.model.config) if pictures else []
             self.sizes = [picture.size for picture in pictures]
             return
