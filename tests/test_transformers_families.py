@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from llava.integrations.transformers import TESTED_CLASSES
@@ -12,6 +14,15 @@ FAMILIES = sorted(MAKERS)
 NEW = 5
 MASK_BEFORE_THE_DOOR = {"gemma3", "paligemma"}  # the language model alone would build another mask
 REFUSES_ASSISTANTS = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "paligemma"}  # the library itself, see below
+
+
+# The older library builds other masks in chunks (Gemma3) and without a cache (PaliGemma): unpruned prompts differ too.
+BEFORE_5_23 = Version(transformers.__version__) < Version("5.23")
+
+
+def skip_without_a_cache(host):
+    if host.name == "paligemma" and BEFORE_5_23:
+        pytest.skip("this version of the library answers otherwise without a cache, unpruned too")
 
 
 @pytest.fixture(params=FAMILIES)
@@ -100,10 +111,12 @@ def test_ways_of_decoding_agree(host):
         assert torch.equal(
             answers(host, host.batch(), past_key_values=DynamicCache(config=host.model.config)), expected
         )
-        assert torch.equal(answers(host, host.batch(), prefill_chunk_size=4), expected)
+        if not (host.name == "gemma3" and BEFORE_5_23):
+            assert torch.equal(answers(host, host.batch(), prefill_chunk_size=4), expected)
 
 
 def test_beams_and_returned_sequences(host):
+    skip_without_a_cache(host)
     options = {"num_beams": 3, "num_return_sequences": 3, "return_dict_in_generate": True, "output_scores": True}
     with pruner()(host.model):
         cached = greedy(host, host.batch(), **options)
@@ -116,6 +129,7 @@ def test_beams_and_returned_sequences(host):
 
 
 def test_sampling(host):
+    skip_without_a_cache(host)
     options = {"do_sample": True, "num_return_sequences": 2, "top_k": 20}
     with pruner()(host.model):
         drawn = []
@@ -232,7 +246,7 @@ def test_a_row_without_picture_beside_one_with(host):
     """The row with the picture answers as it does alone; the text row as without any pruner."""
     if host.name in ("idefics3", "smolvlm"):
         mixed = host.prompts([["image", 5], [6]], [0])
-        mixed["pixel_values"] = host.pick([0], [1, 0])["pixel_values"]
+        mixed |= host.pick([0], [1, 0])
     else:
         mixed = host.prompts([["image", 5], [6]], [0])
     alone = host.prompts([["image", 5]], [0])

@@ -5,6 +5,7 @@ Processors of most families cannot be loaded offline, so ids, pixels and grids a
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from functools import cache
 
@@ -226,7 +227,9 @@ def make_video_llava():
     )
     model = built(hf.VideoLlavaForConditionalGeneration, config)
     video = {"pixel_values_videos": pixels(1, 3, 3, 28, 28)}
-    return Family("video_llava", model, {"pixel_values": pixels(3, 3, 28, 28)}, [16] * 3, video, [51])
+    old = "pixel_values_images" in inspect.signature(type(model).forward).parameters  # before Transformers 5.23
+    images = {"pixel_values_images" if old else "pixel_values": pixels(3, 3, 28, 28)}
+    return Family("video_llava", model, images, [16] * 3, video, [51])
 
 
 def make_internvl():

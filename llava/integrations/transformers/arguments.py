@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +12,16 @@ from torch import Tensor
 
 from llava.integrations.transformers.host import TOKEN_TYPES, Host
 from llava.integrations.transformers.shortening import IGNORE_INDEX, Shortening
+
+
+def by_name(function: Callable[..., Any], positional: Sequence[Any], named: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name, among them those that ``function`` gathers under a name of its own."""
+    signature = inspect.signature(function)
+    arguments = dict(signature.bind_partial(*positional, **named).arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(parameter.name, {})
+    return arguments
 
 
 def shortened(host: Host, arguments: dict[str, Any], shortening: Shortening) -> dict[str, Any]:

@@ -10,7 +10,6 @@ and after its ``forward``, a hook before its language model's.
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from llava.decoder.pruning import DecoderPruning
 from llava.integrations.transformers.arguments import (
+    by_name,
     check_cache,
     checked_prompt,
     lower_lengths,
@@ -136,8 +136,7 @@ class AttachedPruner:
         inner = self._generate
 
         def generate(*positional: Any, **named: Any) -> Any:
-            arguments = dict(inspect.signature(inner).bind_partial(*positional, **named).arguments)
-            arguments |= arguments.pop("kwargs", {})
+            arguments = by_name(inner, positional, named)
             query = arguments.pop("query", None)
             with self._one_call():
                 check_cache(arguments)
@@ -181,9 +180,8 @@ class AttachedPruner:
         if self._compiled_step() or (self._generating and self._owner == threading.get_ident()):
             return None  # a step of generate
         self._acquire()
-        bound = inspect.signature(type(model).forward).bind_partial(model, *positional, **named).arguments
-        arguments = {name: value for name, value in bound.items() if name != "self"}
-        arguments |= arguments.pop("kwargs", {})
+        arguments = by_name(type(model).forward, (model, *positional), named)
+        del arguments["self"]
         query = arguments.pop("query", None)
         check_cache(arguments)
         if not self.host.shows_pictures(arguments):

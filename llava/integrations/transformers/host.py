@@ -48,7 +48,6 @@ NOT_VISUAL = {
     "output_attentions",
     "output_hidden_states",
     "return_dict",
-    "kwargs",
 }
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
@@ -132,5 +131,6 @@ def find_host(model: nn.Module) -> Host:
             placeholders[modality] = found
     if "image" not in placeholders:
         raise UnsupportedModelError(model, "its config names no image_token_id")
-    arguments = set(inspect.signature(type(model).forward).parameters) - NOT_VISUAL
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    arguments = {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD} - NOT_VISUAL
     return Host(model, base, language_model, placeholders, frozenset(arguments))

@@ -69,8 +69,13 @@ def find_pictures(host: Host, capture: Capture, input_ids: Tensor) -> list[Pictu
     for modality in capture.features:
         token = host.placeholders.get(modality, host.placeholders["image"])
         places = (ids == token).nonzero()  # (visual tokens, 2), row by row
-        first = 0
-        for views in views_of(host, capture, modality):
+        first, found = 0, views_of(host, capture, modality)
+        shows = torch.ones(len(places), dtype=torch.bool)
+        if modality == "video" and len(places) == sum(map(len, found)) + len(found):
+            # LLaVA-OneVision before Transformers 5.23 adds the newline behind a video later than its features.
+            found = [torch.cat([views, torch.tensor([SEPARATOR])]) for views in found]
+            shows[torch.tensor([len(views) for views in found]).cumsum(0) - 1] = False
+        for views in found:
             part = places[first : first + len(views)]
             first += len(views)
             if len(part) < len(views) or len(part[:, 0].unique()) != 1:
@@ -80,7 +85,7 @@ def find_pictures(host: Host, capture: Capture, input_ids: Tensor) -> list[Pictu
             raise UnsupportedModelError(
                 host.model, f"the prompts have {len(places)} {modality} placeholders that do not match its features"
             )
-        if not stand_there(capture, modality, places):
+        if not stand_there(capture, modality, places[shows]):
             raise UnsupportedModelError(
                 host.model,
                 f"what its language model gets at the {modality} placeholders are not its {modality} features",
