@@ -30,12 +30,15 @@ def tiled():
 
 @pytest.mark.parametrize("tokens", [320, 2880])
 def test_counted_work_of_a_language_model_is_the_formula_and_the_head(tokens):
-    """7B without storage: torch's counter and methods.md 1.1 agree to the last multiply-accumulate."""
+    """7B without storage: torch's counter and methods.md 1.1 agree.
+
+    To the last multiply-accumulate with Transformers 5.23; before, the table of rotations was a product as well.
+    """
     geometry = GEOMETRIES["llava-v1.6-vicuna-7b"]
     model, _ = build_random(geometry, torch.bfloat16, "cpu", decoder_device="meta")
     embeds = torch.empty(1, tokens, geometry.width, device="meta", dtype=torch.bfloat16)
     counted = count_macs(lambda: model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1))
-    assert counted == prefill_flops([tokens] * 32, 4096, 11008) + 4096 * 32000
+    assert counted - prefill_flops([tokens] * 32, 4096, 11008) - 4096 * 32000 in (0, tokens * 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
