@@ -102,6 +102,26 @@ def test_a_method_that_this_model_cannot_host_keeps_its_line_and_says_why():
     assert rows[0].seconds["first token"]
 
 
+@pytest.mark.parametrize("name", ["mid", "llava-v1.6-vicuna-7b", "llava-video-7b"])
+def test_work_is_the_same_counted_without_doing_it(name):
+    """`--counts-only` against a real pass, at small widths: three ways to read pictures, five methods, the limit."""
+    sizes = {"width": 64, "layers": 2, "heads": 4, "ffn": 96, "vocabulary": 2048, "tower": (32, 2, 2, 48)}
+    geometry = dataclasses.replace(GEOMETRIES[name], **sizes, key_value_heads=None)
+    if geometry.frames:
+        geometry = dataclasses.replace(geometry, frames=2)
+    else:
+        geometry = dataclasses.replace(geometry, text_tower=(32, 2, 2, 48), joint_width=32)
+    counted = []
+    for decoder in (None, "meta"):
+        model, image_processor = build_random(geometry, torch.float32, "cpu", decoder_device=decoder)
+        subject = Subject(model, image_processor, geometry.picture, 1, "cpu", geometry.frames)
+        rows = make_rows(["divprune", "pool", "random", "uniform", "visionzip"], [16], subject.tokens_per_view)
+        measure(subject, rows, repeats=0, warm_up=0, new_tokens=1)
+        counted.append([{k: v for k, v in row.figures.items() if k != "extra_memory_bytes"} for row in rows])
+    assert counted[0] == counted[1]
+    assert counted[0][0]["counted_macs"] > 0
+
+
 def test_figures_of_a_video():
     """LLaVA-Video's preset with smaller numbers: tokens per frame, newlines of the unpruned clip, no joint space."""
     sizes = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from llava.model.encoded_images import EncodedImages
 from llava.model.llava_arch import EmbeddedPrompts
 from llava.model.questions import Questions, suited
 from llava.model.token_selection import select_tokens
+from llava.model.visual_layouts import as_views
 from llava.pruning import DecoderPruner, Pruner
 from llava.video import process_video
 
@@ -115,6 +117,30 @@ class Subject:
         """Pixels -> projected features, the tower and the projector."""
         return self.model.encode_pictures(self.pixels, self.sizes, self.modality)
 
+    def imagined(self) -> tuple[EncodedImages, int]:
+        """Random features of the shapes that `encode` gives, and the work that it would be; nothing large is done."""
+        tower, projector = self.model.get_vision_tower(), self.model.get_model().mm_projector
+        tower, projector = copy.deepcopy(tower).to("meta"), copy.deepcopy(projector).to("meta")
+        pixels = torch.cat(as_views(self.pixels))
+        macs = count_macs(lambda: projector(tower.observe(pixels.to("meta")).features))
+        seen = tower.observe(pixels.to("meta"))
+
+        def drawn(like: Tensor | None) -> Tensor | None:
+            return None if like is None else torch.randn(like.shape, dtype=like.dtype)
+
+        layouts = self.model.layouts_of(self.pixels, self.sizes, self.modality)
+        encoded = EncodedImages(
+            torch.randn(len(pixels), self.tokens_per_view, self.model.config.hidden_size, dtype=self.dtype),
+            drawn(seen.features),
+            [layout for layout, _ in layouts],
+            [with_padding for _, with_padding in layouts],
+            drawn(seen.class_features),
+            drawn(seen.layer_input),
+            pixels,
+            pool_mode=None if self.frames is None else self.model.config.mm_spatial_pool_mode,
+        )
+        return encoded, macs
+
     def read_question(self, row: Row) -> Questions:
         """The text tower, where the method asks for it."""
         return Questions(self.model, row.pruner, self.tokens_per_view, self.queries)
@@ -201,7 +227,9 @@ class Subject:
     def counts(self, row: Row) -> Iterator[dict[str, Any]]:
         """What does not depend on the clock: tokens and formulas first, then what is counted in a real pass."""
         config = self.model.config
-        if self.encoded is None:
+        if self.encoded is None and self.only_counts:
+            self.encoded, self.vision_macs = self.imagined()
+        elif self.encoded is None:
             self.encoded, self.vision_macs = self.encode(), count_macs(self.encode)
         prompts = self.embed(row, self.encoded)
         if isinstance(prompts, Tensor):
