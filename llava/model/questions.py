@@ -68,7 +68,8 @@ class Questions:
             current = torch.cuda.current_stream(self._stream.device)
             current.wait_stream(self._stream)
             for value in self._embedded.values():
-                value.record_stream(current)
+                if value.device == self._stream.device:  # the language model may be on another GPU
+                    value.record_stream(current)
         row = self._row[picture_of_view].to(device, non_blocking=True)
         return {name: value.to(device)[row] for name, value in self._embedded.items()}
 
