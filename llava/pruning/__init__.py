@@ -6,8 +6,6 @@ from llava.pruning.base import (
     Selection,
     get_pruner,
     list_pruners,
-    parse_budget,
-    parse_options,
     pruner_class,
     register,
 )
@@ -19,6 +17,7 @@ from llava.pruning.downsample import Downsample
 from llava.pruning.fastv import FastV
 from llava.pruning.first import First
 from llava.pruning.grid import Grid
+from llava.pruning.options import parse_budget, parse_options
 from llava.pruning.pool import Pool
 from llava.pruning.pyramiddrop import PyramidDrop
 from llava.pruning.random import Random

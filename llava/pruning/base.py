@@ -7,11 +7,10 @@ else (budget, checks, ascending order, gathering, padding) happens once, here.
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -178,7 +177,7 @@ class Pruner(ABC):
         if isinstance(self.keep_tokens, int):
             self._check_floor(self.keep_tokens)
         for option in dataclasses.fields(self):
-            allowed = typing.get_args(_option_types(type(self))[option.name])
+            allowed = typing.get_args(option_types(type(self))[option.name])
             value = getattr(self, option.name)
             if allowed and all(isinstance(a, str) for a in allowed) and value not in allowed:
                 raise ValueError(f"{option.name} must be one of {', '.join(allowed)}; got {value!r}")
@@ -346,19 +345,6 @@ def check_budget(keep_tokens: Any) -> None:
         )
 
 
-def parse_budget(text: str) -> int | float:
-    """Read ``keep_tokens`` from a command line: "64" is a count, "0.25" a share. Raises ValueError."""
-    try:
-        budget = int(text)
-    except ValueError:
-        try:
-            budget = float(text)
-        except ValueError:
-            budget = text
-    check_budget(budget)
-    return budget
-
-
 def register(cls: type[Pruner]) -> type[Pruner]:
     """Class decorator that makes a method known under its ``name``."""
     if cls.name in _REGISTRY:
@@ -393,46 +379,7 @@ def get_pruner(name: str, **options: Any) -> Pruner:
     return cls(**options)
 
 
-def parse_options(name: str, assignments: Sequence[str]) -> dict[str, Any]:
-    """Turn ``["tau=0.3", "gsp=false"]`` into typed keyword arguments of the pruner ``name``.
-
-    Raises:
-        ValueError: for text without "=", an unknown option or a value that does not fit the option's type.
-    """
-    types_of = _option_types(pruner_class(name))
-    options = {}
-    for assignment in assignments:
-        option, equals, text = assignment.partition("=")
-        if not equals:
-            raise ValueError(f"pruner options are written key=value, got {assignment!r}")
-        if option not in types_of:
-            raise ValueError(f"pruner '{name}' has no option {option}; its options: {', '.join(types_of)}")
-        options[option] = (
-            parse_budget(text) if option == "keep_tokens" else _parse_value(option, text, types_of[option])
-        )
-    return options
-
-
-def _option_types(cls: type[Pruner]) -> dict[str, Any]:
+def option_types(cls: type[Pruner]) -> dict[str, Any]:
+    """The type of every option of a method, by name."""
     hints = typing.get_type_hints(cls)
     return {option.name: hints[option.name] for option in dataclasses.fields(cls)}
-
-
-def _parse_value(option: str, text: str, kind: Any) -> Any:
-    """Read ``text`` as one of the types of an option: None, bool, int, float or str."""
-    kinds = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-    if types.NoneType in kinds and text.lower() == "none":
-        return None
-    if bool in kinds:
-        if text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        raise ValueError(f"{option} must be true or false, got {text!r}")
-    for number in (int, float):
-        if number in kinds:
-            try:
-                return number(text)
-            except ValueError:
-                continue
-    if any(k is str or typing.get_origin(k) is Literal for k in kinds):
-        return text
-    raise ValueError(f"{option} must be a number, got {text!r}")
