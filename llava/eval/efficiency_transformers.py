@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -157,7 +157,8 @@ class TransformersSubject:
         ids = torch.full((self.batch, TEXT_BEFORE + visual + TEXT_AFTER), 5, device=self.device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-    def attached(self, row: Row) -> Any:
+    def attached(self, row: Row) -> AbstractContextManager:
+        """The block in which the row's method prunes the model's calls."""
         if row.pruner is None:
             return nullcontext()
         return row.pruner(self.model, self.tokenizer, query=QUESTION)

@@ -123,6 +123,7 @@ class LlavaModel(PrunedModel):
     def read_visual(self, visual: Visual) -> Image.Image | Video:
         if visual.kind == VIDEO:
             if getattr(self.model.config, "mm_spatial_pool_mode", None) is None:
+                # No ValueError: the file is sound, and on_error=skip must not count every question as unreadable.
                 raise NotImplementedError(f"{visual.name} is a video, and {self.model_name} was not made for videos")
             return load_video(visual.content, self.arguments.max_frames_num, force=self.arguments.force_sample)
         return load_image(visual.content) if isinstance(visual.content, str) else to_rgb(visual.content)

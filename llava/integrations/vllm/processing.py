@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -59,7 +60,7 @@ def server_options(model_config: Any) -> tuple[ServerOptions, PruningOptions]:
     return read_server_options(overrides, model_config.multimodal_config.mm_processor_kwargs)
 
 
-class PrunedProcessingInfo:
+class PrunedProcessingInfo(ABC):
     """Mixed in before a family's processing info: its options, and the most tokens that they give."""
 
     script_modalities = ("image",)
@@ -91,23 +92,23 @@ class PrunedProcessingInfo:
             for modality in self.supported_mm_limits
         }
 
+    @abstractmethod
     def script_most_tokens(
         self, modality: str, options: PruningOptions, seq_len: int, mm_counts: Mapping[str, int]
     ) -> int:
         """A family's own: the most tokens that one picture or video may give. Arguments as vLLM's hook has them."""
-        raise NotImplementedError
 
 
-class PrunedProcessor:
+class PrunedProcessor(ABC):
     """Mixed in before a family's multi-modal processor."""
 
+    @abstractmethod
     def script_placeholder(self, modality: str) -> list[int]:
         """A family's own: the token ids that stand for a picture before it is replaced by its visual tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def script_views(self, modality: str, index: int, mm_items: Any, out_mm_kwargs: Any) -> tuple[int, int, int]:
         """A family's own: views of a picture, tokens of each, and tokens beside them that stay when it is pruned."""
-        raise NotImplementedError
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
         refuse_embeddings(inputs.mm_data_items)
