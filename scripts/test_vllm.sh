@@ -16,12 +16,12 @@ pip install --quiet --no-deps -e .
 pip uninstall --quiet -y torchaudio torchcodec  # CUDA builds on most indexes; vLLM imports them only for sound and film
 if ! python -c "import torchvision" 2>/dev/null; then  # a CUDA build of torchvision: see the file
     packages=$(python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
-    cp tests/serving/torchvision_on_cpu.py "$packages/"
+    cp tests/integrations/serving/torchvision_on_cpu.py "$packages/"
     echo "import torchvision_on_cpu" >"$packages/torchvision_on_cpu.pth"
 fi
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 failed=0
-for file in tests/serving/test_*.py; do
+for file in tests/integrations/serving/test_*.py; do
     python -m pytest -q -p no:logging "$file" "$@" || failed=1
 done
 exit $failed

@@ -18,12 +18,12 @@ from transformers.generation.streamers import BaseStreamer
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.eval.cost import count_macs, prefill_flops
 from llava.eval.selection_speed import extra_memory, synchronise
+from llava.layout.visuals import as_views
 from llava.mm_utils import process_images
 from llava.model.encoded_images import EncodedImages
 from llava.model.llava_arch import EmbeddedPrompts
 from llava.model.questions import Questions, suited
 from llava.model.token_selection import select_tokens
-from llava.model.visual_layouts import as_views
 from llava.pruning import DecoderPruner, Pruner
 from llava.video import process_video
 

@@ -18,13 +18,13 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from llava.joint_space.clip import ClipJointSpace
 from llava.model.builder import TOY_FOLDER
 from llava.model.language_model.llava_causal_lm import LlavaCausalLM
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForCausalLM
 from llava.model.multimodal_encoder.clip_encoder import CLIPImageProcessor
 from llava.model.multimodal_encoder.siglip_encoder import SiglipImageProcessor
+from llava.relevance.clip import ClipJointSpace
 
 CLIP_FOLDER = TOY_FOLDER / "clip-toy-336"  # its tokenizer and image processor serve all sizes
 NEXT_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]

@@ -23,6 +23,9 @@ from llava.integrations.lmms_eval.adapter import PrunedModel
 from llava.integrations.lmms_eval.answers import Answer
 from llava.integrations.lmms_eval.arguments import ModelArguments
 from llava.integrations.lmms_eval.requests import Asked, Decoding, Message, Visual, last_text
+from llava.layout.pooling import POOL_MODES
+from llava.layout.views import NEWLINE_POSITIONS
+from llava.layout.visuals import IMAGE, VIDEO
 from llava.mm_utils import (
     get_model_name_from_path,
     load_image,
@@ -32,9 +35,6 @@ from llava.mm_utils import (
     tokenizer_image_token,
 )
 from llava.model.builder import check_files, load_pretrained_model, read_config
-from llava.model.view_layout import NEWLINE_POSITIONS
-from llava.model.visual_layouts import IMAGE, VIDEO
-from llava.model.visual_pooling import POOL_MODES
 from llava.video import Video, load_video, process_video
 
 

@@ -11,8 +11,6 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerB
 
 from llava.checkpoint import CheckpointError, find_folder, read_json, read_tensors, tensor_names, weight_files
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-from llava.joint_space.clip import check_joint_space
-from llava.joint_space.siglip import check_siglip_folder
 from llava.mm_utils import get_model_name_from_path
 from llava.model.language_model.llava_causal_lm import LlavaCausalLM
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
@@ -20,6 +18,8 @@ from llava.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForC
 from llava.model.multimodal_encoder.builder import tower_type
 from llava.model.multimodal_encoder.siglip_encoder import folder_at_hand
 from llava.pruning import Pruner
+from llava.relevance.clip import check_joint_space
+from llava.relevance.siglip import check_siglip_folder
 
 # By `architectures`: OneVision's checkpoints call their model_type "llava", which is also what those of 2023 say.
 FAMILIES = {LlavaConfig: LlavaLlamaForCausalLM, LlavaQwenConfig: LlavaQwenForCausalLM}

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from llava.layout.pooling import pool_patches
+from llava.layout.views import ViewLayout
 from llava.model.multimodal_encoder.vision_tower import VisionTower
-from llava.model.view_layout import ViewLayout
-from llava.model.visual_pooling import pool_patches
 
 PER_HEAD = ("class_attention", "mean_attention")
 
@@ -26,7 +26,7 @@ class EncodedImages:
         layer_input: (V, class tokens + patches, c) what went into the tower's last layer.
         pixels: (V, 3, s, s).
         derived: for each picture (k, d) tokens that it is read with where nothing is pruned, or ``None``; see
-            view_layout.py.
+            layout/views.py.
         pool_mode: of videos, see `pool_patches`; what methods ask for is pooled in the same way.
 
     Class tokens, layer input and pixels are for methods that ask for them; without, those methods cannot be used.

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import clean_question, last_question
 from llava.decoder.stages import PictureSpan
+from llava.layout.pooling import derived_tokens, pool_patches
+from llava.layout.views import FRAME_END, NEWLINE, SlowFast, ViewLayout
+from llava.layout.visuals import VIDEO, VideoReading, as_views, modality_list, pick_visuals, picture_layouts
 from llava.model.encoded_images import EncodedImages
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
@@ -30,9 +33,6 @@ from llava.model.token_selection import (
     layout_to_read,
     select_tokens,
 )
-from llava.model.view_layout import FRAME_END, NEWLINE, SlowFast, ViewLayout
-from llava.model.visual_layouts import VIDEO, VideoReading, as_views, modality_list, pick_visuals, picture_layouts
-from llava.model.visual_pooling import derived_tokens, pool_patches
 from llava.pruning import DecoderPruner, Pruner
 
 
@@ -365,7 +365,7 @@ class LlavaMetaForCausalLM(ABC):
         if prompts.pruner is not None:
             raise ValueError(
                 f"pruner '{prompts.pruner.name}' acts inside the decoder, which embeddings alone cannot make it do: "
-                "give it to generate or forward, or attach it with llava.decoder.pruning"
+                "give it to generate or forward, or attach it with llava.decoder.attachment"
             )
         mask, positions = prompts.attention_mask, prompts.position_ids
         if attention_mask is not None:

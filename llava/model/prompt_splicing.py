@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from llava.decoder.pruning import DecoderPruning
+from llava.decoder.attachment import DecoderPruning
 from llava.decoder.stages import PictureSpan, PromptRow
 from llava.model.token_selection import KeptTokens
 from llava.pruning import DecoderPruner

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from llava.layout.views import SlowFast, ViewLayout, kept_places, kept_sequence, with_made_tokens
 from llava.model.encoded_images import EncodedImages
 from llava.model.questions import Questions
-from llava.model.view_layout import SlowFast, ViewLayout, kept_places, kept_sequence, with_made_tokens
 from llava.pruning import DecoderPruner, Pruner, PruningInputs, Selection
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class KeptTokens:
 
     Args:
         sequence: (t,) int64 flat patch numbers in reading order, negative at newline tokens; numbers from V * n on
-            are tokens that the method made, or the model where nothing was pruned (see view_layout.py).
+            are tokens that the method made, or the model where nothing was pruned (see layout/views.py).
         layout: the picture's unpruned layout.
         patches: number of visual tokens in ``sequence``, kept and made, newlines not counted.
         selection: the pruner's answer for this picture's views, with what it computed; ``None`` if nothing was pruned

@@ -11,7 +11,7 @@ from llava.pruning.base import (
 )
 from llava.pruning.cdpruner import CDPruner
 from llava.pruning.dart import DART
-from llava.pruning.decoder import DecoderPruner, tokens_per_layer
+from llava.pruning.decoder_pruner import DecoderPruner, tokens_per_layer
 from llava.pruning.divprune import DivPrune
 from llava.pruning.downsample import Downsample
 from llava.pruning.fastv import FastV

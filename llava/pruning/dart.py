@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llava.pruning.base import register
-from llava.pruning.decoder import CutInputs, SingleCut
+from llava.pruning.decoder_pruner import CutInputs, SingleCut
 from llava.pruning.functional import cosine_similarity, stable_rank, working_dtype
 
 

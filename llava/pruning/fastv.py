@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from llava.pruning.base import register
-from llava.pruning.decoder import CutInputs, SingleCut, highest, last_row_scores
+from llava.pruning.decoder_pruner import CutInputs, SingleCut, highest, last_row_scores
 
 
 @register

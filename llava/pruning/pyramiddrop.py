@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from llava.pruning.base import register
-from llava.pruning.decoder import (
+from llava.pruning.decoder_pruner import (
     Cut,
     CutInputs,
     DecoderPruner,

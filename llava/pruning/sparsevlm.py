@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llava.pruning.base import register
-from llava.pruning.decoder import (
+from llava.pruning.decoder_pruner import (
     REFERENCE_LAYERS,
     Cut,
     CutInputs,

@@ -14,12 +14,12 @@ from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, conv_templates, template_for
+from llava.layout.pooling import POOL_MODES
+from llava.layout.visuals import IMAGE, VIDEO
 from llava.mm_utils import load_image, most_tiles, process_images, tokenizer_image_token
 from llava.model.builder import DEFAULT_CHECKPOINT, load_pretrained_model
 from llava.model.encoded_images import EncodedImages
 from llava.model.questions import suited
-from llava.model.visual_layouts import IMAGE, VIDEO
-from llava.model.visual_pooling import POOL_MODES
 from llava.pruning import Pruner, get_pruner, list_pruners, parse_budget, parse_options
 from llava.serve.status import TimedStreamer, status_line
 from llava.serve.token_picture import draw_kept_tokens, drawn_cell

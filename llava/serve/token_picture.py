@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from llava.layout.pooling import pooled_side
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.token_selection import KeptTokens
-from llava.model.visual_pooling import pooled_side
 
 DIMMED = 0.22  # share of the original brightness that a dropped patch keeps
 GAP = 8  # pixels between views and between pictures

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from train_language import pick
 from views import GRID, VIEW, compressed, patch_objects
 
+from llava.layout.views import ViewLayout, kept_sequence, tiled_layout
 from llava.mm_utils import anyres_grid, process_anyres_image
 from llava.model.encoded_images import EncodedImages
-from llava.model.view_layout import ViewLayout, kept_sequence, tiled_layout
 
 
 def view_owners(scene: Scene) -> np.ndarray:

@@ -23,9 +23,9 @@ from tqdm import tqdm
 from views import Views, normalize
 
 from llava.constants import IGNORE_INDEX
+from llava.layout.views import flat_layout
 from llava.model.encoded_images import EncodedImages
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
-from llava.model.view_layout import flat_layout
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from llava.decoder.pruning import DecoderPruning
+from llava.decoder.attachment import DecoderPruning
 from llava.integrations.transformers.arguments import (
     by_name,
     check_cache,
@@ -38,6 +38,7 @@ from llava.integrations.transformers.inside_decoder import (
     keep_until_the_decoder,
     with_survivors,
 )
+from llava.integrations.transformers.pictures import find_pictures
 from llava.integrations.transformers.relevance import RelevanceSource
 from llava.integrations.transformers.selection import KeptPicture, select_tokens, with_made_tokens
 from llava.integrations.transformers.shortening import (
@@ -47,7 +48,6 @@ from llava.integrations.transformers.shortening import (
     packed_positions,
     shorten,
 )
-from llava.integrations.transformers.visual_layout import find_pictures
 from llava.pruning import DecoderPruner, Pruner
 
 Positions = Literal["auto", "packed", "original"]

@@ -1,6 +1,6 @@
 """Methods inside the decoder on a host of the library: its whole prompt goes in, its layers drop tokens.
 
-The mechanism is llava/decoder/pruning.py; here is what it must be told of the prompts, and what it says afterwards.
+The mechanism is llava/decoder/attachment.py; here is what it must be told of the prompts, and what it says afterwards.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from llava.decoder.pruning import DecoderPruning, check_host
+from llava.decoder.attachment import DecoderPruning, check_host
 from llava.decoder.stages import PictureSpan, PromptRow
 from llava.integrations.transformers.host import Host
+from llava.integrations.transformers.pictures import Picture
 from llava.integrations.transformers.selection import KeptPicture
 from llava.integrations.transformers.shortening import Shortening
-from llava.integrations.transformers.visual_layout import Picture
 from llava.pruning import DecoderPruner
 
 

@@ -12,8 +12,8 @@ from transformers import CLIPVisionConfig, SiglipVisionConfig
 from llava.checkpoint import find_folder
 from llava.integrations.transformers.capture import Capture
 from llava.integrations.transformers.host import Host
-from llava.joint_space.clip import ClipJointSpace
-from llava.joint_space.siglip import SiglipJointSpace
+from llava.relevance.clip import ClipJointSpace
+from llava.relevance.siglip import SiglipJointSpace
 
 SAME_IN_BOTH = ("hidden_size", "patch_size", "image_size")
 

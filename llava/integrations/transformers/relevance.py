@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llava.integrations.question import find_questions
 from llava.integrations.transformers.capture import Capture
 from llava.integrations.transformers.encoder_fields import EncoderFields
 from llava.integrations.transformers.host import Host
 from llava.integrations.transformers.joint_space import HostJointSpace
+from llava.integrations.transformers.pictures import Picture
 from llava.integrations.transformers.selection import Candidates
-from llava.integrations.transformers.visual_layout import Picture
 from llava.pruning import Pruner, PruningInputs
 from llava.pruning.functional import relevance_scores
 from llava.pruning.script import pooled_query
+from llava.relevance.question import find_questions
 
 JOINT = frozenset({"image_embeds", "text_embeds"})
 GIVEN = JOINT | {"query_embeds"}

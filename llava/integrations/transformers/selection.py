@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava.integrations.transformers.pictures import SEPARATOR, Picture
 from llava.integrations.transformers.shortening import concatenated
-from llava.integrations.transformers.visual_layout import SEPARATOR, Picture
 from llava.pruning import Pruner, PruningInputs
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from llava.checkpoint import CheckpointError, find_folder
 from llava.integrations.vllm.options import ServerOptions
-from llava.joint_space.clip import check_joint_space
+from llava.relevance.clip import check_joint_space
 
 OPENAI_CLIP_336 = "openai/clip-vit-large-patch14-336"  # what LLaVA-1.5 and LLaVA-NeXT were trained with
 OPENAI_CLIP_336_SHAPE = (1024, 24, 336, 14)

@@ -21,8 +21,8 @@ from llava.integrations.vllm.compatibility import check_hooks
 from llava.integrations.vllm.features import PictureFeatures, in_small_batches
 from llava.integrations.vllm.model import PrunedModel, gathered
 from llava.integrations.vllm.options import PruningOptions
-from llava.integrations.vllm.padding import patches_of_square
 from llava.integrations.vllm.processing import PrunedProcessingInfo, PrunedProcessor, decode_plans, field_name
+from llava.layout.padding import patches_of_square
 
 check_hooks(
     (LlavaForConditionalGeneration, "_process_image_pixels", ("inputs",)),

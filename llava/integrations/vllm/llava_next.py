@@ -21,8 +21,8 @@ from llava.integrations.vllm.features import PictureFeatures, in_small_batches
 from llava.integrations.vllm.llava import check_clip
 from llava.integrations.vllm.model import PrunedModel
 from llava.integrations.vllm.options import PruningOptions
-from llava.integrations.vllm.padding import patches_of_tiles
 from llava.integrations.vllm.processing import PrunedProcessingInfo, PrunedProcessor, decode_plans, field_name
+from llava.layout.padding import patches_of_tiles
 
 check_hooks(
     (LlavaNextForConditionalGeneration, "_image_pixels_to_features", ("vision_tower", "pixel_values")),

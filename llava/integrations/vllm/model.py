@@ -14,7 +14,7 @@ from llava.integrations.vllm.joint_space import joint_space_folder, relevance_si
 from llava.integrations.vllm.options import PicturePlan, host_fields
 from llava.integrations.vllm.processing import PrunedProcessingInfo, server_options
 from llava.integrations.vllm.selection import TokenSelector
-from llava.joint_space.clip import ClipJointSpace
+from llava.relevance.clip import ClipJointSpace
 
 
 class PrunedModel:

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from llava.integrations.question import QUERY_SCOPES
 from llava.pruning import Pruner, get_pruner, list_pruners
+from llava.relevance.question import QUERY_SCOPES
 
 JOINT_FIELDS = frozenset({"image_embeds", "text_embeds"})
 LANGUAGE_FIELDS = frozenset({"query_embeds"})

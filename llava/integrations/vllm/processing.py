@@ -20,7 +20,6 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import PromptUpdateDetails
 
-from llava.integrations.question import question_text
 from llava.integrations.vllm.joint_space import joint_space_folder
 from llava.integrations.vllm.options import (
     JOINT_FIELDS,
@@ -35,6 +34,7 @@ from llava.integrations.vllm.options import (
 )
 from llava.integrations.vllm.prompt import questions_of_pictures
 from llava.pruning import Pruner
+from llava.relevance.question import question_text
 
 PLANS = "script_plans"  # in the processor's keyword arguments: {modality: [PicturePlan]}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llava.integrations.question import QueryScope, find_questions
+from llava.relevance.question import QueryScope, find_questions
 
 MARK = "<image>"  # known to question.py as a picture, whatever this model's own placeholder looks like
 

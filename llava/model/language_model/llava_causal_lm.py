@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import IGNORE_INDEX
-from llava.decoder.pruning import DecoderPruning, find_pruning, going_on_with
+from llava.decoder.attachment import DecoderPruning, find_pruning, going_on_with
 from llava.model.encoded_images import EncodedImages
 from llava.model.llava_arch import EmbeddedPrompts, LlavaMetaForCausalLM, LlavaMetaModel
 from llava.pruning import Pruner

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from llava.checkpoint import fill_module, find_folder, read_tensors
-from llava.joint_space.clip import ClipJointSpace
 from llava.model.multimodal_encoder.vision_tower import VisionTower, attention
+from llava.relevance.clip import ClipJointSpace
 
 # Pillow resizes as LLaVA's training did; the library's default is torchvision, whose bicubic differs, where installed.
 CLIPImageProcessor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor

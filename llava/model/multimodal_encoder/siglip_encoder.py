@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from llava.checkpoint import CheckpointError, fill_module, find_folder, read_tensors
-from llava.joint_space.siglip import VISION_PREFIX, SiglipJointSpace
 from llava.model.multimodal_encoder.vision_tower import VisionTower
+from llava.relevance.siglip import VISION_PREFIX, SiglipJointSpace
 
 # Pillow resizes as LLaVA's training did; the library's default is torchvision, whose bicubic differs, where installed.
 SiglipImageProcessor = getattr(transformers, "SiglipImageProcessorPil", None) or transformers.SiglipImageProcessor

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llava.joint_space.clip import ClipJointSpace
-from llava.joint_space.siglip import SiglipJointSpace
+from llava.relevance.clip import ClipJointSpace
+from llava.relevance.siglip import SiglipJointSpace
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,150 @@
+"""Checkpoints converted for the Transformers library: same prompts, ids, pixels and logits."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from convert_to_transformers import chat_template_of, convert
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from llava.conversation import conv_templates
+from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.builder import TOY_FOLDER, load_pretrained_model
+from records import GOLDEN
+
+ROOT = Path(__file__).parents[2]
+CHECKPOINTS = [
+    TOY_FOLDER / "llava-toy-v1.5",
+    TOY_FOLDER / "llava-toy-v1.6",
+    GOLDEN / "checkpoints/llava-v1.5-tiny-sharded",
+    GOLDEN / "checkpoints/llava-v1.6-vicuna-tiny",
+]
+PICTURES = sorted((TOY_FOLDER / "data/eval/MME/MME_Benchmark_release_version/count").glob("*.png"))[:4]
+SYSTEM = conv_templates["vicuna_v1"].system
+PROMPTS = [
+    f"{SYSTEM} USER: <image>\nHow many circles?\nAnswer the question using a single word or phrase. ASSISTANT:",
+    "USER: <image>\n<image>\nWhich  is  redder? ASSISTANT: The first.</s>USER: Why? ASSISTANT:",
+    "Look at <image>\nand tell.",
+    "Look at <image> and<image>tell.",
+]
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS, ids=lambda folder: folder.name)
+def both(request, tmp_path_factory):
+    """(ours, converted): each a tokenizer or processor with its model."""
+    target = tmp_path_factory.mktemp("converted") / request.param.name
+    convert(str(request.param), target)
+    tokenizer, model, image_processor, _ = load_pretrained_model(str(request.param), device="cpu")
+    processor = AutoProcessor.from_pretrained(target)
+    converted, report = AutoModelForImageTextToText.from_pretrained(
+        target, dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    return (tokenizer, model, image_processor), (processor, converted.eval(), target)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_same_token_ids(both, prompt):
+    (tokenizer, _, _), (processor, converted, _) = both
+    image = converted.config.image_token_index
+    ours = [image if token == -200 else token for token in tokenizer_image_token(prompt, tokenizer)]
+    assert processor.tokenizer(prompt).input_ids == ours
+    assert len(processor.tokenizer) <= converted.get_input_embeddings().weight.shape[0]
+    assert converted.get_input_embeddings().weight.shape[0] % 64 == 0
+
+
+@pytest.mark.parametrize("number", range(2))
+def test_unpruned_logits_are_ours(both, number):
+    (tokenizer, model, image_processor), (processor, converted, _) = both
+    picture = Image.open(PICTURES[number]).convert("RGB")
+    prompt = PROMPTS[0]
+    ids = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")[None]
+    pixels = process_images([picture], image_processor, model.config)
+    with torch.inference_mode():
+        ours = model(ids, images=pixels, image_sizes=[picture.size]).logits
+        inputs = processor(images=picture, text=prompt, return_tensors="pt")
+        theirs = converted(**inputs).logits
+    assert theirs.shape[1] == ours.shape[1]
+    torch.testing.assert_close(inputs["pixel_values"].flatten(), pixels.flatten(), atol=2e-6, rtol=0)
+    torch.testing.assert_close(theirs[..., : ours.shape[-1]], ours, atol=2e-4, rtol=0)
+    assert torch.equal(theirs.argmax(-1), ours.argmax(-1))  # rows that were added never win
+
+
+def test_chat_template_writes_the_checkpoints_prompt(both):
+    _, (processor, _, _) = both
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": "Where?"},
+    ]
+    conversation = conv_templates["vicuna_v1"].copy()
+    for role, message in zip(conversation.roles * 2, ["<image>\nWhat is it?", "A cat.", "Where?", None], strict=True):
+        conversation.append_message(role, message)
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert text == "<s>" + conversation.get_prompt()
+
+
+@pytest.mark.parametrize("name", ["llava_v1", "llava_llama_2", "mistral_instruct", "chatml_direct", "mpt"])
+def test_chat_templates_of_other_styles(both, name):
+    _, (processor, _, _) = both
+    conversation = conv_templates[name].copy()
+    messages = []
+    for i, text in enumerate(["<image>\nWhat is it?", "A cat.", "Where?"]):
+        conversation.append_message(conversation.roles[i % 2], text)
+        messages.append({"role": ("user", "assistant")[i % 2], "content": text})
+    conversation.append_message(conversation.roles[1], None)
+    text = processor.apply_chat_template(
+        messages, chat_template=chat_template_of(conv_templates[name]), add_generation_prompt=True
+    )
+    assert text == "<s>" + conversation.get_prompt()
+    with pytest.raises(ValueError, match="no chat template"):
+        chat_template_of(conv_templates["plain"])
+
+
+def test_what_pruners_need_stays_in_the_configuration(both):
+    (_, model, _), (_, _, target) = both
+    config = json.loads((target / "config.json").read_text())
+    assert (Path(config["mm_vision_tower"]) / "config.json").is_file()
+    assert config.get("mm_relevance_sign") == getattr(model.config, "mm_relevance_sign", None)
+    weights = json.loads((target / "model.safetensors.index.json").read_text())["weight_map"]
+    assert "vision_tower.vision_model.embeddings.class_embedding" in weights
+    assert "language_model.model.embed_tokens.weight" in weights
+
+
+def test_refusals(tmp_path):
+    with pytest.raises(OSError, match="no checkpoint at"):
+        convert(str(tmp_path / "nothing"), tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        convert(str(CHECKPOINTS[0]), tmp_path / "full")
+    copy = tmp_path / "linear"
+    copy.mkdir()
+    for file in CHECKPOINTS[0].iterdir():
+        (copy / file.name).symlink_to(file)
+    values = json.loads((copy / "config.json").read_text())
+    values |= {"mm_projector_type": "linear", "mm_vision_tower": str(CHECKPOINTS[0].parent / "clip-toy-336")}
+    (copy / "config.json").unlink()
+    (copy / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="mm_projector_type 'linear'"):
+        convert(str(copy), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_command(tmp_path):
+    def run(source, target):
+        command = [sys.executable, "scripts/convert_to_transformers.py", str(source), str(target)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+    done = run(CHECKPOINTS[0], tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"wrote {tmp_path / 'out'}"
+    refused = run("nowhere", tmp_path / "two")
+    assert refused.returncode == 1
+    assert "error: no checkpoint at" in refused.stderr
