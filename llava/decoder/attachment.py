@@ -194,7 +194,7 @@ class DecoderPruning:
         for (row, picture), cut in self.cuts[index].items():
             prompt = stage.rows[row * copies]
             span = prompt.pictures[picture]
-            keep, make = self.pruner.stay(cut, span.able)
+            keep, make = self.pruner.split(cut, span.able)
             if keep + make < span.count:
                 inputs = reader.inputs(row, prompt, picture, hidden[row * copies], self.raters.get((row, picture)))
                 kept, made = self.pruner.choose_at(inputs, keep, make)

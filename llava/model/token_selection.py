@@ -266,7 +266,7 @@ def count_parts(pruner: Pruner, layout: ViewLayout) -> tuple[int, list[int]]:
     count = pruner.count(tokens)
     if pruner.scope != "view":
         return min(count * views, int(layout.eligible.sum())), [0] * views
-    kept, made = pruner.stand(count, layout.eligible)
+    kept, made = pruner.kept_and_made(count, layout.eligible)
     return int(kept.sum()), made.tolist()
 
 

@@ -1,11 +1,13 @@
 """Visual token pruning methods as pure tensor code: torch is all they import, and Triton in `kernels`."""
 
 from llava.pruning.base import (
+    Method,
     Pruner,
-    PruningInputs,
-    Selection,
+    TokenMaker,
+    ViewMethod,
     get_pruner,
     list_pruners,
+    parse_options,
     pruner_class,
     register,
 )
@@ -17,9 +19,11 @@ from llava.pruning.downsample import Downsample
 from llava.pruning.fastv import FastV
 from llava.pruning.first import First
 from llava.pruning.grid import Grid
-from llava.pruning.options import parse_budget, parse_options
+from llava.pruning.inputs import PruningInputs, Selection
+from llava.pruning.options import parse_budget
 from llava.pruning.pool import Pool
 from llava.pruning.pyramiddrop import PyramidDrop
+from llava.pruning.question_reader import QuestionReader
 from llava.pruning.random import Random
 from llava.pruning.script import Script
 from llava.pruning.script_release import ScriptRelease
@@ -37,17 +41,21 @@ __all__ = [
     "FastV",
     "First",
     "Grid",
+    "Method",
     "Pool",
     "Pruner",
     "PruningInputs",
     "PyramidDrop",
+    "QuestionReader",
     "Random",
     "Script",
     "ScriptRelease",
     "Selection",
     "SparseVLM",
+    "TokenMaker",
     "Trim",
     "Uniform",
+    "ViewMethod",
     "VisionZip",
     "get_pruner",
     "list_pruners",

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from torch import Tensor
 
-from llava.pruning.base import PruningInputs, RelevancePruner, register
+from llava.pruning.base import Pruner, register
 from llava.pruning.functional import cosine_similarity, greedy_map_rank, lowest_ranked, min_max
+from llava.pruning.inputs import PruningInputs
+from llava.pruning.options import Range
+from llava.pruning.question_reader import QuestionReader
 
 OFFSET = 1e-6  # keeps the least relevant token in the kernel
 RANK_USED_UP = 1e-10  # a smaller remaining variance is rounding
@@ -17,7 +20,7 @@ RANK_USED_UP = 1e-10  # a smaller remaining variance is rounding
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class CDPruner(RelevancePruner):
+class CDPruner(QuestionReader, Pruner):
     """Keep the m tokens that a DPP, weighted by relevance to the question, picks greedily.
 
     Paper: "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs". Inputs:
@@ -33,7 +36,7 @@ class CDPruner(RelevancePruner):
         scaling: over which tokens min and max of the relevance are taken: those of a "view" or of the whole "picture".
         theta: weight of relevance against diversity, between 0 and 1: exp(theta / (2 (1 - theta)) r) stands for r.
             ``None`` takes r itself.
-        relevance_sign: sign of the cosine in r; ``None`` takes what the host states, -1 for CLIP towers.
+        relevance: see `QuestionReader`; "clip" is the published source.
 
     The released code's own setting is ``scaling="picture"``, ``exclude_padding=False``.
 
@@ -48,16 +51,15 @@ class CDPruner(RelevancePruner):
     name: ClassVar[str] = "cdpruner"
 
     scaling: Literal["view", "picture"] = "view"
-    theta: float | None = None
+    theta: Annotated[float, Range(0, 1, open=True)] | None = None
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.theta is not None and not 0 < self.theta < 1:
-            raise ValueError(f"theta must lie between 0 and 1, both excluded, got {self.theta}")
+    @property
+    def compares_views(self) -> bool:
+        return self.scaling == "picture"
 
     def choose(self, inputs: PruningInputs, keep: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         groups = inputs.pictures if self.scaling == "picture" else None
-        relevance = min_max(self.joint_relevance(inputs), inputs.valid, groups, OFFSET)
+        relevance = min_max(self.raw_relevance(inputs), inputs.valid, groups, OFFSET)
         weight = relevance
         if self.theta is not None:
             weight = (self.theta / (2 * (1 - self.theta)) * relevance).exp()

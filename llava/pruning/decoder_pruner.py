@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from llava.pruning.base import Pruner, PruningInputs
+from llava.pruning.base import Method, Place
 from llava.pruning.functional import lowest_ranked, stable_rank, working_dtype
+from llava.pruning.options import Count
 
 REFERENCE_LAYERS = 32  # the depth for which the published layers of the cuts are meant
 
@@ -65,7 +66,7 @@ class CutInputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderPruner(Pruner):
+class DecoderPruner(Method):
     """Base of the methods inside the decoder.
 
     A picture's visual tokens are ranked together, whatever views they come from and newline tokens among them (as all
@@ -76,20 +77,12 @@ class DecoderPruner(Pruner):
             "nominal", it is the number of tokens at the cut.
     """
 
-    place: ClassVar[Literal["pixels", "encoder", "projected", "decoder"]] = "decoder"
+    place: ClassVar[Place] = "decoder"
     watches: ClassVar[Literal["layer before", "layer after"]]  # whose attention and keys the method reads at a cut
     queries: ClassVar[Literal["last", "text"]] = "last"  # rows: the last prompt token, or the text after the picture
     renumbers: ClassVar[bool] = False  # are positions counted anew after a cut?
 
     budget: Literal["average", "nominal"] = "average"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.newlines != "drop" or self.scope != "view":
-            raise ValueError(
-                f"pruner '{self.name}' ranks all tokens of a picture together, newlines too: the options newlines and "
-                "scope are not for methods inside the decoder"
-            )
 
     @property
     @abstractmethod
@@ -162,20 +155,14 @@ class DecoderPruner(Pruner):
         counts = []
         for layer in range(layers):
             if layer in cut_before:
-                current = able = sum(self.stay(cut_before[layer], able))
+                current = able = sum(self.split(cut_before[layer], able))
             counts.append(current)
         return counts
 
-    def stay(self, cut: Cut, able: int) -> tuple[int, int]:
+    def split(self, cut: Cut, able: int) -> tuple[int, int]:
         """How many of ``able`` tokens a cut keeps, and how many it makes of the others."""
         kept = self.kept(cut.keep, able)
         return kept, self.made(able - kept) if cut.merge else 0
-
-    def choose(self, inputs: PruningInputs, keep: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        raise ValueError(
-            f"pruner '{self.name}' chooses inside the decoder: it needs a host that attaches it to one, as "
-            "llava.decoder.attachment does"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,12 +178,7 @@ class SingleCut(DecoderPruner):
 
     watches: ClassVar[Literal["layer before", "layer after"]] = "layer before"
 
-    layer: int | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.layer is not None and self.layer < 1:
-            raise ValueError(f"layer must be at least 1, got {self.layer}")
+    layer: Count | None = None
 
     def cut_layers(self, layers: int) -> list[int]:
         return chosen_layers(self.layer, [2], layers)
@@ -210,7 +192,7 @@ class SingleCut(DecoderPruner):
         return [Cut(self.cut_layers(layers)[0], target)]
 
 
-def tokens_per_layer(pruner: Pruner | None, tokens: int, layers: int) -> list[int]:
+def tokens_per_layer(pruner: Method | None, tokens: int, layers: int) -> list[int]:
     """Visual tokens of one view entering each layer under any method; ``None`` keeps all."""
     if isinstance(pruner, DecoderPruner):
         return pruner.counts(tokens, pruner.count(tokens), layers)

@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from llava.pruning.base import Pruner, PruningInputs, register
+from llava.pruning.base import Pruner, register
 from llava.pruning.functional import cosine_similarity, lowest_ranked, max_min_rank
+from llava.pruning.inputs import PruningInputs
 
 
 @register

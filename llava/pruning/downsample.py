@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llava.pruning.base import Pruner, PruningInputs, Selection, keep_none, register
+from llava.pruning.base import TokenMaker, keep_none, register
+from llava.pruning.inputs import PruningInputs, Selection
 from llava.pruning.pool import square_side
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Downsample(Pruner):
+class Downsample(TokenMaker):
     """Shrink the picture until the vision tower makes about m patches of it, and encode it anew.
 
     Inputs: features (B, n, d), of which only the shape is used (n a square number), pixels (B, 3, s, s), encode and
@@ -26,8 +27,8 @@ class Downsample(Pruner):
 
     A view that shows no padding becomes a square of rows x columns patches close to m. Where some patches are not
     valid, the box that holds the valid ones is cut out first, so that no token is spent on padding, and rows and
-    columns follow its shape: the count of such a view is known from its layout (`stand`). Pixels are averaged by area;
-    the tower interpolates its positions. The CPU cuts: on a GPU it waits for ``valid``, where there is one.
+    columns follow its shape: the count of such a view is known from its layout (`kept_and_made`). Pixels are averaged
+    by area; the tower interpolates its positions. The CPU cuts: on a GPU it waits for ``valid``, where there is one.
     """
 
     name: ClassVar[str] = "downsample"
@@ -46,7 +47,7 @@ class Downsample(Pruner):
     def count_made(self, keep: int) -> int:
         return keep
 
-    def stand(self, keep: int, eligible: Tensor) -> tuple[Tensor, Tensor]:
+    def kept_and_made(self, keep: int, eligible: Tensor) -> tuple[Tensor, Tensor]:
         made = [grid[0] * grid[1] for _, grid in self.boxes(eligible)]
         return torch.zeros(len(made), dtype=torch.int64), torch.tensor(made, dtype=torch.int64)
 

@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.base import Pruner, PruningInputs, register
+from llava.pruning.base import Pruner, register
 from llava.pruning.functional import lowest_ranked
+from llava.pruning.inputs import PruningInputs
 
 
 @register

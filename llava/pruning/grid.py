@@ -10,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.base import Pruner, PruningInputs, register
+from llava.pruning.base import Pruner, register
 from llava.pruning.functional import lowest_ranked, stable_rank
+from llava.pruning.inputs import PruningInputs
 
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 

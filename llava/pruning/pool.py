@@ -11,14 +11,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.base import Pruner, PruningInputs, Selection, keep_none, register
+from llava.pruning.base import TokenMaker, keep_none, register
 from llava.pruning.functional import working_dtype
 from llava.pruning.grid import grid_shape
+from llava.pruning.inputs import PruningInputs, Selection
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Pool(Pruner):
+class Pool(TokenMaker):
     """Average the tokens of each cell of a grid of rows x columns laid over the view.
 
     Inputs: features (B, n, d), n a square number, and valid. Output: no index, and the means (B, rows x columns, d).
@@ -36,7 +37,7 @@ class Pool(Pruner):
     def count_made(self, keep: int) -> int:
         return keep
 
-    def stand(self, keep: int, eligible: Tensor) -> tuple[Tensor, Tensor]:
+    def kept_and_made(self, keep: int, eligible: Tensor) -> tuple[Tensor, Tensor]:
         shown = eligible.any(-1)
         return torch.zeros_like(shown, dtype=torch.int64), keep * shown
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from llava.pruning.decoder_pruner import (
     last_row_scores,
     parse_layers,
 )
+from llava.pruning.options import Range
 
 
 @register
@@ -54,14 +55,12 @@ class PyramidDrop(DecoderPruner):
     renumbers: ClassVar[bool] = True
 
     layers: str | None = None
-    ratio: float | None = None
+    ratio: Annotated[float, Range(0, 1, open=True)] | None = None
 
     def __post_init__(self):
         super().__post_init__()
         if self.layers is not None:
             parse_layers(self.layers)
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            raise ValueError(f"ratio must lie between 0 and 1, got {self.ratio}")
 
     @property
     def reads(self) -> frozenset[str]:

@@ -9,8 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.base import Pruner, PruningInputs, register
+from llava.pruning.base import Pruner, register
 from llava.pruning.functional import lowest_ranked, stable_rank
+from llava.pruning.inputs import PruningInputs
+from llava.pruning.options import Seed
 
 
 @register
@@ -27,7 +29,7 @@ class Random(Pruner):
 
     name: ClassVar[str] = "random"
 
-    seed: int = 0
+    seed: Seed = 0
 
     def choose(self, inputs: PruningInputs, keep: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         scores = random_scores(inputs, self.seed)

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from llava.pruning.base import Pruner, PruningInputs, RelevancePruner, register
-from llava.pruning.blocks import map_rank_by_rows, redundancy_by_blocks
-from llava.pruning.functional import (
-    cosine_similarity,
-    greedy_map_rank,
-    lowest_ranked,
-    min_max,
-    redundancy_graph,
-    relevance_scores,
-    stable_rank,
-)
+from llava.pruning.base import Pruner, register
+from llava.pruning.functional import lowest_ranked, min_max, stable_rank
+from llava.pruning.inputs import PruningInputs
+from llava.pruning.options import Positive, Range, Seed
+from llava.pruning.question_reader import QuestionReader
 from llava.pruning.random import random_scores
+from llava.pruning.similarity import Similarity, similarity_of
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Script(RelevancePruner):
+class Script(QuestionReader, Pruner):
     """Drop tokens that repeat others, order the rest by a DPP conditioned on the question, keep the first m.
 
     Paper: "Script: Graph-Structured and Query-Conditioned Semantic Token Pruning for Multimodal Large Language
-    Models", section 4. Inputs: features H (B, n, d); with ``relevance="clip"`` image_embeds (B, n, e) and
-    text_embeds (B, M, e); with ``relevance="projector"`` query_embeds (B, l, d). Output: indices (B, m).
+    Models", section 4. Inputs: features H (B, n, d), and what the source of relevance needs: for "clip"
+    image_embeds (B, n, e) and text_embeds (B, M, e). Output: indices (B, m).
 
     1. S_ij = cos(h_i, h_j).
     2. GSP: redundancy of each token in the bipartite graph of even and odd positions; G is the share
@@ -46,23 +40,18 @@ class Script(RelevancePruner):
         gamma: weight of the edges' mean strength in the redundancy score.
         epsilon: stabiliser of Eq. 11, and the smallest variance that is still selected.
         gsp: ablation, False keeps every token in G.
-        relevance: where r comes from: "clip" (joint image-text space), "projector" (language model's space) or
-            "none" (ablation: all tokens equally relevant).
+        relevance: see `QuestionReader`; "projector" is the paper's Eq. 3-4 read literally.
         dpp: ablation, False orders by descending relevance (by ascending redundancy where there is none).
-        relevance_sign: sign of the cosine in r. ``None`` takes what the host states: -1 for CLIP towers, whose patch
-            tokens are *less* similar to the question where it is answered (only the class token was trained to match
-            text; TRIM and CDPruner found the same); for "projector" +1.
         kernel_exponent: r enters the kernel as r ** kernel_exponent; 1/2 gives the root of Eq. 5.
         restrict: run the DPP on G alone, so that discarded tokens no longer repel their neighbours.
         graph: "bipartite", or "exhaustive" for a graph of all pairs (four times the products).
         seed: of the random order when all three parts are switched off.
-        scope: "clip" beside those of every method: as "global", m times the frames of a video are dealt over them by
-            the selection itself, but no matrix of all pairs of tokens is built (see blocks.py). The same tokens up to
-            rounding. n = 10,816 tokens of 64 frames cost n^2 d / 2 products for the graph, a row of n numbers for
-            each of the k steps of the greedy loop, and k n d to 64 k n d products for the similarities of the chosen.
+
+    With ``scope="global"`` over a long clip no matrix of all pairs is built: see similarity.py.
 
     Deviations from the paper: (1) the relevance comes from CLIP's joint space with a negative sign, as in every
-    released implementation of this family, not from the projector's space (kept as an option); (2) p is a share of
+    released implementation of this family, or from the decoder's own reading of the question, not from the projector's
+    space (kept as an option); (2) p is a share of
     its own, because "GSP keeps exactly m" would make the fusion return GSP's or the DPP's set unchanged; (3) rank
     exhaustion, ties and equal relevance are settled: fill up by descending r, then index.
 
@@ -73,83 +62,58 @@ class Script(RelevancePruner):
 
     name: ClassVar[str] = "script"
 
-    gsp_ratio: float = 0.5
+    gsp_ratio: Annotated[float, Range(0, 1)] = 0.5
     tau: float = 0.5
     gamma: float = 1.0
-    epsilon: float = 1e-6
+    epsilon: Positive = 1e-6
     gsp: bool = True
-    relevance: Literal["clip", "projector", "none"] = "clip"
     dpp: bool = True
-    kernel_exponent: float = 1.0
+    kernel_exponent: Positive = 1.0
     restrict: bool = False
     graph: Literal["bipartite", "exhaustive"] = "bipartite"
-    seed: int = 0
-    scope: Literal["view", "global", "clip"] = "view"
+    seed: Seed = 0
 
     def __post_init__(self):
+        if self.scope == "clip":
+            raise ValueError("scope=clip is no option any more: write scope=global, which saves the memory by itself")
         super().__post_init__()
-        if self.scope == "clip" and self.graph != "bipartite":
-            raise ValueError(f"scope=clip goes with graph=bipartite, got {self.graph!r}")
-        if not 0 <= self.gsp_ratio <= 1:
-            raise ValueError(f"gsp_ratio must lie between 0 and 1, got {self.gsp_ratio}")
-        for name in ("epsilon", "kernel_exponent"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-
-    @property
-    def needs(self) -> frozenset[str]:
-        fields = {"clip": {"image_embeds", "text_embeds"}, "projector": {"query_embeds"}, "none": set()}
-        return frozenset(fields[self.relevance])
 
     def choose(self, inputs: PruningInputs, keep: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         details: dict[str, Tensor] = {}
-        many = self.scope == "clip"
-        similarity = cosine_similarity(inputs.features) if self.dpp and not many else None
-        kept_by_gsp = redundancy = relevance = None
-        if self.gsp:
-            if many:
-                redundancy, density = redundancy_by_blocks(inputs.features, self.tau, self.gamma, valid=inputs.valid)
-            else:
-                redundancy, density = redundancy_graph(
-                    inputs.features, self.tau, self.gamma, graph=self.graph, valid=inputs.valid, similarity=similarity
-                )
-            kept_by_gsp = self.least_redundant(redundancy, keep, inputs.valid)
-            details |= {"redundancy": redundancy, "edge_density": density, "kept_by_gsp": kept_by_gsp}
-        if self.relevance != "none":
-            relevance = min_max(self.raw_relevance(inputs), inputs.valid)
-            details["relevance"] = relevance
-        rank = self.order(inputs, keep, similarity, redundancy, relevance, kept_by_gsp)
-        details["order"] = rank
-        return lowest_ranked(rank, keep, kept_by_gsp), details
+        similarity = similarity_of(inputs.features, all_pairs=self.dpp)  # 1
+        kept_by_gsp = self.graph_filter(inputs, keep, similarity, details) if self.gsp else None  # 2
+        relevance = self.scaled_relevance(inputs, details) if self.relevance != "none" else None  # 3
+        rank = self.order(inputs, keep, similarity, relevance, kept_by_gsp, details)  # 4
+        return lowest_ranked(rank, keep, kept_by_gsp), details  # 5
 
-    def without_joint_space(self) -> Pruner:
-        return replace(self, relevance="projector")
-
-    def least_redundant(self, redundancy: Tensor, keep: int, valid: Tensor | None) -> Tensor:
+    def graph_filter(
+        self, inputs: PruningInputs, keep: int, similarity: Similarity, details: dict[str, Tensor]
+    ) -> Tensor:
         """G (B, n) bool: the n_G = max(m, floor((1 - p) n + 1/2)) tokens with the lowest score, valid ones first."""
-        if valid is None:
+        redundancy, density = similarity.redundancy(self.tau, self.gamma, self.graph, inputs.valid)
+        details |= {"redundancy": redundancy, "edge_density": density}
+        if inputs.valid is None:
             share = torch.tensor(float(redundancy.shape[-1]))  # a number on the CPU, whatever the device
         else:
-            share = valid.sum(-1, keepdim=True).float()
-            redundancy = redundancy.masked_fill(~valid, torch.inf)
+            share = inputs.valid.sum(-1, keepdim=True).float()
+            redundancy = redundancy.masked_fill(~inputs.valid, torch.inf)
         size = ((1 - self.gsp_ratio) * share + 0.5).floor().clamp_min(keep)
-        return stable_rank(redundancy) < size
+        details["kept_by_gsp"] = stable_rank(redundancy) < size
+        return details["kept_by_gsp"]
 
-    def raw_relevance(self, inputs: PruningInputs) -> Tensor:
-        """r (B, n) before scaling (Eq. 4), or the scores that the caller brought."""
-        if self.relevance == "clip" or inputs.relevance is not None:
-            return self.joint_relevance(inputs)
-        sign = 1 if self.relevance_sign is None else self.relevance_sign
-        return relevance_scores(inputs.features, pooled_query(inputs), sign=sign)
+    def scaled_relevance(self, inputs: PruningInputs, details: dict[str, Tensor]) -> Tensor:
+        """r (B, n) between 0 and 1 (Eq. 4)."""
+        details["relevance"] = min_max(self.raw_relevance(inputs), inputs.valid)
+        return details["relevance"]
 
     def order(
         self,
         inputs: PruningInputs,
         keep: int,
-        similarity: Tensor | None,
-        redundancy: Tensor | None,
+        similarity: Similarity,
         relevance: Tensor | None,
         kept_by_gsp: Tensor | None,
+        details: dict[str, Tensor],
     ) -> Tensor:
         """D as ranks (B, n), 0 first: the part of the method that is switched on decides."""
         valid = inputs.valid
@@ -158,29 +122,14 @@ class Script(RelevancePruner):
             if self.restrict and kept_by_gsp is not None:
                 candidates = kept_by_gsp if valid is None else kept_by_gsp & valid
             weight = relevance if relevance is None or self.kernel_exponent == 1 else relevance**self.kernel_exponent
-            rank = partial(map_rank_by_rows, inputs.features)
-            if self.scope != "clip":
-                rank = partial(greedy_map_rank, similarity, overwrite=True)
-            return rank(
-                keep,
-                relevance=weight,
-                member=kept_by_gsp,
-                candidates=candidates,
-                epsilon=self.epsilon,
+            rank = similarity.map_rank(
+                keep, relevance=weight, member=kept_by_gsp, candidates=candidates, epsilon=self.epsilon
             )
-        if relevance is not None:
-            score = -relevance
-        elif redundancy is not None:
-            score = redundancy
         else:
-            score = random_scores(inputs, self.seed)
-        return stable_rank(score if valid is None else score.masked_fill(~valid, torch.inf))
-
-
-def pooled_query(inputs: PruningInputs) -> Tensor:
-    """Mean of the question's embeddings (B or 1, l, d) over its real tokens: (B or 1, 1, d)."""
-    query = inputs.query_embeds.to(torch.promote_types(inputs.query_embeds.dtype, torch.float32))
-    if inputs.query_mask is None:
-        return query.mean(1, keepdim=True)
-    weight = inputs.query_mask.to(query.dtype)[:, :, None]
-    return (query * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp_min(1.0)
+            if relevance is not None:
+                score = -relevance
+            else:
+                score = details["redundancy"] if self.gsp else random_scores(inputs, self.seed)
+            rank = stable_rank(score if valid is None else score.masked_fill(~valid, torch.inf))
+        details["order"] = rank
+        return rank

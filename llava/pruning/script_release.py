@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from llava.pruning.base import PruningInputs, RelevancePruner, register
+from llava.pruning.base import Pruner, register
 from llava.pruning.functional import (
     cosine_similarity,
     inner_products,
@@ -17,13 +17,16 @@ from llava.pruning.functional import (
     stable_rank,
     unprojected_rank,
 )
+from llava.pruning.inputs import PruningInputs
+from llava.pruning.options import Range
+from llava.pruning.question_reader import QuestionReader
 
 EPSILON = 1e-6
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class ScriptRelease(RelevancePruner):
+class ScriptRelease(QuestionReader, Pruner):
     """Keep what the released code of Script keeps, so that it can be compared with the paper's method.
 
     Paper: "Script: Graph-Structured and Query-Conditioned Semantic Token Pruning for Multimodal Large Language
@@ -40,7 +43,8 @@ class ScriptRelease(RelevancePruner):
 
     Args:
         tau, gamma, minimum_degree: of the graph; they change the details, never the answer.
-        relevance_sign: -1 as released; ``None`` takes what the host states.
+        relevance: see `QuestionReader`; "clip" is what is released.
+        relevance_sign: ``None`` is -1, as released, whatever the host states.
 
     Deviations from the paper: (1) the graph keeps what it should drop; (2) it is complete, not bipartite, with a
     smaller tau and a minimum degree; (3) relevance is a plain product in CLIP's space with a negative sign; (4) the
@@ -55,24 +59,27 @@ class ScriptRelease(RelevancePruner):
 
     tau: float = 0.2
     gamma: float = 1.0
-    minimum_degree: int = 4
-    relevance_sign: int | None = -1
+    minimum_degree: Annotated[int, Range(0)] = 4
 
     def choose(self, inputs: PruningInputs, keep: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         similarity = cosine_similarity(inputs.features)
         redundancy = self.redundancy(similarity)
         marked = stable_rank(redundancy, descending=True) < keep
-        raw = inputs.relevance
-        if raw is None:
-            raw = self.sign(inputs) * product_with_better_half(
-                inputs.image_embeds, inputs.text_embeds, inputs.text_mask
-            )
-        relevance = scale(raw.nan_to_num(), inputs.valid)
+        relevance = scale(self.raw_relevance(inputs).nan_to_num(), inputs.valid)
         rank = unprojected_rank(similarity, keep, relevance, inputs.valid, EPSILON)
         chosen = rank < keep
         fused = stable_rank((~chosen).int() * 2 + (~marked).int())  # marked and chosen, then chosen, then the others
         details = {"redundancy": redundancy, "kept_by_gsp": marked, "relevance": relevance, "order": rank}
         return lowest_ranked(fused, keep), details
+
+    def sign(self, inputs: PruningInputs) -> int:
+        return -1 if self.relevance_sign is None else self.relevance_sign
+
+    def raw_relevance(self, inputs: PruningInputs, normalise: bool = True) -> Tensor:
+        if inputs.relevance is not None or self.relevance in ("projector", "none"):
+            return super().raw_relevance(inputs, normalise)
+        product = product_with_better_half(inputs.image_embeds, inputs.text_embeds, inputs.text_mask)
+        return self.sign(inputs) * product
 
     def redundancy(self, similarity: Tensor) -> Tensor:
         """Score (B, n) of the complete graph with self-edges on ``similarity`` (B, n, n)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from llava.pruning.decoder_pruner import (
     parse_layers,
 )
 from llava.pruning.functional import inner_products, stable_rank, working_dtype
+from llava.pruning.options import Count, Range
 
 SCHEDULE_TOKENS = 576  # of the published schedules
 SCHEDULES = {  # version: budget -> tokens kept by each cut
@@ -71,18 +72,14 @@ class SparseVLM(DecoderPruner):
     watches: ClassVar[Literal["layer before", "layer after"]] = "layer before"
     queries: ClassVar[Literal["last", "text"]] = "text"
 
-    version: int = 1
+    version: Annotated[int, Range(1, 2)] = 1
     layers: str | None = None
-    heads: int = 14
+    heads: Count = 14
 
     def __post_init__(self):
         super().__post_init__()
-        if self.version not in SCHEDULES:
-            raise ValueError(f"version must be 1 or 2, got {self.version}")
         if self.layers is not None and len(parse_layers(self.layers)) > 3:
             raise ValueError(f"sparsevlm has at most three cuts, got layers {self.layers}")
-        if self.heads < 1:
-            raise ValueError(f"heads must be at least 1, got {self.heads}")
 
     @property
     def renumbers(self) -> bool:

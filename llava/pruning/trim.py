@@ -10,13 +10,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.base import PruningInputs, RelevancePruner, Selection, register
+from llava.pruning.base import TokenMaker, register
 from llava.pruning.functional import lowest_ranked, stable_rank
+from llava.pruning.inputs import PruningInputs, Selection
+from llava.pruning.question_reader import QuestionReader
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Trim(RelevancePruner):
+class Trim(QuestionReader, TokenMaker):
     """Keep the m - 1 tokens most relevant to the question, and the mean of all others as one token more.
 
     Paper: "Less is More: A Simple yet Effective Token Reduction Method for Efficient Multi-modal LLMs". Inputs:
@@ -31,7 +33,7 @@ class Trim(RelevancePruner):
         normalise: score by the cosine, so that the norms of patches do not count.
         adaptive: let the scores decide how many are kept, the same number in all views of a picture;
             ``keep_tokens`` is then the most that a view gives, and the count is not known beforehand.
-        relevance_sign: sign of the product; ``None`` takes what the host states, -1 for CLIP towers.
+        relevance: see `QuestionReader`; "clip" is the published source.
 
     Deviations from the paper: (1) the product is not normalised and its sign is negative for CLIP towers, as in the
     released code.
@@ -61,12 +63,16 @@ class Trim(RelevancePruner):
     def count_made(self, keep: int) -> int:
         return 1
 
-    def stand(self, keep: int, eligible: Tensor) -> tuple[Tensor, Tensor]:
-        kept, made = super().stand(keep, eligible)
+    @property
+    def compares_views(self) -> bool:
+        return self.adaptive
+
+    def kept_and_made(self, keep: int, eligible: Tensor) -> tuple[Tensor, Tensor]:
+        kept, made = super().kept_and_made(keep, eligible)
         return kept, eligible.any(-1).long() if self.adaptive else made
 
     def choose(self, inputs: PruningInputs, keep: int) -> tuple[Tensor, Mapping[str, Tensor]]:
-        raw = self.joint_relevance(inputs, self.normalise).nan_to_num()
+        raw = self.raw_relevance(inputs, self.normalise).nan_to_num()
         scores = (raw if inputs.valid is None else raw.masked_fill(~inputs.valid, -torch.inf)).softmax(-1).nan_to_num()
         rank = stable_rank(scores, descending=True)
         details = {"relevance": scores}

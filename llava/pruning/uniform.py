@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.base import Pruner, PruningInputs, register
+from llava.pruning.base import Pruner, register
+from llava.pruning.inputs import PruningInputs
 
 
 @register

@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from llava.pruning.base import Pruner, PruningInputs, Selection, register
+from llava.pruning.base import TokenMaker, register
 from llava.pruning.functional import cosine_similarity, lowest_ranked, stable_rank
+from llava.pruning.inputs import PruningInputs, Selection
+from llava.pruning.options import Range
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class VisionZip(Pruner):
+class VisionZip(TokenMaker):
     """Keep the class token and the patches it attends to most (dominant), and merge the others (contextual).
 
     Paper: "VisionZip: Longer is Better but Not Necessary in Vision Language Models". Inputs, all of the last encoder
@@ -48,14 +50,9 @@ class VisionZip(Pruner):
     floor: ClassVar[int] = 3
     below_floor: ClassVar[str] = "no contextual token, and with 1 the class token alone"
 
-    contextual: int | None = None
+    contextual: Annotated[int, Range(0)] | None = None
     mean: bool = False
     class_token: bool = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.contextual is not None and self.contextual < 0:
-            raise ValueError(f"contextual must not be negative, got {self.contextual}")
 
     @property
     def needs(self) -> frozenset[str]:
@@ -70,7 +67,7 @@ class VisionZip(Pruner):
     def count_made(self, keep: int) -> int:
         return self.class_token + self.count_contextual(keep)
 
-    def stand(self, keep: int, eligible: Tensor) -> tuple[Tensor, Tensor]:
+    def kept_and_made(self, keep: int, eligible: Tensor) -> tuple[Tensor, Tensor]:
         patches, contextual = eligible.sum(-1), self.count_contextual(keep)
         kept = patches.clamp_max(keep - self.class_token - contextual)
         return kept, (patches - kept).clamp_max(contextual) + self.class_token * (patches > 0)

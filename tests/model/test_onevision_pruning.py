@@ -13,8 +13,7 @@ from llava.layout.views import NEWLINE
 from llava.mm_utils import parse_pinpoints, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.multimodal_encoder.siglip_encoder import SigLIPVisionTower, tower_config
-from llava.pruning import DecoderPruner, get_pruner, list_pruners
-from llava.pruning.base import pruner_class
+from llava.pruning import DecoderPruner, get_pruner, list_pruners, pruner_class
 
 PROMPT = "<|im_start|>user\n<image>\nWhat is the colour of the ball?<|im_end|>\n<|im_start|>assistant\n"
 CANNOT = {"visionzip"}  # needs class_features; see the last test

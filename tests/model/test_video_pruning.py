@@ -14,8 +14,7 @@ from llava.layout.views import NEWLINE, video_layout
 from llava.layout.visuals import VideoReading
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
-from llava.pruning import DecoderPruner, PruningInputs, get_pruner, list_pruners
-from llava.pruning.base import pruner_class
+from llava.pruning import DecoderPruner, PruningInputs, get_pruner, list_pruners, pruner_class
 from llava.pruning.blocks import ROWS, CosineRows, map_rank_by_rows, redundancy_by_blocks
 from llava.pruning.functional import cosine_similarity, greedy_map_rank, redundancy_graph
 from llava.relevance.siglip import SiglipJointSpace

@@ -89,7 +89,7 @@ def test_cdpruners_theta_weighs_relevance():
         for theta in (0.01, 0.2, 0.9)
     ]
     assert shares[0] < shares[1] < shares[2] == 10
-    with pytest.raises(ValueError, match="theta must lie between 0 and 1"):
+    with pytest.raises(ValueError, match="theta must be a finite number between 0 and 1, both excluded or none"):
         get_pruner("cdpruner", theta=1.0)
 
 
@@ -125,7 +125,7 @@ def test_trims_mean_is_that_of_valid_patches_alone_and_zero_without_any():
     others = valid[0] & ~selection.mask[0]
     assert torch.allclose(selection.made[0, 0], features[0, others].mean(0))
     assert not selection.made[1].any()
-    assert [part.tolist() for part in pruner.stand(4, valid)] == [[3, 2], [1, 0]]
+    assert [part.tolist() for part in pruner.kept_and_made(4, valid)] == [[3, 2], [1, 0]]
 
 
 # --- VisionZip -----------------------------------------------------------------------------------------------------

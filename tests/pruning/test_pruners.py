@@ -1,6 +1,9 @@
 """What every method promises, over all methods that are registered."""
 
 import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava.pruning import (
+    Pruner,
     PruningInputs,
     Selection,
     get_pruner,
@@ -17,6 +21,7 @@ from llava.pruning import (
     pruner_class,
 )
 from llava.pruning.grid import grid_points, grid_shape
+from llava.pruning.options import option_types
 from method_inputs import BEFORE_DECODER, TOKENS, encode_patches, make_inputs
 
 CHOOSERS = [name for name in BEFORE_DECODER if not pruner_class(name)().makes_tokens]
@@ -26,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* tokens per view; with")  # bu
 def split_of(pruner, valid=None, views=3):
     """Kept and made tokens that a pruner promises for each view."""
     shown = torch.ones(views, TOKENS, dtype=torch.bool) if valid is None else valid
-    kept, made = pruner.stand(pruner.count(TOKENS), shown)
+    kept, made = pruner.kept_and_made(pruner.count(TOKENS), shown)
     return kept.tolist(), made.tolist()
 
 
@@ -171,7 +176,7 @@ def test_a_budget_below_the_floor_says_what_will_be_done(name):
 
 @pytest.mark.parametrize("name", [name for name in BEFORE_DECODER if name not in CHOOSERS])
 def test_made_tokens_belong_to_a_view(name):
-    with pytest.raises(ValueError, match="scope must be view, got 'global'"):
+    with pytest.raises(ValueError, match="has no option scope"):
         get_pruner(name, scope="global")
 
 
@@ -333,7 +338,7 @@ def test_options_from_text_get_their_types():
     "text, message",
     [
         ("tau", "key=value"),
-        ("tau=high", "tau must be a number, got 'high'"),
+        ("tau=high", "tau must be a finite number; got 'high'"),
         ("gsp=maybe", "gsp must be true or false"),
         ("taw=1", "no option taw; its options:"),
     ],
@@ -341,6 +346,9 @@ def test_options_from_text_get_their_types():
 def test_bad_option_text_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         parse_options("script", [text])
+
+
+FEATURES = torch.zeros(2, 3, 4)
 
 
 def test_pruners_are_values():
@@ -354,11 +362,23 @@ def test_pruners_are_values():
     "fields, message",
     [
         ({"features": torch.zeros(3, 4)}, "features must be"),
-        ({"features": torch.zeros(2, 3, 4), "image_embeds": torch.zeros(2, 4, 4)}, "image_embeds must start with"),
-        ({"features": torch.zeros(2, 3, 4), "key_metric": torch.zeros(2, 4, 4)}, "key_metric must start with"),
-        ({"features": torch.zeros(2, 3, 4), "class_attention": torch.zeros(2, 3)}, "class_attention must be"),
-        ({"features": torch.zeros(2, 3, 4), "class_features": torch.zeros(3, 4)}, "class_features must have 2 rows"),
-        ({"features": torch.zeros(2, 3, 4), "text_embeds": torch.zeros(3, 1, 4)}, "text_embeds must have 1 or 2 rows"),
+        (
+            {"features": torch.zeros(2, 3, 4), "image_embeds": torch.zeros(2, 4, 4)},
+            "image_embeds must be .* = \\(2, 3, joint width\\)",
+        ),
+        (
+            {"features": torch.zeros(2, 3, 4), "key_metric": torch.zeros(2, 4, 4)},
+            "key_metric must be .* = \\(2, 3, key width\\)",
+        ),
+        ({"features": FEATURES, "class_attention": torch.zeros(2, 3)}, "class_attention must be"),
+        (
+            {"features": torch.zeros(2, 3, 4), "class_features": torch.zeros(3, 4)},
+            "class_features must be .* = \\(2, encoder width\\)",
+        ),
+        (
+            {"features": torch.zeros(2, 3, 4), "text_embeds": torch.zeros(3, 1, 4)},
+            "text_embeds must be .* = \\(1 or 2, segment",
+        ),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(fields, message):
@@ -369,3 +389,81 @@ def test_inputs_that_do_not_fit_are_refused(fields, message):
 def test_selection_mask_leaves_out_fillers():
     selection = Selection(torch.tensor([[0, 3]]), 5, torch.tensor([[True, False]]))
     assert selection.mask.tolist() == [[True, False, False, False, False]]
+
+
+@pytest.mark.parametrize("name", list_pruners())
+def test_options_of_another_type_or_range_are_refused(name):
+    """NaN, infinity, text for a number or a flag, a flag for a number: refused for every option of every method."""
+    for option, kind in option_types(pruner_class(name)).items():
+        default = getattr(pruner_class(name)(), option)
+        wrong = [float("nan"), float("inf"), float("-inf"), [], "\ud800 no such value"]
+        if isinstance(default, bool):
+            wrong += ["false", "true", 0, 1, None]
+        elif isinstance(default, (int, float)):
+            wrong += ["1", True, None, 2**70 if isinstance(default, int) else "x"]
+        if "str" in str(kind):  # text is what these take
+            wrong.remove("\ud800 no such value")
+        for value in wrong:
+            with pytest.raises(ValueError, match=f"{option} |means nothing|layers of cuts"):
+                get_pruner(name, **{option: value})
+
+
+@pytest.mark.parametrize(
+    "text", ["tau=nan", "gamma=inf", "epsilon=-inf", "seed=-1", "seed=1e3", "gsp=1", "tau=0.3 tau=0.4"]
+)
+def test_the_command_line_is_held_to_the_same_ranges(text):
+    with pytest.raises(ValueError, match=f"{text.partition('=')[0]} (must be|is given twice)"):
+        parse_options("script", text.split())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Returns(Pruner):
+    """Gives back what it was told to."""
+
+    name: ClassVar[str] = "returns"
+
+    answer: Callable[[int], object] = None
+
+    def choose(self, inputs, keep):
+        return self.answer(keep)
+
+
+def rows(*numbers, dtype=torch.int64):
+    return torch.tensor([numbers], dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "answer, error, message",
+    [
+        (lambda keep: rows(0, 1, 2), TypeError, "must return .*, got Tensor"),
+        (lambda keep: (rows(0, 1, 2), None), TypeError, r"got \(Tensor, NoneType\)"),
+        (lambda keep: (rows(0, 1), {}), ValueError, r"\(B, 3\) int64.*got \(1, 2\)"),
+        (lambda keep: (rows(0, 1, 2, dtype=torch.int32), {}), ValueError, "got .* torch.int32"),
+        (lambda keep: (rows(0, 2, 1), {}), ValueError, "distinct and ascending"),
+        (lambda keep: (rows(0, 1, 1), {}), ValueError, "distinct and ascending"),
+        (lambda keep: (rows(-1, 1, 2), {}), ValueError, "from 0 to 5; got -1 to 2"),
+        (lambda keep: (rows(0, 1, 6), {}), ValueError, "from 0 to 5; got 0 to 6"),
+        (lambda keep: (rows(0, 1, 5), {}), ValueError, "valid tokens while there are any left"),
+    ],
+)
+def test_wrong_returns_of_a_method_are_caught_and_named(answer, error, message):
+    valid = torch.tensor([[True, True, True, True, False, False]])
+    inputs = PruningInputs(torch.randn(1, 6, 4), valid=valid)
+    with pytest.raises(error, match=f"pruner 'returns'.*{message}"):
+        Returns(keep_tokens=3, answer=answer).select(inputs)
+
+
+def test_a_joined_view_holds_every_token_of_every_field():
+    """Joining the views is the same as having had one long view from the start."""
+    inputs = make_inputs(views=2)
+    joined = inputs.joined()
+    assert joined.features.shape == (1, 2 * TOKENS, 24)
+    for name in ("features", "encoder_features", "image_embeds", "key_metric"):
+        assert torch.equal(getattr(joined, name)[0], torch.cat(list(getattr(inputs, name))))
+    for name in ("class_attention", "mean_attention"):
+        assert torch.equal(getattr(joined, name)[0], torch.cat(list(getattr(inputs, name)), dim=-1))
+    assert torch.equal(joined.text_embeds, inputs.text_embeds[:1])
+    assert joined.pixels is None
+    assert joined.class_features is None
+    back = inputs.of_views(slice(1, 2))
+    assert torch.equal(back.class_attention, inputs.class_attention[1:])

@@ -182,10 +182,13 @@ def test_missing_inputs_are_named():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"gsp_ratio": 1.5}, "gsp_ratio must lie between 0 and 1"),
-        ({"relevance_sign": 0}, "relevance_sign must be -1 or 1"),
-        ({"epsilon": 0.0}, "epsilon must be positive"),
-        ({"relevance": "siglip"}, "relevance must be one of clip, projector, none"),
+        ({"gsp_ratio": 1.5}, "gsp_ratio must be a finite number between 0 and 1; got 1.5"),
+        ({"relevance_sign": 0}, "relevance_sign must be one of -1, 1 or none; got 0"),
+        ({"epsilon": 0.0}, "epsilon must be a finite number more than 0; got 0.0"),
+        (
+            {"relevance": "siglip"},
+            "relevance must be one of auto, clip, .*, none; got 'siglip'",
+        ),
         ({"graph": "full"}, "graph must be one of bipartite, exhaustive"),
         ({"scope": "frame"}, "scope must be one of view, global"),
     ],

@@ -21,7 +21,7 @@ from llava.integrations.transformers.pictures import Picture
 from llava.integrations.transformers.selection import Candidates
 from llava.pruning import Pruner, PruningInputs
 from llava.pruning.functional import relevance_scores
-from llava.pruning.script import pooled_query
+from llava.pruning.question_reader import pooled_query
 from llava.relevance.question import find_questions
 
 JOINT = frozenset({"image_embeds", "text_embeds"})

@@ -12,7 +12,7 @@ from llava.integrations.vllm.features import PictureFeatures
 from llava.integrations.vllm.options import JOINT_FIELDS, LANGUAGE_FIELDS, PicturePlan, make_pruner
 from llava.pruning import Pruner, PruningInputs
 from llava.pruning.functional import relevance_scores
-from llava.pruning.script import pooled_query
+from llava.pruning.question_reader import pooled_query
 from llava.relevance.clip import ClipJointSpace
 
 
