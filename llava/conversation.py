@@ -5,11 +5,11 @@ The wording of every template is part of the checkpoints: a changed character is
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from enum import Enum
 
-from llava.constants import ANSWER_FORMAT_INSTRUCTIONS, DEFAULT_IMAGE_TOKEN
+from llava.constants import DEFAULT_IMAGE_TOKEN
+from llava.relevance.question import clean_question, last_question
 
 
 class SeparatorStyle(Enum):
@@ -233,26 +233,3 @@ def template_for(model_name: str) -> str:
     if "v0" in name and "v1" not in name:
         return "llava_v0"
     return "vicuna_v1"
-
-
-_USER_TURN = re.compile(r"USER:|Human:|\[INST\]|<\|im_start\|>user\n")
-_USER_TURN_END = re.compile(r"ASSISTANT:|###|\[/INST\]|<\|im_end\|>")
-_SYSTEM_BLOCK = re.compile(r"<<SYS>>.*?<</SYS>>", re.DOTALL)
-
-
-def last_question(prompt: str) -> str:
-    """What the user asked last, read back from a prompt of any template: the query of a query-conditioned pruner.
-
-    Without system text, role names, image placeholders and answer-format instructions.
-    """
-    turns = list(_USER_TURN.finditer(prompt))
-    question = prompt[turns[-1].end() :] if turns else prompt
-    question = _USER_TURN_END.split(question, maxsplit=1)[0]
-    return clean_question(_SYSTEM_BLOCK.sub("", question))
-
-
-def clean_question(question: str) -> str:
-    """Drop image placeholders and sentences that only ask for a form of answer; what is left may be empty."""
-    for phrase in (DEFAULT_IMAGE_TOKEN, *ANSWER_FORMAT_INSTRUCTIONS):
-        question = question.replace(phrase, "")
-    return question.strip()

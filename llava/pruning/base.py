@@ -60,6 +60,16 @@ class Method(ABC):
         """Whether a view gives just `count` tokens; False for a method whose count depends on what it sees."""
         return True
 
+    @property
+    def compares_views(self) -> bool:
+        """Whether what a view gives depends on the other views of its picture, which must be selected with it."""
+        return False
+
+    @property
+    def reads_question(self) -> bool:
+        """Whether the question decides which tokens are kept."""
+        return False
+
     def count(self, tokens: int) -> int:
         """The budget out of ``tokens`` tokens, kept and made: known before any computation."""
         if isinstance(self.keep_tokens, float):
@@ -115,11 +125,6 @@ class ViewMethod(Method):
             )
             warnings.warn(message, stacklevel=2)
 
-    @property
-    def compares_views(self) -> bool:
-        """Whether what a view gives depends on the other views of its picture, which must be selected with it."""
-        return False
-
     def kept_and_made(self, keep: int, eligible: Tensor) -> tuple[Tensor, Tensor]:
         """How many tokens each view gives, kept (V,) and made (V,), from its ``eligible`` patches (V, n) on the CPU.
 
@@ -128,11 +133,6 @@ class ViewMethod(Method):
         """
         kept = eligible.sum(-1).clamp_max(keep)
         return kept, torch.zeros_like(kept)
-
-    @property
-    def reads_question(self) -> bool:
-        """Whether the question decides which tokens are kept."""
-        return False
 
     def lacking(self, inputs: PruningInputs) -> list[str]:
         """Names of the fields that the method needs and ``inputs`` does not have."""

@@ -1,8 +1,8 @@
-"""The user's question, read back from the prompt text that a chat template has rendered.
+"""The user's question: as it is given, or read back from the prompt text that a chat template has rendered.
 
-A serving engine, or a model of the Transformers library, sees the prompt and not the conversation. The words of a
-query-conditioned method are then found in three steps: which family of templates wrote this prompt, where its user's
-turns are, and what of the turn is question (no placeholder of a picture, no system text, no plea for a short answer).
+A model sees the prompt and not the conversation. The words of a query-conditioned method are found in three steps:
+which family of templates wrote this prompt, where its user's turns are, and what of the turn is question (no
+placeholder of a picture, no system text, no plea for a short answer). All hosts read questions here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from llava.conversation import clean_question
+from llava.constants import ANSWER_FORMAT_INSTRUCTIONS, DEFAULT_IMAGE_TOKEN
 
 QueryScope = Literal["image_turn", "latest_turn"]
 QUERY_SCOPES: tuple[QueryScope, ...] = ("image_turn", "latest_turn")
@@ -155,6 +155,51 @@ def find_questions(
     if scope == "latest_turn" or not places:
         return [Question(latest, name)] * max(len(places), 1)
     return [Question(next((text for end, text in with_words if end > place), latest), name) for place in places]
+
+
+def last_question(prompt: str) -> str:
+    """What the user asked last in a rendered prompt; may be empty."""
+    return find_questions(prompt, scope="latest_turn")[0].text
+
+
+def clean_question(question: str) -> str:
+    """Drop image placeholders and sentences that only ask for a form of answer; what is left may be empty."""
+    for phrase in (DEFAULT_IMAGE_TOKEN, *ANSWER_FORMAT_INSTRUCTIONS):
+        question = question.replace(phrase, "")
+    return question.strip()
+
+
+def given_questions(query: str | Sequence[str] | None, rows: int) -> list[str] | None:
+    """What a caller gave as ``query=``, cleaned, one for each of ``rows`` prompts; ``None`` if nothing was given.
+
+    Raises:
+        TypeError: something else than text.
+        ValueError: another number of questions than prompts.
+    """
+    if query is None:
+        return None
+    texts = [query] * rows if isinstance(query, str) else list(query)
+    strange = next((text for text in texts if not isinstance(text, str)), None)
+    if strange is not None:
+        raise TypeError(f"query must be text, or one text for each prompt; got {strange!r}")
+    if len(texts) != rows:
+        raise ValueError(f"{rows} prompts but {len(texts)} queries: query= takes one question, or one for each prompt")
+    return [clean_question(text) for text in texts]
+
+
+def check_asked(questions: Sequence[str | None], method: str) -> None:
+    """Raise ValueError unless every prompt has a question for ``method`` to read."""
+    for row, question in enumerate(questions):
+        if question is None:
+            raise ValueError(
+                f"pruner '{method}' selects by the question, and without a tokenizer it cannot be read out of prompt "
+                f"{row}: load or attach the model with its tokenizer, or pass query="
+            )
+        if not _WORD.search(question):
+            raise ValueError(
+                f"pruner '{method}' selects by the question, and prompt {row} asks nothing ({question!r}): ask "
+                "something, pass query=, or take relevance=none or a method that reads no question"
+            )
 
 
 def user_turns(prompt: str, family: TemplateFamily) -> list[tuple[int, int]]:
