@@ -10,7 +10,8 @@ called and by their sizes:
   the queries of each head (Qwen3-Next, Qwen3.5);
 * norms of queries and keys per head (Qwen3, Gemma 3) or over the whole width (OLMo 2);
 * the scaling of the products (Gemma's ``query_pre_attn_scalar``, Granite's multiplier), as the attention has it;
-  soft-capping (Gemma 2) is left out, since it keeps the order of a head's products.
+  soft-capping (Gemma 2) is left out, since it keeps the order of a head's products, and YaRN's factor on rotary
+  embeddings is left out with them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from llava.relevance.language import as_distribution, attention_mass
 
-INPUT_NORMS = ("input_layernorm", "operator_norm")
+INPUT_NORMS = ("input_layernorm", "operator_norm", "attention_layernorm")
 QUERY_NORMS = ("q_norm", "q_layernorm", "query_layernorm", "qk_norm")
 KEY_NORMS = ("k_norm", "k_layernorm", "key_layernorm", "qk_norm")
 

@@ -65,6 +65,7 @@ FAMILIES = {
     "cohere2": (hf.Cohere2Config, SLIDING),
     "granite": (hf.GraniteConfig, {"attention_multiplier": 0.3, "embedding_multiplier": 12.0}),
     "olmo2": (hf.Olmo2Config, {}),
+    "apertus": (hf.ApertusConfig, {}),
     "exaone4": (hf.Exaone4Config, SLIDING),
     "smollm3": (hf.SmolLM3Config, {}),
     "lfm2": (hf.Lfm2Config, {"layer_types": ["conv", "full_attention"]}),
