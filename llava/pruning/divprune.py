@@ -17,8 +17,8 @@ from llava.pruning.functional import cosine_similarity, lowest_ranked, max_min_r
 class DivPrune(Pruner):
     """Keep the m tokens that lie farthest apart, chosen one by one; the question plays no part.
 
-    Paper: "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models". Input: features H (B, n, d).
-    Output: indices (B, m).
+    Paper: "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models" (arXiv 2503.02175). Input:
+    features H (B, n, d). Output: indices (B, m).
 
     1. D_ij = 1 - cos(h_i, h_j).
     2. The first token is the one whose nearest other is farthest.

@@ -29,8 +29,8 @@ from llava.pruning.random import random_scores
 class Script(RelevancePruner):
     """Drop tokens that repeat others, order the rest by a DPP conditioned on the question, keep the first m.
 
-    Paper: "Script: Graph-Structured and Query-Conditioned Semantic Token Pruning for Multimodal Large Language
-    Models", section 4. Inputs: features H (B, n, d); with ``relevance="clip"`` image_embeds (B, n, e) and
+    Paper: "Script: Graph-Structured and Query-Conditioned Semantic Token Pruning for Multimodal Large Language Models"
+    (arXiv 2512.01949), section 4. Inputs: features H (B, n, d); with ``relevance="clip"`` image_embeds (B, n, e) and
     text_embeds (B, M, e); with ``relevance="projector"`` query_embeds (B, l, d). Output: indices (B, m).
 
     1. S_ij = cos(h_i, h_j).
