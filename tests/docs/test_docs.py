@@ -64,9 +64,7 @@ def test_the_readme_is_short():
 @pytest.mark.parametrize("page", [README, ROOT / "docs" / "methods.md"], ids=lambda page: page.name)
 def test_the_table_of_methods_is_up_to_date(page):
     shown = text_of(page).split(START)[1].split(END)[0].strip()
-    assert shown == method_table(page.parent), (
-        "python -m llava.pruning.method_table --write README.md docs/methods.md"
-    )
+    assert shown == method_table(page.parent), "python -m llava.pruning.method_table --write README.md docs/methods.md"
     assert [line.split("`")[1] for line in shown.splitlines()[2:]] == list_pruners()
 
 
