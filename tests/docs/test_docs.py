@@ -6,15 +6,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from check_docs import LANGUAGES, ROOT, blocks_of, copy_repository, main, pages
+
 from llava.pruning import list_pruners
 from llava.pruning.method_table import END, START, method_table
 
 README = ROOT / "README.md"
 ALL_PAGES = [*pages(), ROOT / "CHANGELOG.md", ROOT / "EVAL.md"]
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
-TOP = ("llava", "scripts", "tests", "docs", "playground")  # folders that a path in a text starts with
+PATH = re.compile(r"(?<![\w/.<$-])((?:llava|scripts|tests|docs|playground)/[\w./*-]*[\w/*])")
 
 
 def text_of(page: Path) -> str:
@@ -46,7 +46,7 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.name)
 def test_paths_in_the_text_exist(page):
     made = {block.file for block in blocks_of(page)}
-    for path in re.findall(r"(?<![\w/.<$-])((?:%s)/[\w./*-]*[\w/*])" % "|".join(TOP), text_of(page)):
+    for path in PATH.findall(text_of(page)):
         there = list(ROOT.glob(path)) if "*" in path else (ROOT / path).exists() or path in made
         assert there or ignored(path), f"{page.name} names {path}"
 
