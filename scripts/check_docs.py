@@ -60,7 +60,7 @@ class Block:
         return self.language in LANGUAGES and self.reason is None and self.file is None
 
     def __str__(self) -> str:
-        return f"{self.page}:{self.line}"
+        return f"{os.path.relpath(self.page)}:{self.line}"
 
 
 def blocks_of(page: Path) -> list[Block]:
@@ -133,9 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="tell what would run, and run nothing")
     parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="for one block (default: 300)")
     options = parser.parse_args(arguments)
-    chosen = [page if page.is_absolute() else page.resolve().relative_to(Path.cwd()) for page in options.pages]
-    for page in chosen or [page.relative_to(ROOT) for page in pages()]:
-        page = page if page.exists() else ROOT / page
+    for page in options.pages or pages():
         if options.list:
             for block in blocks_of(page):
                 if block.language in LANGUAGES:
