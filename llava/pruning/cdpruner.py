@@ -23,8 +23,8 @@ RANK_USED_UP = 1e-10  # a smaller remaining variance is rounding
 class CDPruner(QuestionReader, Pruner):
     """Keep the m tokens that a DPP, weighted by relevance to the question, picks greedily.
 
-    Paper: "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs". Inputs:
-    features H (B, n, d), image_embeds (B, n, e), text_embeds (B, M, e), and pictures (B,) with
+    Paper: "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs" (arXiv
+    2506.10967). Inputs: features H (B, n, d), image_embeds (B, n, e), text_embeds (B, M, e), and pictures (B,) with
     ``scaling="picture"``. Output: indices (B, m).
 
     1. S_ij = cos(h_i, h_j).

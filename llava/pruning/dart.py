@@ -19,10 +19,10 @@ from llava.pruning.options import Count
 class DART(SingleCut):
     """After K layers keep pivot tokens and, for each pivot in turn, the visual tokens least similar to it.
 
-    Paper: "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More" (Wen et al.,
-    EMNLP 2025). Inputs at the cut: keys (B, n, k) and text_keys (B, t, k) of layer K - 1, and final (B, n, d) and
-    text_final (B, t, d), the hidden states through the decoder's last norm. Output: indices (B, R), R as in
-    `SingleCut`. Kept tokens keep their positions. No attention is computed.
+    Paper: "Stop Looking for Important Tokens in Multimodal Language Models: Duplication Matters More" (arXiv
+    2502.11494; Wen et al., EMNLP 2025). Inputs at the cut: keys (B, n, k) and text_keys (B, t, k) of layer K - 1, and
+    final (B, n, d) and text_final (B, t, d), the hidden states through the decoder's last norm. Output: indices (B,
+    R), R as in `SingleCut`. Kept tokens keep their positions. No attention is computed.
 
     1. Pivots: the 4 visual tokens and the 4 text tokens after the picture whose keys have the largest L1 norm.
     2. For each pivot, visual ones first, each by falling norm: of the tokens not yet taken, those with the smallest

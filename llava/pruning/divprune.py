@@ -18,8 +18,8 @@ from llava.pruning.inputs import PruningInputs
 class DivPrune(Pruner):
     """Keep the m tokens that lie farthest apart, chosen one by one; the question plays no part.
 
-    Paper: "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models". Input: features H (B, n, d).
-    Output: indices (B, m).
+    Paper: "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models" (arXiv 2503.02175). Input:
+    features H (B, n, d). Output: indices (B, m).
 
     1. D_ij = 1 - cos(h_i, h_j).
     2. The first token is the one whose nearest other is farthest.

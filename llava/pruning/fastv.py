@@ -17,8 +17,9 @@ class FastV(SingleCut):
     """After K layers keep the R visual tokens to which the last prompt token attends most.
 
     Paper: "An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large Vision-Language
-    Models" (Chen et al., ECCV 2024). Inputs at the cut: attention (B, h, 1, n), the last prompt token's row in layer
-    K - 1. Output: indices (B, R). Kept tokens keep their positions; decoding goes on from the full prompt's length.
+    Models" (arXiv 2403.06764; Chen et al., ECCV 2024). Inputs at the cut: attention (B, h, 1, n), the last prompt
+    token's row in layer K - 1. Output: indices (B, R). Kept tokens keep their positions; decoding goes on from the
+    full prompt's length.
 
     1. a_j = mean over heads of the row at visual token j.
     2. The R tokens with the largest a stay, R = (L m - K n) / (L - K) for m tokens on average over L layers.

@@ -25,10 +25,10 @@ from llava.pruning.options import Range
 class PyramidDrop(DecoderPruner):
     """At stage s keep the int(n lambda^s) visual tokens to which the last prompt token attends most.
 
-    Paper: "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction" (Xing
-    et al., CVPR 2025). Inputs at a cut: attention (B, h, 1, n), the last prompt token's row in the layer to come, by
-    that layer's norm, queries and keys at the current positions. Output: indices (B, c). After a cut the positions
-    are counted anew; decoding goes on from each stage's own length.
+    Paper: "PyramidDrop: Accelerating Your Large Vision-Language Models via Pyramid Visual Redundancy Reduction" (arXiv
+    2410.17247; Xing et al., CVPR 2025). Inputs at a cut: attention (B, h, 1, n), the last prompt token's row in the
+    layer to come, by that layer's norm, queries and keys at the current positions. Output: indices (B, c). After a cut
+    the positions are counted anew; decoding goes on from each stage's own length.
 
     1. c_s = int(n lambda^s), always a share of the first n.
     2. a = mean over heads of softmax(q k^T / sqrt(c) + causal mask) in float32, over the picture's tokens.

@@ -23,8 +23,8 @@ from llava.pruning.similarity import Similarity, similarity_of
 class Script(QuestionReader, Pruner):
     """Drop tokens that repeat others, order the rest by a DPP conditioned on the question, keep the first m.
 
-    Paper: "Script: Graph-Structured and Query-Conditioned Semantic Token Pruning for Multimodal Large Language
-    Models", section 4. Inputs: features H (B, n, d), and what the source of relevance needs: for "clip"
+    Paper: "Script: Graph-Structured and Query-Conditioned Semantic Token Pruning for Multimodal Large Language Models"
+    (arXiv 2512.01949), section 4. Inputs: features H (B, n, d), and what the source of relevance needs: for "clip"
     image_embeds (B, n, e) and text_embeds (B, M, e). Output: indices (B, m).
 
     1. S_ij = cos(h_i, h_j).

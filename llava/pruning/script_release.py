@@ -29,9 +29,9 @@ EPSILON = 1e-6
 class ScriptRelease(QuestionReader, Pruner):
     """Keep what the released code of Script keeps, so that it can be compared with the paper's method.
 
-    Paper: "Script: Graph-Structured and Query-Conditioned Semantic Token Pruning for Multimodal Large Language
-    Models", by its released code. Inputs: features H (B, n, d), image_embeds (B, n, e), text_embeds (B, M, e).
-    Output: indices (B, m).
+    Paper: "Script: Graph-Structured and Query-Conditioned Semantic Token Pruning for Multimodal Large Language Models"
+    (arXiv 2512.01949), by its released code. Inputs: features H (B, n, d), image_embeds (B, n, e), text_embeds (B, M,
+    e). Output: indices (B, m).
 
     1. Graph: all pairs with cos(h_i, h_j) >= tau, a token with itself included; score = d exp(gamma (mu - tau)), half
        and half with the mean similarity below ``minimum_degree``. It marks the m tokens with the *largest* score.

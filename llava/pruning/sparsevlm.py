@@ -34,11 +34,11 @@ SCHEDULES = {  # version: budget -> tokens kept by each cut
 class SparseVLM(DecoderPruner):
     """Let the text tokens that look at the picture rate its tokens; keep the best, merge some of the others.
 
-    Paper: "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference" (Zhang et al., ICML
-    2025). Inputs at a cut: attention (B, h, t, n), the rows of the text after the picture in the layer just run;
-    raters (B, t), found once from the embeddings that enter the decoder; hidden (B, n, d). Output: indices (B, c) and,
-    in version 1, cluster means (B, C, d) that follow them in the prompt and count as visual tokens from then on.
-    Version 1 counts positions anew after a cut, version 2 keeps them and has no recycling.
+    Paper: "SparseVLM: Visual Token Sparsification for Efficient Vision-Language Model Inference" (arXiv 2410.04417;
+    Zhang et al., ICML 2025). Inputs at a cut: attention (B, h, t, n), the rows of the text after the picture in the
+    layer just run; raters (B, t), found once from the embeddings that enter the decoder; hidden (B, n, d). Output:
+    indices (B, c) and, in version 1, cluster means (B, C, d) that follow them in the prompt and count as visual tokens
+    from then on. Version 1 counts positions anew after a cut, version 2 keeps them and has no recycling.
 
     1. Raters: text tokens whose mean over visual tokens of softmax_text(H_v H_t^T) exceeds the mean of these.
     2. relation_j = mean over heads and raters of the attention to visual token j; the c largest stay, but at least

@@ -21,9 +21,9 @@ from llava.pruning.question_reader import QuestionReader
 class Trim(QuestionReader, TokenMaker):
     """Keep the m - 1 tokens most relevant to the question, and the mean of all others as one token more.
 
-    Paper: "Less is More: A Simple yet Effective Token Reduction Method for Efficient Multi-modal LLMs". Inputs:
-    encoder_features V (B, n, c), image_embeds (B, n, e), text_embeds (B, M, e). Output: indices (B, m - 1) and the
-    mean (B, 1, c) of the other patches, before the projector.
+    Paper: "Less is More: A Simple yet Effective Token Reduction Method for Efficient Multi-modal LLMs" (arXiv
+    2409.10994). Inputs: encoder_features V (B, n, c), image_embeds (B, n, e), text_embeds (B, M, e). Output: indices
+    (B, m - 1) and the mean (B, 1, c) of the other patches, before the projector.
 
     1. s = softmax over a view's patches of (sign of the joint space) x (e_j . t).
     2. Keep the m - 1 largest; with ``adaptive`` those of the share that lies above Q3 + 1.5 (Q3 - Q1) of s.

@@ -21,10 +21,10 @@ from llava.pruning.options import Range
 class VisionZip(TokenMaker):
     """Keep the class token and the patches it attends to most (dominant), and merge the others (contextual).
 
-    Paper: "VisionZip: Longer is Better but Not Necessary in Vision Language Models". Inputs, all of the last encoder
-    layer that is read: class_attention (B, heads, n), key_metric (B, n, w), encoder_features (B, n, c) and
-    class_features (B, c). Output: indices (B, m - 1 - N) and the class token with N contextual tokens
-    (B, 1 + N, c), before the projector.
+    Paper: "VisionZip: Longer is Better but Not Necessary in Vision Language Models" (arXiv 2412.04467). Inputs, all of
+    the last encoder layer that is read: class_attention (B, heads, n), key_metric (B, n, w), encoder_features (B, n,
+    c) and class_features (B, c). Output: indices (B, m - 1 - N) and the class token with N contextual tokens (B, 1 +
+    N, c), before the projector.
 
     1. a_j = sum over heads of the class token's attention to patch j.
     2. Dominant: the m - 1 - N patches with the largest a, and the class token.

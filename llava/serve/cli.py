@@ -22,7 +22,7 @@ from llava.model.encoded_images import EncodedImages
 from llava.model.questions import suited
 from llava.pruning import Pruner, get_pruner, list_pruners, parse_budget, parse_options
 from llava.serve.status import TimedStreamer, status_line
-from llava.serve.token_picture import draw_kept_tokens, drawn_cell
+from llava.serve.token_picture import draw_kept_tokens, drawn_cell, join_panels, with_caption
 from llava.serve.transformers_session import TransformersSession, check_options
 from llava.video import Video, load_video, process_video
 
@@ -70,7 +70,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--load-4bit", action="store_true")
     parser.add_argument("--load-8bit", action="store_true")
-    parser.add_argument("--show-tokens", type=Path, metavar="OUT.png", help="write a picture of the kept tokens")
+    parser.add_argument(
+        "--show-tokens", type=Path, metavar="OUT.png", help="write a picture of the kept tokens, a panel per --query"
+    )
     return parser.parse_args(arguments)
 
 
@@ -196,13 +198,14 @@ class Session:
         print(status_line(prompt, self.pictures, self.pruner, self.vision_seconds, start, selected, streamer.times))
         self.vision_seconds = 0.0
         self.last_prompt = prompt
+        self.last_turn = question, answer.strip()
         return answer.strip()
 
-    def save_picture(self, path: Path) -> None:
-        """Write the picture of the tokens kept for the last question."""
+    def panel(self) -> Image.Image:
+        """The tokens kept for the last question, with it and its answer below."""
         cell = drawn_cell(self.model.get_vision_tower(), self.pictures.pool_mode)
-        draw_kept_tokens(self.pixels, self.last_prompt.kept, self.image_processor, cell).save(path)
-        print(f"[kept tokens drawn in {path}]")
+        drawn = draw_kept_tokens(self.pixels, self.last_prompt.kept, self.image_processor, cell)
+        return with_caption(drawn, *self.last_turn)
 
     def _now(self) -> float:
         if self.model.device.type == "cuda":
@@ -264,19 +267,27 @@ def chat(session: Session | TransformersSession) -> None:
                 case _:
                     session.ask(line)
                     if session.arguments.show_tokens and len(session.pixels):
-                        session.save_picture(session.arguments.show_tokens)
+                        save_panels([session.panel()], session.arguments.show_tokens)
         except (ValueError, OSError) as error:
             print(f"error: {error}")
 
 
 def answer_queries(session: Session | TransformersSession) -> None:
-    """Answer every --query on its own."""
+    """Answer every --query on its own; one picture shows the tokens kept for all of them."""
     out = session.arguments.show_tokens
-    for number, query in enumerate(session.arguments.query, start=1):
+    panels = []
+    for query in session.arguments.query:
         session.clear()
         session.ask(query)
         if out and len(session.pixels):
-            session.save_picture(out if number == 1 else out.with_stem(f"{out.stem}-{number}"))
+            panels.append(session.panel())
+    if panels:
+        save_panels(panels, out)
+
+
+def save_panels(panels: Sequence[Image.Image], path: Path) -> None:
+    join_panels(panels).save(path)
+    print(f"[kept tokens drawn in {path}]")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

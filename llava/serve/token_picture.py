@@ -1,4 +1,4 @@
-"""A picture of what was kept: every view as the model saw it, dropped patches dimmed."""
+"""A picture of what was kept: every view as the model saw it, dropped patches dimmed, question and answer below."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from llava.layout.pooling import pooled_side
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.token_selection import KeptTokens
 
-DIMMED = 0.22  # share of the original brightness that a dropped patch keeps
+DIMMED = 0.3  # share of the original brightness that a dropped patch keeps
 GAP = 8  # pixels between views and between pictures
 SHEET_COLUMNS = 8  # frames of a video beside each other
+FONT_SIZE = 20  # pixels, of the question and the answer
+LINE_HEIGHT = 28
+QUESTION_COLOUR, ANSWER_COLOUR = (0, 0, 0), (0, 90, 180)
 
 
 def drawn_cell(tower: VisionTower, pool_mode: str | None) -> float:
@@ -66,6 +69,40 @@ def draw_view(pixels: Tensor, mask: Tensor, image_processor: Any, cell: float) -
     lit[:side, :side] = mask.reshape(side, side)
     lit = lit[position][:, position]
     return (colours * (DIMMED + (1 - DIMMED) * lit) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def with_caption(picture: Image.Image, question: str, answer: str) -> Image.Image:
+    """The picture with the question and, in another colour, the answer on a white band below it, broken into lines."""
+    font = ImageFont.load_default(size=FONT_SIZE)
+    lines = [
+        (line, colour)
+        for text, colour in ((question, QUESTION_COLOUR), (answer, ANSWER_COLOUR))
+        for line in _broken(text, font, picture.width - 2 * GAP)
+    ]
+    captioned = Image.new("RGB", (picture.width, picture.height + GAP + len(lines) * LINE_HEIGHT), "white")
+    captioned.paste(picture)
+    canvas = ImageDraw.Draw(captioned)
+    for number, (line, colour) in enumerate(lines):
+        canvas.text((GAP, picture.height + GAP + number * LINE_HEIGHT), line, fill=colour, font=font)
+    return captioned
+
+
+def join_panels(panels: Sequence[Image.Image]) -> Image.Image:
+    """One picture of the panels of several questions: side by side if they are upright, else below each other."""
+    axis = int(all(panel.height > panel.width for panel in panels))
+    return Image.fromarray(_join([np.asarray(panel) for panel in panels], axis=axis))
+
+
+def _broken(text: str, font: Any, width: int) -> list[str]:
+    """Lines of the text's words that are at most ``width`` pixels wide; a longer word has a line of its own."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def _tiles(views: list[np.ndarray], grid: tuple[int, int]) -> np.ndarray:

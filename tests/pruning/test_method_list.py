@@ -1,4 +1,4 @@
-"""No step of adding a method is forgotten: registration, docstring, import, values, the README's table."""
+"""No step of adding a method is forgotten: registration, docstring, import, values; and the table made of them."""
 
 import dataclasses
 import importlib
@@ -17,7 +17,6 @@ from llava.pruning.method_table import END, START, main, method_table, paper
 from llava.pruning.redundancy import compared_pairs, intersection_over_union, least_redundant
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def method_classes():
@@ -74,28 +73,28 @@ def test_needs_are_fields_of_the_inputs(name):
     assert pruner_class(name)().needs <= fields
 
 
-def test_the_readmes_table_is_that_of_the_methods():
-    shown = README.split(START)[1].split(END)[0]
-    assert shown.strip() == method_table(), "python -m llava.pruning.method_table --write README.md"
-    assert [line.split("`")[1] for line in shown.strip().splitlines()[2:]] == list_pruners()
+def test_the_table_has_a_row_per_method_with_links_to_file_and_paper():
+    rows = method_table().splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == list_pruners()
+    for name, row in zip(list_pruners(), rows, strict=True):
+        assert f"](llava/pruning/{name}.py)" in row
+        assert paper(pruner_class(name)) or row.endswith("| control |")
+    fastv = rows[list_pruners().index("fastv")]
+    assert fastv.endswith("](https://arxiv.org/abs/2403.06764) |")
+    assert "](../llava/pruning/fastv.py)" in method_table(ROOT / "docs")
 
 
 def test_the_table_is_written_in_place(tmp_path, capsys):
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n\n{START}\nold\n{END}\n\nafter\n")
-    main(["--write", str(page)])
-    assert page.read_text() == f"before\n\n{START}\n{method_table()}\n{END}\n\nafter\n"
-    page.write_text("nothing")
+    pages = [tmp_path / name for name in ("page.md", "other.md")]
+    for page in pages:
+        page.write_text(f"before\n\n{START}\nold\n{END}\n\nafter\n")
+    main(["--write", *map(str, pages)])
+    for page in pages:
+        assert page.read_text() == f"before\n\n{START}\n{method_table(tmp_path)}\n{END}\n\nafter\n"
+    pages[0].write_text("nothing")
     with pytest.raises(SystemExit):
-        main(["--write", str(page)])
+        main(["--write", *map(str, pages)])
     assert "must hold the lines" in capsys.readouterr().err
-
-
-def test_the_readme_has_the_six_steps_and_the_files_they_name():
-    section = README.split("### Adding a method")[1].split("\n## ")[0]
-    assert re.findall(r"^(\d)\. \*\*", section, re.MULTILINE) == list("123456")
-    for path in re.findall(r"`((?:llava|tests)/[\w/.]+)`", section):
-        assert (ROOT / path).exists(), path
 
 
 # --- estimators of redundancy --------------------------------------------------------------------------------------

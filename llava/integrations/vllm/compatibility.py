@@ -41,5 +41,5 @@ def check_hooks(*more: tuple[Any, str, tuple[str, ...]]) -> None:
             raise RuntimeError(
                 f"vLLM {version} is not as Script's plugin knows it: {owner.__name__}.{name} has "
                 f"{'no such method' if has is None else 'parameters ' + ', '.join(has)}, expected "
-                f"{', '.join(parameters)}. Install a version that the README names as tested"
+                f"{', '.join(parameters)}. Install a version that docs/serving.md names as tested"
             )
