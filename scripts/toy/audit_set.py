@@ -6,6 +6,7 @@ python -m llava.eval.audit                 # the embedded toy is audited on it
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from itertools import combinations
@@ -36,7 +37,7 @@ def farthest_pair(objects: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[s
 
 
 def main() -> None:
-    scenes = json.loads((DATA / "eval/pope/boxes.json").read_text(encoding="utf-8"))["images"]
+    scenes = json.loads(gzip.decompress((DATA / "eval/pope/boxes.json.gz").read_bytes()))["images"]
     entries = []
     for name, scene in scenes.items():
         pair = farthest_pair(scene["objects"])

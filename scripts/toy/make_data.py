@@ -2,8 +2,8 @@
 
     python scripts/toy/make_data.py --root playground/toy/data
 
-Every benchmark folder also gets ``boxes.json``: ``images`` (file or row -> size, background, objects with their boxes)
-and ``targets`` (for each question, in the order of the question list, the indices of the objects it asks about).
+Every benchmark folder also gets ``boxes.json.gz``: ``images`` (file or row -> size, background, objects with their
+boxes) and ``targets`` (for each question, in the order of the question list, the indices of the objects it asks about).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import base64
 import csv
+import gzip
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -52,7 +53,7 @@ def write_json(path: Path, data) -> None:
 
 
 class Boxes:
-    """Collects ``boxes.json``."""
+    """Collects ``boxes.json.gz``."""
 
     def __init__(self) -> None:
         self.images: dict[str, dict] = {}
@@ -66,7 +67,8 @@ class Boxes:
 
     def write(self, folder: Path) -> None:
         data = {"images": self.images, "targets": self.targets}
-        write_text(folder / "boxes.json", json.dumps(data, separators=(",", ":")) + "\n")
+        text = json.dumps(data, separators=(",", ":")) + "\n"
+        write_bytes(folder / "boxes.json.gz", gzip.compress(text.encode("utf-8"), mtime=0))
 
 
 def scenes_for(
