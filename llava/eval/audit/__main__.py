@@ -150,9 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_plot(options.plot, report, results)
     readers = [m.name for m in methods if isinstance(m, QuestionReader)]
     failed = [name for name, findings in results.items() if any(f.passed is False for f in findings)]
-    print(
-        f"{len(results)} methods, {len(readers)} of them read the question; failed a check: {', '.join(failed) or 'none'}"
-    )
+    print(f"{len(results)} methods, {len(readers)} read the question; failed a check: {', '.join(failed) or 'none'}")
     return 1 if failed else 0
 
 
