@@ -3,7 +3,8 @@
     python scripts/toy/make_data.py --root playground/toy/data
 
 Every benchmark folder also gets ``boxes.json.gz``: ``images`` (file or row -> size, background, objects with their
-boxes) and ``targets`` (for each question, in the order of the question list, the indices of the objects it asks about).
+boxes) and ``targets`` (for each question, in the order of the question list, the indices of the objects that it asks
+about).
 """
 
 from __future__ import annotations
