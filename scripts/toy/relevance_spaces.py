@@ -16,7 +16,6 @@ Prints a table and, on the last line, one JSON object.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import statistics
@@ -27,11 +26,11 @@ from pathlib import Path
 
 import torch
 from files import write_text
-from results import Asked, World, area_under_curve, build_world, describe_commit
+from results import Asked, World, area_under_curve, build_world
 from torch import Tensor
 from tqdm import tqdm
 
-from llava.eval import identity
+from llava.eval.measure.how_made import how_made
 from llava.model.builder import DEFAULT_CHECKPOINT, load_pretrained_model
 from llava.pruning.functional import relevance_scores
 from llava.relevance.first_attention import FirstAttention
@@ -131,13 +130,6 @@ def print_table(table: dict[str, dict[str, dict[str, float]]]) -> None:
         print(f"{source:10s}" + "".join(f"{cell:>18s}" for cell in cells))
 
 
-def processor_name() -> str:
-    """The processor as Linux calls it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(names)}-core {names[0]} virtual machine" if names else identity.device_name("cpu")
-
-
 @torch.inference_mode()
 def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else list(arguments)
@@ -153,11 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = summary(measure(Reader(model, tokenizer, world, heads)))
     print_table(table)
     report = {
-        "command": " ".join(["python scripts/toy/relevance_spaces.py", *given]),
-        "commit": describe_commit(),
-        "machine": processor_name(),
-        "versions": identity.library_versions(),
-        "date": datetime.date.today().isoformat(),
+        **how_made("python scripts/toy/relevance_spaces.py", given),
         "heads": None if heads is None else heads.made,
         "sources": table,
     }
