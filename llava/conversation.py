@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.relevance.question import clean_question, last_question
+from llava.relevance.question import clean_question as clean_question  # read there, known by this name here
+from llava.relevance.question import last_question as last_question
 
 
 class SeparatorStyle(Enum):

@@ -144,7 +144,9 @@ class Asked:
         if queries:
             attention = self._language.attention
             keys = attention.keys(features)
-            asked, real, shown = (None if value is None else value.to(keys.device) for value in (*queries, mask, valid))
+            asked, real, shown = (
+                None if value is None else value.to(keys.device) for value in (*queries, mask, valid)
+            )
             mass = attention_mass(asked, keys, attention.scaling, real, shown, self._weights)
             looked = as_distribution(self._language.sum_over_ranks(mass).to(device), valid)
         return {"relevance": language_relevance(words, looked, valid)}

@@ -1,12 +1,11 @@
 """Where relevance comes from: one rule for every host.
 
-A host says what it can give (`Offer`); `settle` takes the source that a method asks for, or the best there is, and says
-in a sentence which and why. "projector" is never taken by itself.
+A host says what it can give (`Offer`); `settle` takes the source that a method asks for, or the best there is, and
+says in a sentence which and why. "projector" is never taken by itself.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from dataclasses import dataclass
 
@@ -78,7 +77,9 @@ def settle(method: Method, offer: Offer) -> tuple[Method, Choice | None]:
     try:
         settled = method.from_source(source)
     except ValueError as error:
-        raise ValueError(f"pruner '{method.name}' took relevance={source} ({offer.no_joint_space}), but {error}") from None
+        raise ValueError(
+            f"pruner '{method.name}' took relevance={source} ({offer.no_joint_space}), but {error}"
+        ) from None
     return settled, Choice(source, _reason(asked, source, offer, words_alone))
 
 
@@ -108,5 +109,3 @@ class Announcer:
             return
         self._told.add((method.name, str(choice)))
         logger.warning("pruner '%s' reads the question with %s", method.name, choice)
-
-

@@ -68,7 +68,7 @@ def test_a_budget_of_all_is_no_pruning(scope, per):
 def test_views_that_are_compared_must_be_alike():
     pruner = get_pruner("cdpruner", keep_tokens=32, scaling="picture")
     check_together(pruner, candidates_of(pruner, TILES))
-    with pytest.raises(ValueError, match="'cdpruner' .* keep 32 of 100, 32 of 256"):
+    with pytest.raises(ValueError, match=r"'cdpruner' .* keep 32 of 100, 32 of 256"):
         check_together(pruner, candidates_of(pruner, [256, 100]))
     uneven = get_pruner("cdpruner", keep_tokens=256, scaling="picture", per="picture")
     with pytest.raises(ValueError, match="keep 51 of 256, 52 of 256"):

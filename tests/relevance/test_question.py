@@ -2,8 +2,17 @@
 
 import pytest
 
-from llava.conversation import conv_templates, last_question
-from llava.relevance.question import FAMILIES, PLAIN, find_family, find_questions, question_text
+from llava.conversation import conv_templates
+from llava.relevance.question import (
+    FAMILIES,
+    PLAIN,
+    check_asked,
+    find_family,
+    find_questions,
+    given_questions,
+    last_question,
+    question_text,
+)
 
 FIRST, SECOND = "What colour is the car?", "And the sky?"
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -150,7 +159,44 @@ def test_marks_of_frames_times_and_unknown_pictures_are_no_question():
 
 
 def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="image_turn, latest_turn"):
+    with pytest.raises(ValueError, match=r"image_turn, latest_turn"):
         find_questions("USER: hello", scope="last")
-    with pytest.raises(ValueError, match="no picture can stand at 99"):
+    with pytest.raises(ValueError, match=r"no picture can stand at 99"):
         find_questions("USER: hello", [99])
+
+
+@pytest.mark.parametrize(
+    "prompt, question",
+    [
+        ("SYSTEM. USER: <image>\n### Task\nWhat color is the star? ASSISTANT:", "### Task\nWhat color is the star?"),
+        (
+            "<|im_start|>user\n<image>\nShe said Human: stop, then left. Why?<|im_end|>\n<|im_start|>assistant\n",
+            "She said Human: stop, then left. Why?",
+        ),
+        ("[INST] <image>\n### Sign ###\nWhat does it say? [/INST]", "### Sign ###\nWhat does it say?"),
+        ("A chat. USER: <image>\nWho wrote USER? ASSISTANT:", "Who wrote USER?"),
+    ],
+)
+def test_marks_of_other_templates_are_words_of_the_question(prompt, question):
+    assert last_question(prompt) == question
+
+
+def test_given_questions_are_cleaned_like_those_that_are_read():
+    asked = "<image>\nWhat?\nAnswer the question using a single word or phrase."
+    assert given_questions(asked, 2) == ["What?", "What?"]
+    assert given_questions(["a", asked], 2) == ["a", "What?"]
+    assert given_questions(None, 2) is None
+    with pytest.raises(ValueError, match=r"2 prompts but 1 queries"):
+        given_questions(["a"], 2)
+    with pytest.raises(TypeError, match=r"got 7"):
+        given_questions([7], 1)
+
+
+@pytest.mark.parametrize(
+    "question, message", [("", "asks nothing"), (" ?! ", "asks nothing"), (None, "without a tokenizer")]
+)
+def test_an_empty_question_is_refused_with_what_to_do(question, message):
+    with pytest.raises(ValueError, match=r"'script' selects by the question.*prompt 1"):
+        check_asked(["what?", question], "script")
+    with pytest.raises(ValueError, match=message):
+        check_asked([question], "script")
