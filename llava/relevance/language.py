@@ -109,28 +109,43 @@ def attention_mass(
     Returns:
         (B, n), 0 at tokens that take no part.
     """
-    views, n, groups, width = keys.shape
+    views, n, groups, _ = keys.shape
     per_group, words = queries.shape[2] // groups, queries.shape[1]
-    scaling = width**-0.5 if scaling is None else scaling
-    dtype = working_dtype(keys.dtype)
-    queries = queries.to(dtype).unflatten(2, (groups, per_group)).permute(2, 0, 3, 1, 4)  # (k, B or 1, h / k, t, d_h)
-    weights = None if head_weights is None else head_weights.to(keys.device, dtype).view(groups, 1, per_group, 1)
-    absent = None if word_mask is None else ~word_mask[:, None, :, None]
-    mass = keys.new_zeros(views, n, dtype=dtype)
+    mass = keys.new_zeros(views, n, dtype=working_dtype(keys.dtype))
     at_once = max(1, LARGEST_BLOCK // max(views * per_group * words * n, 1))
     for start in range(0, groups, at_once):
-        block = slice(start, start + at_once)
-        own_keys = keys[:, :, block].to(dtype).permute(2, 0, 3, 1)[:, :, None]  # (block, B, 1, d_h, n)
-        scores = (queries[block] @ own_keys) * scaling  # (block, B, h / k, t, n)
-        scores.masked_fill_(~scores.isfinite(), -torch.inf)
-        if valid is not None:
-            scores.masked_fill_(~valid[:, None, None], -torch.inf)
-        rows = scores.softmax(-1).nan_to_num_(nan=0.0)  # nan: nothing finite to look at
-        if absent is not None:
-            rows.masked_fill_(absent, 0.0)
-        looked = rows.amax(-2) if words else rows.new_zeros(*rows.shape[:-2], n)  # (block, B, h / k, n)
-        mass += (looked if weights is None else looked * weights[block]).sum((0, 2))
+        own_keys, own_heads = slice(start, start + at_once), slice(start * per_group, (start + at_once) * per_group)
+        maps = head_maps(queries[:, :, own_heads], keys[:, :, own_keys], scaling, word_mask, valid)
+        weights = 1.0 if head_weights is None else head_weights[own_heads].to(maps)[:, None]
+        mass += (maps * weights).sum(1)
     return mass
+
+
+def head_maps(
+    queries: Tensor,
+    keys: Tensor,
+    scaling: float | None = None,
+    word_mask: Tensor | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Where each head looks from the words: the maximum over words of a[h, i, j]. Arguments as of `attention_mass`.
+
+    Returns:
+        (B, h, n), 0 at tokens that take no part.
+    """
+    views, n, groups, width = keys.shape
+    dtype = working_dtype(keys.dtype)
+    queries = queries.to(dtype).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)  # (B or 1, k, h / k, t, d_h)
+    keys = keys.to(dtype).permute(0, 2, 3, 1)[:, :, None]  # (B, k, 1, d_h, n)
+    scores = (queries @ keys) * (width**-0.5 if scaling is None else scaling)  # (B, k, h / k, t, n)
+    scores.masked_fill_(~scores.isfinite(), -torch.inf)
+    if valid is not None:
+        scores.masked_fill_(~valid[:, None, None, None], -torch.inf)
+    rows = scores.softmax(-1).nan_to_num_(nan=0.0)  # nan: nothing finite to look at
+    if word_mask is not None:
+        rows.masked_fill_(~word_mask[:, None, None, :, None], 0.0)
+    rows = rows.flatten(1, 2)
+    return rows.amax(-2) if rows.shape[-2] else rows.new_zeros(views, rows.shape[1], n)
 
 
 def as_distribution(mass: Tensor, valid: Tensor | None = None) -> Tensor:
