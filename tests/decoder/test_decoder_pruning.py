@@ -309,7 +309,7 @@ def test_padding_patches_do_not_survive(decoder, name):
 
     batch = make_batch(target=0.6, eligible=third)
     _, pruning = prefill(decoder, method(name), batch)
-    for places in pruning.survivors():
+    for places in pruning.kept_places():
         assert (places % 3 > 0).all()
     spans = [span for row in batch[3] for span in row.pictures]
     for span, left in zip(spans, pruning.prompt.stages[-1].rows[0].pictures, strict=False):
@@ -324,7 +324,7 @@ def test_copies_of_a_prompt_stay_copies(decoder, name):
     once, _ = prefill(decoder, method(name), (embeds, mask, positions, rows))
     output, pruning = prefill(decoder, method(name), (*thrice, rows))
     assert torch.allclose(output.last_hidden_state, once.last_hidden_state.repeat_interleave(3, 0), atol=1e-5)
-    assert len(pruning.survivors()) == 3
+    assert len(pruning.kept_places()) == 3
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -347,7 +347,7 @@ def test_a_prompt_that_ends_with_its_picture(decoder, name):
     output, pruning = prefill(decoder, method(name), (torch.randn(1, 30, 48), None, None, rows))
     assert output.last_hidden_state.isfinite().all()
     assert output.last_hidden_state.shape[1] == 5 + method(name).counts(25, 12, 6)[-1]
-    assert (pruning.survivors()[0].diff() > 0).all()
+    assert (pruning.kept_places()[0].diff() > 0).all()
 
 
 # --- attaching -----------------------------------------------------------------------------------------------------
