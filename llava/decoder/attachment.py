@@ -272,11 +272,10 @@ class LayerReader:
             queries = self._rotated(queries, row, columns)
             rows = attention_rows(queries, self.keys[row, :, real][None], self.scaling, asking)
             found["attention"] = rows[..., within]
-        if "position_attention" in pruner.reads:
-            ones = torch.ones_like(self.keys[row, :1][None], dtype=torch.float32)
-            alike = self._rotated(ones, row, slice(None))
-            rows = attention_rows(alike[:, :, columns], alike[:, :, real], self.scaling, asking)
-            found["position_attention"] = rows[:, 0, :, within]
+        if "position_products" in pruner.reads:
+            ones = torch.ones(1, 1, *self.normed.shape[1:2], self.layer.self_attn.head_dim, device=self.device)
+            turned = self._rotated(ones, row, slice(None))[0, 0]
+            found["position_products"] = (turned[columns] @ turned[visual].mT * self.scaling)[None]
         if "keys" in pruner.reads:
             flat = self.keys[row].transpose(0, 1).flatten(1)[None]  # (1, N, k)
             found["keys"], found["text_keys"] = flat[:, visual], flat[:, columns]
