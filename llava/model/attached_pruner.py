@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import nn
+
+from llava.model.kept_tokens import KeptTokens
+from llava.model.prompt_splicing import EmbeddedPrompts
 from llava.pruning import Method
-
-if TYPE_CHECKING:
-    from llava.model.llava_arch import LlavaMetaForCausalLM
-    from llava.model.prompt_splicing import EmbeddedPrompts
-    from llava.model.token_selection import KeptTokens
 
 
 class AttachedPruner:
@@ -25,7 +24,7 @@ class AttachedPruner:
 
     def __init__(
         self,
-        model: LlavaMetaForCausalLM,
+        model: nn.Module,
         method: Method,
         tokenizer: Any = None,
         query: str | Sequence[str] | None = None,

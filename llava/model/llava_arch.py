@@ -23,11 +23,12 @@ from llava.layout.visuals import Reading, Visuals
 from llava.mm_utils import encode_text
 from llava.model.attached_pruner import AttachedPruner
 from llava.model.encoded_images import EncodedImages
+from llava.model.kept_tokens import KeptTokens
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.prompt_splicing import EmbeddedPrompts, match_images, pad_rows, splice
-from llava.model.token_selection import CallPlan, KeptTokens, select_tokens
+from llava.model.token_selection import CallPlan, select_tokens
 from llava.model.vision_side import VisionSide
 from llava.pruning import DecoderPruner, Method
 from llava.relevance.asked import Asked, LanguageSpace

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.decoder.attachment import DecoderPruning
 from llava.decoder.stages import PictureSpan, PromptRow
-from llava.model.token_selection import KeptTokens
+from llava.model.kept_tokens import KeptTokens
 from llava.pruning import DecoderPruner
 
 logger = logging.getLogger(__name__)

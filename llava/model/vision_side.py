@@ -7,7 +7,7 @@ KeptTokens -> rows in reading order, learned tokens between them   gather
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,8 @@ from llava.layout.pooling import derived_tokens, pool_patches
 from llava.layout.views import FRAME_END, NEWLINE, SlowFast, ViewLayout
 from llava.layout.visuals import VIDEO, Reading, VideoReading, Visual, Visuals, picture_layouts
 from llava.model.encoded_images import EncodedImages
+from llava.model.kept_tokens import KeptTokens
 from llava.model.multimodal_encoder.vision_tower import VisionTower
-
-if TYPE_CHECKING:
-    from llava.model.token_selection import KeptTokens
 
 Layouts = tuple[ViewLayout, ViewLayout]  # of a picture, and the one it would have if padding counted like the rest
 
