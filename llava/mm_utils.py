@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import base64
 import io
 import math
-import re
 import urllib.error
 import urllib.request
 import warnings
@@ -20,6 +18,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.layout.tiles import anyres_grid as anyres_grid  # geometry, also known from here
+from llava.layout.tiles import most_tiles as most_tiles
+from llava.layout.tiles import parse_pinpoints, select_best_resolution
+from llava.layout.visuals import Reading
 
 URL_TIMEOUT_SECONDS = 10
 URL_MAX_BYTES = 32 * 1024 * 1024
@@ -96,16 +98,22 @@ def process_images(images: Sequence[Image.Image], image_processor: Any, model_cf
 
     "pad" centres each picture on a square of the mean colour: one view. "anyres", with or without a maximum behind it
     ("anyres_max_9"), adds tiles of a larger version: 1 + columns x rows views. Anything else resizes and crops to one
-    view.
+    view. With such a maximum (LLaVA-OneVision) several pictures of one prompt are padded squares.
+
+    Args:
+        images: the pictures of one prompt. Prompts of a batch whose checkpoint has a maximum are preprocessed one by
+            one, because there the number of pictures decides.
+        model_cfg: the model's configuration, or a `llava.layout.visuals.Reading` that differs from it.
 
     Returns:
         float32 (images, 3, s, s), with a views axis after the first for "anyres"; a list of (views, 3, s, s) where
         the numbers of views differ.
     """
-    aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
+    reading = Reading.of(model_cfg).for_pictures(len(images))
+    aspect_ratio = reading.image_aspect_ratio
     images = [to_rgb(image) for image in images]
     if str(aspect_ratio).startswith("anyres"):
-        pinpoints = parse_pinpoints(model_cfg.image_grid_pinpoints, view_side(image_processor))
+        pinpoints = parse_pinpoints(reading.image_grid_pinpoints, view_side(image_processor))
         pixels = [process_anyres_image(image, image_processor, pinpoints) for image in images]
     else:
         if aspect_ratio == "pad":
@@ -123,38 +131,6 @@ def view_side(image_processor: Any) -> int:
     """Pixels along one side of a view: CLIP's processor crops to it, SigLIP's resizes to it."""
     size = getattr(image_processor, "crop_size", None) or image_processor.size
     return size["height"]
-
-
-def most_tiles(aspect_ratio: str | None) -> int | None:
-    """K of "anyres_max_K"; ``None`` where nothing bounds the number of tokens."""
-    found = re.fullmatch(r"anyres_max_(\d+)", aspect_ratio or "")
-    return int(found[1]) if found else None
-
-
-def parse_pinpoints(pinpoints: str | Sequence[Sequence[int]], side: int) -> list[list[int]]:
-    """``image_grid_pinpoints`` as pairs (width, height) in pixels.
-
-    Args:
-        pinpoints: the pairs, or a string: a list in Python's notation, or a range such as "(1x1),...,(6x6)" of tile
-            counts between the first and the last one written.
-        side: pixels along one side of a tile.
-
-    Raises:
-        ValueError: a string that is neither.
-    """
-    if not isinstance(pinpoints, str):
-        return [list(pair) for pair in pinpoints]
-    counts = [tuple(map(int, pair)) for pair in re.findall(r"\((\d+)x(\d+)\)", pinpoints)]
-    if counts:
-        first, last = counts[0], counts[-1]
-        columns, rows = (range(first[i], last[i] + 1) for i in (0, 1))
-        return [[side * column, side * row] for column in columns for row in rows]
-    try:
-        return [list(map(int, pair)) for pair in ast.literal_eval(pinpoints)]
-    except (ValueError, SyntaxError, TypeError):
-        raise ValueError(
-            f"image_grid_pinpoints must be pairs or a range like (1x1),...,(6x6), got {pinpoints!r}"
-        ) from None
 
 
 def expand_to_square(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
@@ -183,18 +159,6 @@ def process_anyres_image(image: Image.Image, image_processor: Any, pinpoints: Se
     return _preprocess([image.resize((overview_side, overview_side)), *tiles], image_processor)
 
 
-def select_best_resolution(size: tuple[int, int], resolutions: Sequence[Sequence[int]]) -> tuple[int, int]:
-    """The (width, height) that shows most of a picture of ``size`` (width, height), with the least canvas wasted."""
-
-    def shown_and_waste(resolution: Sequence[int]) -> tuple[int, int]:
-        width, height = resolution
-        scale = min(width / size[0], height / size[1])
-        shown = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
-        return shown, -(width * height - shown)
-
-    return tuple(max(resolutions, key=shown_and_waste))
-
-
 def resize_and_pad(image: Image.Image, resolution: tuple[int, int]) -> Image.Image:
     """Fit the picture into (width, height), centred on black."""
     width, height = resolution
@@ -206,12 +170,6 @@ def resize_and_pad(image: Image.Image, resolution: tuple[int, int]) -> Image.Ima
     canvas = Image.new("RGB", (width, height), (0, 0, 0))
     canvas.paste(image.resize(fitted), ((width - fitted[0]) // 2, (height - fitted[1]) // 2))
     return canvas
-
-
-def anyres_grid(size: tuple[int, int], pinpoints: Sequence[Sequence[int]], view_side: int) -> tuple[int, int]:
-    """(columns, rows) of tiles into which a picture of ``size`` (width, height) is cut."""
-    width, height = select_best_resolution(size, pinpoints)
-    return width // view_side, height // view_side
 
 
 # --- prompts -------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@
 Hooks before the layers shorten the hidden states at each cut and give the layers after it their own mask and
 positions; they hang on this one decoder and are gone when the block ends, whatever happened in it. A stretch of layers
 between two cuts is a `Stage` (stages.py). How long every row is at every stage is known beforehand, so nothing
-waits for the device, where alone it is known which tokens stay.
+waits for the device, where alone it is known which tokens are kept.
 
 Attention rows that a method reads are computed from the layer's own queries and keys, beside its kernel, which may be
 any that takes Transformers' masks (sdpa, eager, flash).
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
-from llava.decoder.stages import PromptRow, PrunedPrompt, Stage, shortened, valid_positions
+from llava.decoder.stages import PromptRow, PrunedPrompt, Stage, next_stage, valid_positions
 from llava.pruning.decoder_pruner import Cut, CutInputs, DecoderPruner, attention_rows
 
 
@@ -111,19 +111,19 @@ class DecoderPruning:
         self.prefill = self.seen == 0
         if not self.prefill:
             if self.prompt is None:
-                raise ValueError("the cache was filled without this pruning: it cannot be gone on with")
+                raise ValueError("the cache was filled without this pruning: decoding cannot resume behind it")
             if len(self.prompt.stages[0].rows) != hidden.shape[0]:
                 raise ValueError(f"the cached prompts are {len(self.prompt.stages[0].rows)}, not {hidden.shape[0]}")
             return
         if not self.rows:
-            raise ValueError("a new prompt came where one that is in a cache was to be gone on with")
+            raise ValueError("a new prompt came where decoding was to resume behind one in a cache")
         columns = max(row.start + row.length for row in self.rows)
         if hidden.shape[0] % len(self.rows) or hidden.shape[1] < columns:
             raise ValueError(
                 f"pruning inside the decoder needs whole prompts: {len(self.rows)} of {columns} tokens, got "
                 f"{tuple(hidden.shape[:2])} (no prefill_chunk_size)"
             )
-        copies = hidden.shape[0] // len(self.rows)  # beams and returned sequences stand beside each other
+        copies = hidden.shape[0] // len(self.rows)  # beams and returned sequences are beside each other
         rows = [row for row in self.rows for _ in range(copies)]
         device, everything = hidden.device, torch.arange(hidden.shape[1], device=hidden.device)
         valid = valid_positions(rows, columns).to(device, non_blocking=True)
@@ -200,14 +200,14 @@ class DecoderPruning:
                 kept, made = self.pruner.choose_at(inputs, keep, make)
                 for copy in range(copies):  # copies of a prompt agree, whatever rounding does to them
                     chosen[row * copies + copy, picture] = kept[0].to(hidden.device), made
-        stage, hidden = shortened(stage, index, hidden, chosen, self.prompt.renumbers)
+        stage, hidden = next_stage(stage, index, hidden, chosen, self.prompt.renumbers)
         self.prompt.stages.append(stage)
         return hidden
 
     # --- answers ---------------------------------------------------------------------------------------------------
 
-    def survivors(self) -> list[Tensor]:
-        """For each picture of each row, which of its tokens are there after the last cut (k,) int64, on the CPU."""
+    def kept_places(self) -> list[Tensor]:
+        """For each picture of each row, which of its tokens are left after the last cut (k,) int64, on the CPU."""
         if self.prompt is None:
             return [torch.arange(span.count) for row in self.rows for span in row.pictures]
         last = self.prompt.stages[-1]
@@ -272,11 +272,10 @@ class LayerReader:
             queries = self._rotated(queries, row, columns)
             rows = attention_rows(queries, self.keys[row, :, real][None], self.scaling, asking)
             found["attention"] = rows[..., within]
-        if "position_attention" in pruner.reads:
-            ones = torch.ones_like(self.keys[row, :1][None], dtype=torch.float32)
-            alike = self._rotated(ones, row, slice(None))
-            rows = attention_rows(alike[:, :, columns], alike[:, :, real], self.scaling, asking)
-            found["position_attention"] = rows[:, 0, :, within]
+        if "position_products" in pruner.reads:
+            ones = torch.ones(1, 1, *self.normed.shape[1:2], self.layer.self_attn.head_dim, device=self.device)
+            turned = self._rotated(ones, row, slice(None))[0, 0]
+            found["position_products"] = (turned[columns] @ turned[visual].mT * self.scaling)[None]
         if "keys" in pruner.reads:
             flat = self.keys[row].transpose(0, 1).flatten(1)[None]  # (1, N, k)
             found["keys"], found["text_keys"] = flat[:, visual], flat[:, columns]
@@ -313,7 +312,7 @@ def pruning_decoder(decoder: nn.Module, pruner: DecoderPruner, rows: Sequence[Pr
 
 
 @contextmanager
-def going_on_with(decoder: nn.Module, prompt: PrunedPrompt) -> Iterator[DecoderPruning]:
+def resumed_pruning(decoder: nn.Module, prompt: PrunedPrompt) -> Iterator[DecoderPruning]:
     """Decode further behind a shortened prompt, ``past_key_values.decoder_pruning``, once its own block has ended."""
     pruning = DecoderPruning(decoder, None)
     pruning.prompt = prompt

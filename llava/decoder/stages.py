@@ -1,7 +1,7 @@
-"""Where the text and the pictures of a padded batch of prompts stand, and how dropping visual tokens shortens it.
+"""Where the text and the pictures of a padded batch of prompts are, and how dropping visual tokens shortens it.
 
 A method inside the decoder leaves every stretch of layers a batch of its own: shorter rows, other padding, positions
-and masks. This is the bookkeeping of that, as data and one pure function; pruning.py puts it to work.
+and masks. This is the bookkeeping of that, as data and one pure function; attachment.py puts it to work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PictureSpan:
-    """Where a picture stands in a prompt, and how much of it is to stay.
+    """Where a picture is in a prompt, and how much of it is to be kept.
 
     Args:
         start: its first position, counted from the first real token of its row.
@@ -48,7 +48,7 @@ class PromptRow:
     pictures: tuple[PictureSpan, ...] = ()
 
     def text_after(self, picture: int) -> list[int]:
-        """Positions of the text after a picture; where there is none, the last token stands in."""
+        """Positions of the text after a picture; where there is none, that of the last token."""
         visual = {p for span in self.pictures for p in range(span.start, span.start + span.count)}
         span = self.pictures[picture]
         return [p for p in range(span.start + span.count, self.length) if p not in visual] or [self.length - 1]
@@ -60,7 +60,7 @@ class Stage:
 
     Args:
         rows: the prompts of the batch.
-        columns: length of the padded prompts; tokens written since stand behind.
+        columns: length of the padded prompts; tokens written since follow.
         valid: (B, columns) bool, False at padding.
         origin: (B, columns or more) column of the whole prompt that a position comes from, -1 at padding and at tokens
             that a method made.
@@ -83,7 +83,7 @@ class Stage:
 
 @dataclass
 class PrunedPrompt:
-    """What later steps must know of a shortened prompt; rides on the cache that it filled, and holds data only."""
+    """What later steps must know of a shortened prompt; kept on the cache that it filled, and holds data only."""
 
     columns: int
     renumbers: bool
@@ -97,7 +97,7 @@ def valid_positions(rows: Sequence[PromptRow], columns: int) -> Tensor:
     return (places >= starts) & (places < starts + lengths)
 
 
-def shortened(
+def next_stage(
     stage: Stage,
     first_layer: int,
     hidden: Tensor,
@@ -107,8 +107,8 @@ def shortened(
     """The next stage, and the hidden states (B, N, d) that enter it.
 
     Args:
-        chosen: by row and picture, the ascending numbers (k,) of the picture's tokens that stay, and tokens (1, c, d)
-            that follow them; pictures that are not named stay whole.
+        chosen: by row and picture, the ascending numbers (k,) of the picture's tokens that are kept, and tokens
+            (1, c, d) that follow them; pictures that are not named are kept whole.
         renumbers: count positions anew from each row's first.
     """
     batch, total, width = hidden.shape
@@ -117,7 +117,7 @@ def shortened(
     pictures = max(len(row.pictures) for row in stage.rows)
     bank = hidden.new_zeros(batch, bank_size * pictures, width)
     rows: list[PromptRow] = []
-    sources: list[Tensor] = []  # per row, where each of its new tokens stands in [hidden | bank]; 0 where chosen
+    sources: list[Tensor] = []  # per row, where each of its new tokens is in [hidden | bank]; 0 where chosen
     fills: list[tuple[int, int, Tensor]] = []  # row, place in the row, sources known on the device alone
     for number, row in enumerate(stage.rows):
         parts, spans, done, place = [], [], 0, 0
@@ -145,7 +145,7 @@ def shortened(
         sources.append(torch.cat(parts))
         rows.append(PromptRow(0, len(sources[-1]), tuple(spans)))
     columns = max(row.length for row in rows)
-    if any(row.start for row in stage.rows):  # padding stays on its side
+    if any(row.start for row in stage.rows):  # padding keeps its side
         rows = [replace(row, start=columns - row.length) for row in rows]
 
     source = torch.zeros(batch, columns, dtype=torch.int64)

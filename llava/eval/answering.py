@@ -18,7 +18,7 @@ from llava.conversation import clean_question, conv_templates
 from llava.eval.benchmarks import Question
 from llava.eval.cost import prefill_flops
 from llava.mm_utils import load_image, load_image_from_base64, process_images, tokenizer_image_token
-from llava.model.token_selection import KeptTokens
+from llava.model.kept_tokens import KeptTokens
 from llava.pruning import Pruner
 
 AHEAD_BATCHES = 3  # prepared beyond the one that the model is at

@@ -18,13 +18,13 @@ from transformers.generation.streamers import BaseStreamer
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.eval.cost import count_macs, prefill_flops
 from llava.eval.selection_speed import extra_memory, synchronise
-from llava.layout.visuals import as_views
+from llava.layout.visuals import Visuals
 from llava.mm_utils import process_images
 from llava.model.encoded_images import EncodedImages
 from llava.model.llava_arch import EmbeddedPrompts
-from llava.model.questions import Questions, suited
-from llava.model.token_selection import select_tokens
+from llava.model.token_selection import CallPlan, select_tokens
 from llava.pruning import DecoderPruner, Pruner
+from llava.relevance.policy import settle
 from llava.video import process_video
 
 STAGES = ("preprocess", "vision", "text tower", "selection", "prefill", "first token", "decode")
@@ -100,35 +100,37 @@ class Subject:
         self.pixels = [pixels.to(device, self.dtype) for pixels in self.preprocess()]
         if frames is None:
             self.pixels = torch.stack(self.pixels)
-        layout, _ = self.model.layouts_of(self.pixels, self.sizes, self.modality)[0]
+        self.visuals = self.model.visuals(self.pixels, self.sizes, self.modality)
+        layout, _ = self.model.vision.layouts(self.visuals)[0]
         self.tokens_per_view = layout.eligible.shape[1]
 
     def suited(self, pruner: Pruner | None) -> Pruner | None:
         """The form of a method that this model can host. Raises ValueError if there is none."""
-        return None if pruner is None else suited(self.model, pruner)
+        return None if pruner is None else settle(pruner, self.model.relevance_offer())[0]
 
-    def preprocess(self) -> Tensor | list[Tensor]:
-        """Pictures -> pixels (batch, views or nothing, 3, s, s) float32; videos -> a list of (frames, 3, s, s)."""
+    def preprocess(self) -> list[Tensor]:
+        """Pictures -> pixels of each, (views, 3, s, s) or (3, s, s) float32; videos -> (frames, 3, s, s)."""
         if self.frames is None:
-            return process_images(self.pictures, self.image_processor, self.model.config)
+            config = self.model.config
+            return [process_images([picture], self.image_processor, config)[0] for picture in self.pictures]
         return [process_video([picture] * self.frames, self.image_processor) for picture in self.pictures]
 
     def encode(self) -> EncodedImages:
         """Pixels -> projected features, the tower and the projector."""
-        return self.model.encode_pictures(self.pixels, self.sizes, self.modality)
+        return self.model.vision.encode(self.visuals, self.model.vision.layouts(self.visuals))
 
     def imagined(self) -> tuple[EncodedImages, int]:
         """Random features of the shapes that `encode` gives, and the work that it would be; nothing large is done."""
         tower, projector = self.model.get_vision_tower(), self.model.get_model().mm_projector
         tower, projector = copy.deepcopy(tower).to("meta"), copy.deepcopy(projector).to("meta")
-        pixels = torch.cat(as_views(self.pixels))
+        pixels = torch.cat([visual.pixels for visual in self.visuals.each])
         macs = count_macs(lambda: projector(tower.observe(pixels.to("meta")).features))
         seen = tower.observe(pixels.to("meta"))
 
         def drawn(like: Tensor | None) -> Tensor | None:
             return None if like is None else torch.randn(like.shape, dtype=like.dtype)
 
-        layouts = self.model.layouts_of(self.pixels, self.sizes, self.modality)
+        layouts = self.model.vision.layouts(self.visuals)
         encoded = EncodedImages(
             torch.randn(len(pixels), self.tokens_per_view, self.model.config.hidden_size, dtype=self.dtype),
             drawn(seen.features),
@@ -141,16 +143,15 @@ class Subject:
         )
         return encoded, macs
 
-    def read_question(self, row: Row) -> Questions:
+    def read_question(self, row: Row, encoded: EncodedImages) -> CallPlan:
         """The text tower, where the method asks for it."""
-        return Questions(self.model, row.pruner, self.tokens_per_view, self.queries)
+        return self.model.asked(self.model.plan(encoded, row.pruner), self.queries)
 
-    def select(self, row: Row, encoded: EncodedImages, questions: Questions) -> list[Tensor]:
+    def select(self, row: Row, encoded: EncodedImages, plan: CallPlan) -> list[Tensor]:
         """Features -> the kept ones in reading order, picture by picture."""
         if row.name == "limit":
             return [self.given(row, encoded)]
-        kept = select_tokens(self.model, row.pruner, encoded, questions)
-        return self.model.gather_tokens(encoded, kept)
+        return self.model.vision.gather(encoded, select_tokens(self.model.vision, plan, encoded))
 
     def given(self, row: Row, encoded: EncodedImages) -> Tensor:
         """The limit's tokens (batch, t, d): the first of each view, by numbers that lie on the device already."""
@@ -160,12 +161,11 @@ class Subject:
             self.chosen = first.flatten().to(self.device)
         return encoded.features.flatten(0, 1)[self.chosen].reshape(self.batch, -1, width)
 
-    def embed(self, row: Row, images: Tensor | EncodedImages) -> EmbeddedPrompts | Tensor:
+    def embed(self, row: Row, images: Visuals | EncodedImages) -> EmbeddedPrompts | Tensor:
         """The prompts with the visual tokens in their place; embeddings (batch, T, d) alone for the limit."""
         if row.name != "limit":
-            asked = {"image_sizes": self.sizes, "pruner": row.pruner, "query": self.queries}
             return self.model.embed_prompts(
-                self.ids, images=images, modalities=self.modality, **asked, padding_side="left"
+                self.ids, images=images, pruner=row.pruner, query=self.queries, padding_side="left"
             )
         encoded = images if isinstance(images, EncodedImages) else self.encode()
         before, after = (
@@ -187,7 +187,7 @@ class Subject:
         clock = Clock(self.device)
         synchronise(self.device)
         start = time.perf_counter()
-        prompts = self.embed(row, self.pixels)
+        prompts = self.embed(row, self.visuals)
         if isinstance(prompts, Tensor):
             given = {"inputs_embeds": prompts, "attention_mask": prompts.new_ones(prompts.shape[:2], dtype=torch.long)}
         else:
@@ -212,9 +212,9 @@ class Subject:
         with timed("vision"):
             encoded = self.encode()
         with timed("text tower"):
-            questions = self.read_question(row)
+            plan = self.read_question(row, encoded)
         with timed("selection"):
-            self.select(row, encoded, questions)
+            self.select(row, encoded, plan)
         prompts = self.embed(row, encoded)
         with timed("prefill"):
             output = self.prefill(prompts)
@@ -252,7 +252,7 @@ class Subject:
         yield {"counted_macs": macs / self.batch, "cache_bytes": cache_bytes(cache) // self.batch}
         del prompts, cache
         if not self.only_counts:
-            extra = extra_memory(lambda: self.prefill(self.embed(row, self.pixels)), self.device)
+            extra = extra_memory(lambda: self.prefill(self.embed(row, self.visuals)), self.device)
             yield {"extra_memory_bytes": extra}
 
 

@@ -43,23 +43,28 @@ def candidates_of(
         length: of the sequence that the language model would read of the picture, separators among it; by default
             there are none.
         eligible: how many tokens of each view may be chosen; by default all. Only budgets that are dealt over views
-            look at it: a view never gives more than it has, so that the picture's count is reached wherever it can be.
+            look at it: a view never gives more than it has, so that the picture's count is reached wherever it can
+            be. Inside the decoder the budget is what another method would keep of the views.
     """
     total = sum(views)
+    everywhere = tuple(range(len(views)))
+    keeps_all = all(map(method.keeps_all, views))
     if method.place == "decoder":  # tokens of all views are ranked together
-        return [Candidates(tuple(range(len(views))), total, sum(map(method.count, views)), sequence=True)]
+        available = views if eligible is None or keeps_all else eligible
+        keep = sum(min(method.count(tokens), most) for tokens, most in zip(views, available, strict=True))
+        return [Candidates(everywhere, total, keep, sequence=True)]
     if method.scope == "official":
         length = total if length is None else length
         is_share = isinstance(method.keep_tokens, float)
         keep = method.count(length) if is_share else min(method.keep_tokens * len(views), length)
-        return [Candidates(tuple(range(len(views))), length, keep, sequence=True)]
+        return [Candidates(everywhere, length, length if keeps_all else keep, sequence=True)]
     if method.per == "picture":
         budget = method.count(total)
         shares = list(views) if budget >= total else dealt(budget, views if eligible is None else eligible)
     else:
         shares = [method.count(tokens) for tokens in views]
     if method.scope == "global":
-        return [Candidates(tuple(range(len(views))), total, min(sum(shares), total))]
+        return [Candidates(everywhere, total, min(sum(shares), total))]
     return [Candidates((view,), tokens, shares[view]) for view, tokens in enumerate(views)]
 
 

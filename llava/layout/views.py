@@ -18,6 +18,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from llava.layout.padding import patches_of_square, patches_of_tiles, unpadded_box
+
 NEWLINE = -1
 FRAME_END = -2  # the learned token after every frame of a slow/fast video
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
@@ -94,15 +96,7 @@ def padded_square_layout(size: tuple[int, int], side: int) -> ViewLayout:
 
     A patch without a pixel of the picture is not eligible; the sequence still holds it, as LLaVA-1.5 was trained.
     """
-    square = max(size)
-
-    def touched(length: int) -> Tensor:
-        start = (square - length) // 2
-        patch = torch.arange(side)
-        return ((patch + 1) * square > start * side) & (patch * square < (start + length) * side)
-
-    eligible = touched(size[1])[:, None] & touched(size[0])[None, :]
-    return ViewLayout(torch.arange(side * side), eligible.reshape(1, -1))
+    return ViewLayout(torch.arange(side * side), patches_of_square(size, side))
 
 
 @lru_cache(maxsize=1024)
@@ -128,9 +122,10 @@ def tiled_layout(
         top, left, height, width = unpadded_box(size, (columns * side, rows * side))
         plane = end_rows(plane[top : top + height, left : left + width])
     sequence = torch.cat([torch.arange(patches), plane.flatten()])
-    eligible = torch.zeros((1 + rows * columns) * patches, dtype=torch.bool)
-    eligible[sequence[sequence != NEWLINE]] = True
-    layout = ViewLayout(sequence, eligible.reshape(-1, patches), grid)
+    eligible = torch.ones(1 + rows * columns, patches, dtype=torch.bool)
+    if merge_type == "spatial_unpad":
+        eligible = patches_of_tiles(size, grid, side)
+    layout = ViewLayout(sequence, eligible, grid)
     if merge_type != "spatial_unpad" or most_tiles is None:
         return layout
     shrink = math.sqrt(height * width / (most_tiles * patches))
@@ -189,19 +184,6 @@ def slow_fast_layout(frames: int, side: int, fast_side: int, every: int) -> View
 def end_rows(numbers: Tensor) -> Tensor:
     """A newline behind each row: (..., w) -> (..., w + 1)."""
     return torch.cat([numbers, numbers.new_full((*numbers.shape[:-1], 1), NEWLINE)], dim=-1)
-
-
-def unpadded_box(size: tuple[int, int], plane: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of the part of a ``plane`` (width, height) of patches that a centred picture covers.
-
-    LLaVA-NeXT's own rounding, which keeps a partly covered row or column on both sides or on neither.
-    """
-    width, height = plane
-    if size[0] / size[1] > width / height:
-        margin = (height - int(size[1] * (width / size[0]))) // 2
-        return margin, 0, height - 2 * margin, width
-    margin = (width - int(size[0] * (height / size[1]))) // 2
-    return 0, margin, height, width - 2 * margin
 
 
 def kept_sequence(layout: ViewLayout, kept: Tensor, count: int, keep_newlines: bool) -> Tensor:

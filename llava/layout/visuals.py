@@ -1,4 +1,4 @@
-"""What a checkpoint's configuration says of a picture or video: how many views, where its tokens stand.
+"""Pictures and videos as a call brings them, and how a checkpoint reads them: how many views, where tokens stand.
 
 The place where LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision and LLaVA-Video differ in how they read what they see.
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llava.layout.pooling import pooled_side
+from llava.layout.tiles import anyres_grid, most_tiles, parse_pinpoints, reads_as_squares
 from llava.layout.views import (
     MERGE_TYPES,
     ViewLayout,
@@ -24,28 +24,155 @@ from llava.layout.views import (
     tiled_layout,
     video_layout,
 )
-from llava.mm_utils import anyres_grid, most_tiles, parse_pinpoints
 
 logger = logging.getLogger(__name__)
 
 IMAGE, VIDEO = "image", "video"
+MODALITIES = (IMAGE, VIDEO)
 
 
 def modality_list(modalities: str | Sequence[str] | None, count: int) -> list[str]:
-    """One modality for each of ``count`` visuals: "video", or "image" for anything else, as official LLaVA reads them.
+    """One modality for each of ``count`` visuals.
 
     Args:
-        modalities: one per visual, in the order of the placeholders, never per row; a single one holds for all.
+        modalities: "image" or "video", one per visual in the order of the placeholders, never per row; a single one
+            holds for all. ``None``: all are pictures.
 
     Raises:
-        ValueError: another number of them.
+        ValueError: another word, or another number of them.
     """
     given = [modalities] if isinstance(modalities, str) else list(modalities or [IMAGE])
+    unknown = next((kind for kind in given if kind not in MODALITIES), None)
+    if unknown is not None:
+        raise ValueError(f"a modality is one of {', '.join(MODALITIES)}; got {unknown!r}")
     if len(given) == 1:
         given *= count
     if len(given) != count:
         raise ValueError(f"modalities are given per visual: {count} images and videos, but {len(given)} modalities")
-    return [VIDEO if kind == VIDEO else IMAGE for kind in given]
+    return given
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How pictures and videos are read: the keys of a checkpoint's configuration that say so, under their own names.
+
+    ``Reading.of(model.config, image_grid_pinpoints=[[672, 672]])`` reads in another way for a call; it can stand for
+    the configuration in `process_images`, and goes with the pixels in `Visuals`. The configuration stays as it is.
+
+    Args:
+        image_aspect_ratio, image_grid_pinpoints, mm_patch_merge_type: of pictures; see `picture_layouts`.
+        mm_spatial_pool_mode, mm_spatial_pool_stride, mm_newline_position, add_faster_video, faster_token_stride: of
+            videos; see `VideoReading`.
+    """
+
+    image_aspect_ratio: str | None = None
+    image_grid_pinpoints: str | Sequence[Sequence[int]] | None = None
+    mm_patch_merge_type: str = "flat"
+    mm_spatial_pool_mode: str | None = None
+    mm_spatial_pool_stride: int | None = None
+    mm_newline_position: str | None = None
+    add_faster_video: bool = False
+    faster_token_stride: int | None = None
+
+    @classmethod
+    def of(cls, config: Any, **changes: Any) -> Reading:
+        """As a configuration (or another reading) says, with some keys changed.
+
+        Raises:
+            TypeError: a change that is none of the keys.
+        """
+        found = {each.name: getattr(config, each.name, each.default) for each in fields(cls)}
+        return cls(**found | changes)
+
+    def for_pictures(self, count: int) -> Reading:
+        """How ``count`` pictures of one prompt are read: LLaVA-OneVision reads several as padded squares."""
+        return replace(self, image_aspect_ratio="pad") if reads_as_squares(self.image_aspect_ratio, count) else self
+
+
+@dataclass(frozen=True)
+class Visual:
+    """One picture or video.
+
+    Args:
+        pixels: (V, 3, s, s), V views; the views of a video are its frames.
+        size: (width, height) of the picture before it was cut or padded; ``None`` if unknown. Not read for videos.
+        modality: "image" or "video".
+        reading: how it is read.
+        in_views: whether it came as a list of views, which end in newlines, rather than as LLaVA-1.5's one crop.
+    """
+
+    pixels: Tensor
+    size: tuple[int, int] | None
+    modality: str
+    reading: Reading
+    in_views: bool
+
+
+@dataclass(frozen=True)
+class Visuals:
+    """The pictures and videos of a call, in the order of their placeholders: made by `Visuals.of`."""
+
+    each: tuple[Visual, ...]
+
+    @classmethod
+    def of(
+        cls,
+        images: Tensor | Sequence[Tensor],
+        sizes: Sequence[tuple[int, int] | None] | None,
+        modalities: str | Sequence[str] | None,
+        reading: Reading,
+        crops_are_views: bool = False,
+    ) -> Visuals:
+        """From what `process_images` and `process_video` return.
+
+        Args:
+            images: (N, 3, s, s), one view each; or (N, V, 3, s, s) or a list of (V, 3, s, s) or (3, s, s).
+            sizes: (width, height) of each; needed for tiles, and to know the padding of squares.
+            modalities: see `modality_list`.
+            crops_are_views: whether (N, 3, s, s) is read like a list of views.
+
+        Raises:
+            ValueError: another number of sizes or modalities than of images; an unknown modality.
+        """
+        views = as_views(images)
+        if sizes is not None and len(sizes) != len(views):
+            raise ValueError(f"{len(views)} images but {len(sizes)} image_sizes")
+        known = [None] * len(views) if sizes is None else [size and tuple(map(int, size)) for size in sizes]
+        in_views = crops_are_views or not isinstance(images, Tensor) or images.ndim == 5
+        kinds = modality_list(modalities, len(views))
+        return cls(tuple(Visual(*one, reading, in_views) for one in zip(views, known, kinds, strict=True)))
+
+    def __len__(self) -> int:
+        return len(self.each)
+
+    def pick(self, numbers: Sequence[int]) -> Visuals:
+        """Some of them."""
+        return Visuals(tuple(self.each[number] for number in numbers))
+
+    def in_prompts(self, of_prompt: Sequence[Sequence[int]]) -> Visuals:
+        """The same, read as it is right for pictures that stand together in a prompt: see `Reading.for_pictures`.
+
+        Tiles stay tiles: whoever cut several pictures into them has chosen to.
+
+        Args:
+            of_prompt: numbers of the visuals in each prompt.
+        """
+        each = list(self.each)
+        for numbers in of_prompt:
+            pictures = [number for number in numbers if each[number].modality == IMAGE]
+            for number in pictures:
+                if len(each[number].pixels) == 1:
+                    reading = each[number].reading.for_pictures(len(pictures))
+                    each[number] = replace(each[number], reading=reading)
+        return Visuals(tuple(each))
+
+    def groups(self) -> list[list[int]]:
+        """Numbers of those that go through the tower and the selection together: all pictures, videos read alike."""
+        found: dict[Any, list[int]] = {}
+        for number, visual in enumerate(self.each):
+            kind = visual.modality, visual.reading.mm_spatial_pool_mode if visual.modality == VIDEO else None
+            found.setdefault(kind, []).append(number)
+        return list(found.values())
 
 
 @dataclass(frozen=True)
@@ -65,8 +192,8 @@ class VideoReading:
     slow_every: int | None = None
 
     @classmethod
-    def of(cls, config: Any) -> VideoReading:
-        """Read the keys ``mm_spatial_pool_mode``, ``mm_newline_position``, ``add_faster_video``, ...
+    def of(cls, config: Reading | Any) -> VideoReading:
+        """From the keys ``mm_spatial_pool_mode``, ``mm_newline_position``, ``add_faster_video``, ...
 
         Raises:
             ValueError: a checkpoint that was not made for videos.
@@ -106,7 +233,13 @@ def merge_type_of(config: Any) -> str:
 
 
 def picture_layouts(
-    config: Any, views: int, side: int, tokens: int, view_pixels: int, size: tuple[int, int] | None, in_views: bool
+    config: Reading | Any,
+    views: int,
+    side: int,
+    tokens: int,
+    view_pixels: int,
+    size: tuple[int, int] | None,
+    in_views: bool,
 ) -> tuple[ViewLayout, ViewLayout]:
     """Layout of a picture, and the one it would have if padding counted like anything else.
 
@@ -141,8 +274,3 @@ def picture_layouts(
 def as_views(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """One (V, 3, s, s) per picture or video."""
     return [image if image.ndim == 4 else image[None] for image in images]
-
-
-def pick_visuals(images: Tensor | Sequence[Tensor], chosen: Sequence[int]) -> Tensor | list[Tensor]:
-    """Some of the pictures, in the form that they came in."""
-    return images[torch.tensor(chosen)] if isinstance(images, Tensor) else [images[i] for i in chosen]

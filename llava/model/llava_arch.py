@@ -9,31 +9,34 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from llava.constants import IMAGE_TOKEN_INDEX
-from llava.conversation import clean_question, last_question
+from llava.decoder.attachment import check_host
 from llava.decoder.stages import PictureSpan
-from llava.layout.pooling import derived_tokens, pool_patches
-from llava.layout.views import FRAME_END, NEWLINE, SlowFast, ViewLayout
-from llava.layout.visuals import VIDEO, VideoReading, as_views, modality_list, pick_visuals, picture_layouts
+from llava.layout.plan import PicturePlan, plan_picture
+from llava.layout.visuals import Reading, Visuals
+from llava.mm_utils import encode_text
+from llava.model.attached_pruner import AttachedPruner
 from llava.model.encoded_images import EncodedImages
+from llava.model.kept_tokens import KeptTokens
 from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.prompt_splicing import EmbeddedPrompts, match_images, pad_rows, splice
-from llava.model.questions import Questions
-from llava.model.token_selection import (
-    KeptTokens,
-    count_kept,
-    decoder_budget,
-    layout_to_read,
-    select_tokens,
-)
-from llava.pruning import DecoderPruner, Pruner
+from llava.model.token_selection import CallPlan, select_tokens
+from llava.model.vision_side import VisionSide
+from llava.pruning import DecoderPruner, Method
+from llava.relevance.asked import Asked, LanguageSpace
+from llava.relevance.first_attention import FirstAttention, UnreadableAttentionError
+from llava.relevance.policy import Announcer, Offer, settle
+from llava.relevance.question import check_asked, given_questions, last_question
+
+Shown = Tensor | Sequence[Tensor] | Visuals | EncodedImages  # pictures and videos as a call may bring them
 
 
 class LlavaMetaModel(nn.Module):
@@ -60,6 +63,8 @@ class LlavaMetaForCausalLM(ABC):
     crops_are_views: ClassVar[bool] = False  # whether single crops (N, 3, s, s) are read like lists of views
     cut_to_tokenizer: ClassVar[bool] = False  # whether rows of the vocabulary beyond the tokenizer's are cut off
 
+    attached_pruner: AttachedPruner | None = None
+
     @abstractmethod
     def get_model(self) -> LlavaMetaModel: ...
 
@@ -67,88 +72,63 @@ class LlavaMetaForCausalLM(ABC):
         return self.get_model().get_vision_tower()
 
     @property
+    def vision(self) -> VisionSide:
+        """Tower, projector and learned tokens, and what they do with pictures and videos."""
+        return VisionSide(self.get_model(), self.config, self.crops_are_views)
+
+    @property
     def relevance_sign(self) -> int:
         """Sign of the joint space's cosine: the checkpoint's ``mm_relevance_sign``, or the kind of tower's."""
-        return getattr(self.config, "mm_relevance_sign", None) or self.get_vision_tower().relevance_sign
+        return self.vision.relevance_sign
 
     # --- pictures --------------------------------------------------------------------------------------------------
 
     def encode_images(self, pixels: Tensor, any_size: bool = False) -> Tensor:
         """Pixels (V, 3, s, s) -> projected features (V, n, d); ``any_size`` takes other sizes, which give other n."""
-        with torch.no_grad():
-            features = self.get_vision_tower()(pixels, any_size)
-        return self.project(features)
+        return self.vision.encode_images(pixels, any_size)
 
-    def project(self, features: Tensor) -> Tensor:
-        """Encoder features (..., c) -> the language model's space (..., d)."""
-        parameter = next(self.get_model().mm_projector.parameters(), features)
-        return self.get_model().mm_projector(features.to(parameter.device, parameter.dtype))
+    def visuals(
+        self,
+        images: Tensor | Sequence[Tensor] | Visuals,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+        modalities: str | Sequence[str] | None = None,
+        reading: Reading | None = None,
+    ) -> Visuals:
+        """Pictures and videos as one value, which can stand for ``images`` anywhere.
+
+        Args:
+            images: as `process_images` and `process_video` return them.
+            image_sizes: (width, height) of each picture; a video's entry is not read.
+            modalities: "image" or "video" for each of ``images``, or one for all; ``None``: all are pictures.
+            reading: how they are read, ``Reading.of(model.config, mm_spatial_pool_mode="max")`` for example; ``None``
+                is as the checkpoint says.
+        """
+        return self.vision.visuals(images, image_sizes, modalities, reading)
 
     def encode_pictures(
         self,
-        images: Tensor | Sequence[Tensor],
+        images: Tensor | Sequence[Tensor] | Visuals,
         image_sizes: Sequence[tuple[int, int]] | None = None,
-        modality: str = "image",
+        modality: str | None = None,
     ) -> EncodedImages:
         """Encode pictures as `process_images` returns them, or videos; the result can stand for ``images`` anywhere.
 
         Args:
             images: (N, 3, s, s), one view each; or (N, V, 3, s, s) or a list of (V, 3, s, s) or (3, s, s). The views
-                of a video are its frames.
+                of a video are its frames. Or `visuals`. Where the number of a prompt's pictures decides how they are
+                read, they are those of one prompt.
             image_sizes: (width, height) of each picture; needed for tiles, and to know the padding of squares. Not
                 read for videos.
-            modality: "image" or "video", for all of them.
-        """
-        layouts = self.layouts_of(images, image_sizes, modality)
-        pixels = torch.cat(as_views(images))
-        with torch.no_grad():
-            seen = self.get_vision_tower().observe(pixels)
-        patches = self.project(seen.features)
-        pool_mode = VideoReading.of(self.config).pool_mode if modality == VIDEO else None
-        derived = derived_tokens(patches, [pair[0] for pair in layouts], pool_mode)
-        return EncodedImages(
-            patches if pool_mode is None else pool_patches(patches, pool_mode),
-            seen.features,
-            [pair[0] for pair in layouts],
-            [pair[1] for pair in layouts],
-            seen.class_features,
-            seen.layer_input,
-            pixels,
-            derived=derived,
-            pool_mode=pool_mode,
-        )
-
-    def layouts_of(
-        self,
-        images: Tensor | Sequence[Tensor] | EncodedImages,
-        image_sizes: Sequence[tuple[int, int]] | None = None,
-        modalities: str | Sequence[str] | None = None,
-    ) -> list[tuple[ViewLayout, ViewLayout]]:
-        """For each picture its layout, and the one it would have if padding counted like anything else.
+            modality: "image" (where ``None``) or "video", for all of them.
 
         Raises:
-            ValueError: sizes are missing or do not fit the number of views.
+            ValueError: pictures and videos, which are encoded apart.
         """
-        if isinstance(images, EncodedImages):
-            return list(zip(images.layouts, images.layouts_with_padding, strict=True))
-        views = [len(picture) for picture in as_views(images)]
-        if image_sizes is not None and len(image_sizes) != len(views):
-            raise ValueError(f"{len(views)} images but {len(image_sizes)} image_sizes")
-        sizes = [None] * len(views) if image_sizes is None else [tuple(int(x) for x in s) for s in image_sizes]
-        in_views = self.crops_are_views or not isinstance(images, Tensor) or images.ndim == 5
-        tower = self.get_vision_tower()
-        side, view_pixels = tower.num_patches_per_side, tower.config.image_size
-        tokens = tower.num_patches + (tower.select_feature == "cls_patch")
-        layouts = []
-        for count, size, kind in zip(views, sizes, modality_list(modalities, len(views)), strict=True):
-            if kind == VIDEO:
-                reading = VideoReading.of(self.config)
-                if reading.slow_every is not None and not hasattr(self.get_model(), "faster_token"):
-                    raise ValueError("add_faster_video needs model.faster_token, which this checkpoint does not have")
-                layouts.append((reading.layout(count, side),) * 2)
-            else:
-                layouts.append(picture_layouts(self.config, count, side, tokens, view_pixels, size, in_views))
-        return layouts
+        shown = self.vision.visuals(images, image_sizes, modality)
+        if len(shown.groups()) > 1:
+            raise ValueError("pictures and videos are encoded apart: call encode_pictures for each kind")
+        shown = shown.in_prompts([range(len(shown))])
+        return self.vision.encode(shown, self.vision.layouts(shown))
 
     # --- prompts ---------------------------------------------------------------------------------------------------
 
@@ -157,9 +137,9 @@ class LlavaMetaForCausalLM(ABC):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        images: Tensor | Sequence[Tensor] | EncodedImages | None = None,
+        images: Shown | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
-        pruner: Pruner | None = None,
+        pruner: Method | None = None,
         query: str | Sequence[str] | None = None,
         sample_ids: Sequence[int] | None = None,
         padding_side: str | None = None,
@@ -172,10 +152,10 @@ class LlavaMetaForCausalLM(ABC):
             input_ids: (B, L) with IMAGE_TOKEN_INDEX once per image.
             attention_mask: (B, L), 0 at padding; ``None`` means none.
             labels: (B, L).
-            images: pictures in the order of the placeholders, or what `encode_pictures` made of them. As in official
-                LLaVA, every row without placeholder may also bring one picture, which is not used.
+            images: pictures in the order of the placeholders, or `visuals`, or what `encode_pictures` made of them. As
+                in official LLaVA, every row without placeholder may also bring one picture, which is not used.
             image_sizes: (width, height) of each picture; a video's entry is not read.
-            pruner: selects the visual tokens of every view; ``None`` keeps all.
+            pruner: selects the visual tokens; ``None`` keeps all, unless a method is attached (`attach_pruner`).
             query: the question, one for all rows or one per row; ``None`` reads the last question out of each prompt.
             sample_ids: a number per row that seeds random methods, so that results do not depend on the batch.
             padding_side: of the batch; ``None`` takes the checkpoint's ``tokenizer_padding_side``, else "right".
@@ -185,8 +165,12 @@ class LlavaMetaForCausalLM(ABC):
                 Not read where ``images`` are encoded already.
 
         Raises:
-            ValueError: images and placeholders do not match, or a prompt is longer than the model's context.
+            ValueError: images and placeholders do not match, a prompt is longer than the model's context, or the
+                method cannot be used on what is shown or asked.
         """
+        attached = self.attached_pruner if pruner is None else None
+        if attached is not None:
+            pruner, query = attached.method, attached.query if query is None else query
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         rows = [ids[mask].cpu() for ids, mask in zip(input_ids, attention_mask.bool(), strict=True)]
@@ -196,25 +180,21 @@ class LlavaMetaForCausalLM(ABC):
         placeholders = [int((row == IMAGE_TOKEN_INDEX).sum()) for row in rows]
         given = 0 if images is None else len(images)
         of_row, used = match_images(placeholders, given)
-        kept: list[KeptTokens] = []
-        features: list[Tensor] = []
+        plan, kept, features = CallPlan(()), [], []
         if used:
-            modalities = modality_list(modalities, given)
-            if len(used) < given:
-                images = images.pick(used) if isinstance(images, EncodedImages) else pick_visuals(images, used)
-                image_sizes = None if image_sizes is None else [image_sizes[i] for i in used]
-                modalities = [modalities[i] for i in used]
-            visual = self._count_visual(images, image_sizes, pruner, modalities)
+            shown = self._shown(images, image_sizes, modalities)
+            shown = shown if len(used) == given else shown.pick(used)
+            shown = shown if isinstance(shown, EncodedImages) else shown.in_prompts(of_row)
+            plan = self.plan(shown, pruner)
             lengths = [
-                len(row) + sum(visual[p] - 1 for p in pictures) for row, pictures in zip(rows, of_row, strict=True)
+                len(row) + sum(plan.pictures[picture].count - 1 for picture in pictures)
+                for row, pictures in zip(rows, of_row, strict=True)
             ]
             self._check_length(max(lengths), truncate)  # before the tower runs
-            queries = self._queries(rows, query)
             owners = [row for row, pictures in enumerate(of_row) for _ in pictures]
-            ids = [0 if sample_ids is None else sample_ids[row] for row in owners]
-            kept, features = self._visual_tokens(
-                images, image_sizes, modalities, pruner, [queries[row] for row in owners], ids
-            )
+            seeds = None if sample_ids is None else [sample_ids[row] for row in owners]
+            plan = self.asked(plan, self._questions(rows, query), owners, seeds)
+            kept, features = self._visual_tokens(shown, plan)
         embed = self.get_input_embeddings()
         texts = embed(torch.cat(rows).clamp_min(0).to(embed.weight.device, non_blocking=True)).split(
             [len(row) for row in rows]
@@ -223,115 +203,157 @@ class LlavaMetaForCausalLM(ABC):
             splice(row, text, label, [features[picture] for picture in pictures])
             for row, text, label, pictures in zip(rows, texts, row_labels, of_row, strict=True)
         ]
-        inside = pruner if isinstance(pruner, DecoderPruner) else None
         spans = [
-            self._spans(row, [kept[picture] for picture in pictures], inside)
+            spans_of(row, [(plan.pictures[picture], kept[picture]) for picture in pictures])
             for row, pictures in zip(rows, of_row, strict=True)
         ]
         limit = self._check_length(max(len(row) for row, _ in spliced), truncate)
         left = (padding_side or getattr(self.config, "tokenizer_padding_side", "right")) == "left"
         prompts = pad_rows(spliced, spans, kept, limit, left)
-        prompts.pruner = inside
+        prompts.pruner = pruner if isinstance(pruner, DecoderPruner) else None
+        if attached is not None:
+            attached.prompts = prompts
         return prompts
 
-    def _visual_tokens(
+    def _shown(
         self,
-        images: Tensor | Sequence[Tensor] | EncodedImages,
+        images: Shown,
         image_sizes: Sequence[tuple[int, int]] | None,
-        modalities: Sequence[str],
-        pruner: Pruner | None,
-        queries: Sequence[str | None],
-        sample_ids: Sequence[int],
-    ) -> tuple[list[KeptTokens], list[Tensor]]:
+        modalities: str | Sequence[str] | None,
+    ) -> Visuals | EncodedImages:
+        return images if isinstance(images, EncodedImages) else self.vision.visuals(images, image_sizes, modalities)
+
+    def plan(self, shown: Visuals | EncodedImages, pruner: Method | None) -> CallPlan:
+        """The counts of a call, known before the tower runs.
+
+        Raises:
+            ValueError: the method cannot be used on one of the pictures or videos.
+        """
+        if isinstance(shown, EncodedImages):
+            layouts = zip(shown.layouts, shown.layouts_with_padding, strict=True)
+        else:
+            layouts = self.vision.layouts(shown)
+        layers = self.config.num_hidden_layers
+        return CallPlan(tuple(plan_picture(pruner, *pair, layers) for pair in layouts), pruner)
+
+    def asked(
+        self,
+        plan: CallPlan,
+        questions: Sequence[str | None],
+        of_row: Sequence[int] | None = None,
+        sample_ids: Sequence[int] | None = None,
+    ) -> CallPlan:
+        """The plan with the questions, embedded for its method: on a GPU the text tower runs beside the next step.
+
+        Args:
+            questions: what each row of the batch asks, ``None`` where it could not be read.
+            of_row: for each picture its row; ``None`` where every picture has its own, in order.
+            sample_ids: for each picture a number that seeds random methods.
+
+        Raises:
+            ValueError: the method reads the question, and there is none, or no way to read it.
+        """
+        plan = replace(plan, sample_ids=None if sample_ids is None else tuple(sample_ids))
+        if not plan.selects:
+            return plan
+        method, choice = settle(plan.method, self.relevance_offer())
+        of_row = range(len(questions)) if of_row is None else of_row
+        if method.reads_question:
+            check_asked(questions, method.name, of_row)
+            self.announcer.tell(method, choice)
+        tower = self.get_vision_tower()
+        asked = Asked(
+            method,
+            [questions[row] for row in of_row],
+            tower,
+            self._language_space(),
+            self.relevance_sign,
+            tower.device,
+        )
+        return replace(plan, method=method, choice=choice, asked=asked)
+
+    @property
+    def announcer(self) -> Announcer:
+        """Tells once where the question is read."""
+        return self.__dict__.setdefault("_announcer", Announcer())
+
+    def relevance_offer(self) -> Offer:
+        """Which sources of relevance can be had here, and why the others cannot."""
+        tower = self.get_vision_tower()
+        no_words = None
+        if self._tokenizer is None:
+            no_words = "the model has no tokenizer: load it with load_pretrained_model, or attach the method with one"
+        _, no_attention = self._first_attention()
+        return Offer(tower.why_no_joint_space(), no_words, no_attention, f"the vision tower's {tower.kind}")
+
+    def _language_space(self) -> LanguageSpace | None:
+        tokenizer, embed = self._tokenizer, self.get_input_embeddings()
+        if tokenizer is None:
+            return None
+        return LanguageSpace(
+            lambda question: encode_text(question, tokenizer),
+            lambda ids: embed(ids.to(embed.weight.device, non_blocking=True)),
+            self._first_attention()[0],
+        )
+
+    def _first_attention(self) -> tuple[FirstAttention | None, str | None]:
+        """The decoder's first attention, or why it cannot be read."""
+        try:
+            return FirstAttention.find(self.get_model()), None
+        except UnreadableAttentionError as error:
+            return None, str(error)
+
+    @property
+    def _tokenizer(self) -> Any:
+        """The model's own, or the one that a method was attached with."""
+        if self.tokenizer is None and self.attached_pruner is not None:
+            return self.attached_pruner.tokenizer
+        return self.tokenizer
+
+    def _visual_tokens(self, shown: Visuals | EncodedImages, plan: CallPlan) -> tuple[list[KeptTokens], list[Tensor]]:
         """For each picture and video what is kept of it, and its tokens (t, d).
 
         Pictures go through the tower and the selection together, and so do videos, whose views have fewer tokens.
         """
-        groups = [list(range(len(images)))]
-        if not isinstance(images, EncodedImages):
-            groups = [[i for i, kind in enumerate(modalities) if kind == each] for each in dict.fromkeys(modalities)]
+        vision, is_encoded = self.vision, isinstance(shown, EncodedImages)
         kept: dict[int, KeptTokens] = {}
         tokens: dict[int, Tensor] = {}
-        for group in groups:
-            is_encoded, kind = isinstance(images, EncodedImages), modalities[group[0]]
-            visuals = images if is_encoded else pick_visuals(images, group)
-            sizes = None if image_sizes is None else [image_sizes[i] for i in group]
-            tokens_of_view = self.layouts_of(visuals, sizes, kind)[0][0].eligible.shape[1]
-            questions = Questions(self, pruner, tokens_of_view, [queries[i] for i in group])  # begun before the tower
-            encoded = visuals if is_encoded else self.encode_pictures(visuals, sizes, kind)
-            # Script: choose the visual tokens that go on, by the question of the row that a picture stands in
-            chosen = select_tokens(self, pruner, encoded, questions, [sample_ids[i] for i in group])
+        layouts = None if is_encoded else vision.layouts(shown)
+        for group in [list(range(len(shown)))] if is_encoded else shown.groups():
+            encoded = shown
+            if not is_encoded:
+                encoded = vision.encode(shown.pick(group), [layouts[number] for number in group])
+            # Script: choose the visual tokens that are kept, by the question of the row that a picture is in
+            chosen = select_tokens(vision, plan, encoded, group)
             kept |= zip(group, chosen, strict=True)
-            tokens |= zip(group, self.gather_tokens(encoded, chosen), strict=True)
-        return [kept[i] for i in range(len(images))], [tokens[i] for i in range(len(images))]
+            tokens |= zip(group, vision.gather(encoded, chosen), strict=True)
+        return [kept[i] for i in range(len(shown))], [tokens[i] for i in range(len(shown))]
 
-    def _spans(self, ids: Tensor, kept: list[KeptTokens], pruner: DecoderPruner | None) -> list[PictureSpan]:
-        """Where the pictures of a row (L,) stand once they are spliced in."""
-        spans, shift = [], 0
-        places = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
-        for place, tokens in zip(places, kept, strict=True):
-            count = len(tokens.sequence)
-            budget, eligible = (count, None) if pruner is None else decoder_budget(pruner, tokens.layout)
-            spans.append(PictureSpan(place + shift, count, budget, eligible))
-            shift += count - 1
-        return spans
-
-    def gather_tokens(self, encoded: EncodedImages, kept: Sequence[KeptTokens]) -> list[Tensor]:
-        """Visual tokens (t, d) of every picture in reading order, with the learned ones that stand between them."""
-        rows, first = [], 0
-        for picture, tokens in enumerate(kept):
-            table = encoded.features[first : first + tokens.layout.views].flatten(0, 1)
-            first += tokens.layout.views
-            made = encoded.derived[picture] if tokens.made is None else tokens.made.flatten(0, 1)
-            if made is not None:
-                table = torch.cat([table, made.to(table.device, table.dtype)])
-            sequence = tokens.sequence.to(table.device, non_blocking=True)
-            row = table[sequence.clamp_min(0)]
-            if tokens.newlines:
-                learned = {NEWLINE: "image_newline"}
-                if isinstance(tokens.layout.derived, SlowFast):
-                    learned[FRAME_END] = "faster_token"
-                for number, name in learned.items():
-                    token = getattr(self.get_model(), name).to(table.device, table.dtype)
-                    row = torch.where((sequence == number)[:, None], token, row)
-            rows.append(row)
-        return rows
-
-    def _queries(self, rows: list[Tensor], query: str | Sequence[str] | None) -> list[str | None]:
+    def _questions(self, rows: list[Tensor], query: str | Sequence[str] | None) -> list[str | None]:
         """The question of every row, as given or as read from the prompt; ``None`` without a tokenizer."""
-        if isinstance(query, str):
-            return [clean_question(query)] * len(rows)
-        if query is not None:
-            if len(query) != len(rows):
-                raise ValueError(f"{len(rows)} prompts but {len(query)} queries")
-            return [clean_question(text) for text in query]
-        if self.tokenizer is None:
+        given = given_questions(query, len(rows))
+        if given is not None:
+            return given
+        if self._tokenizer is None:
             return [None] * len(rows)
-        return [last_question(self.tokenizer.decode(row[row != IMAGE_TOKEN_INDEX])) for row in rows]
-
-    def _count_visual(
-        self,
-        images: Tensor | Sequence[Tensor] | EncodedImages,
-        image_sizes: Sequence[tuple[int, int]] | None,
-        pruner: Pruner | None,
-        modalities: str | Sequence[str] | None = None,
-    ) -> list[int]:
-        """Positions that each picture will take."""
-        layouts = self.layouts_of(images, image_sizes, modalities)
-        return [count_kept(pruner, layout_to_read(pruner, *pair)) for pair in layouts]
+        return [last_question(self._tokenizer.decode(row[row != IMAGE_TOKEN_INDEX])) for row in rows]
 
     def check_prompt(
         self,
         input_ids: Tensor,
-        images: Tensor | Sequence[Tensor] | EncodedImages,
+        images: Shown,
         image_sizes: Sequence[tuple[int, int]] | None = None,
-        pruner: Pruner | None = None,
+        pruner: Method | None = None,
         modalities: str | Sequence[str] | None = None,
     ) -> None:
         """Raise ValueError if a prompt (1, L) and its images do not match or exceed the context, before any work."""
         match_images([int((input_ids == IMAGE_TOKEN_INDEX).sum())], len(images))
-        visual = self._count_visual(images, image_sizes, pruner, modalities)
-        self._check_length(input_ids.shape[1] + sum(visual) - len(visual), truncate=False)
+        shown = self._shown(images, image_sizes, modalities)
+        if not isinstance(shown, EncodedImages):
+            shown = shown.in_prompts([range(len(shown))])
+        pictures = self.plan(shown, pruner).pictures
+        visual = sum(picture.count for picture in pictures)
+        self._check_length(input_ids.shape[1] + visual - len(pictures), truncate=False)
 
     def _check_length(self, longest: int, truncate: bool) -> int:
         """The length that prompts are cut to. Raises ValueError if they may not be cut and do not fit."""
@@ -351,7 +373,7 @@ class LlavaMetaForCausalLM(ABC):
         attention_mask: Tensor | None,
         past_key_values: Any,
         labels: Tensor | None,
-        images: Tensor | Sequence[Tensor] | EncodedImages | None,
+        images: Shown | None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
         **options: Any,
     ) -> tuple[None, Tensor | None, Tensor | None, Any, Tensor, Tensor | None]:
@@ -374,3 +396,54 @@ class LlavaMetaForCausalLM(ABC):
             mask = None
         positions = None if position_ids is None else positions
         return None, positions, mask, past_key_values, prompts.inputs_embeds, prompts.labels
+
+    # --- attaching -------------------------------------------------------------------------------------------------
+
+    def attach_pruner(
+        self,
+        method: Method,
+        processor: Any = None,
+        *,
+        query: str | Sequence[str] | None = None,
+        **options: Any,
+    ) -> AttachedPruner:
+        """Prune with ``method`` in every call that brings no ``pruner=`` of its own, until the handle's ``remove()``.
+
+        Args:
+            processor: a tokenizer, or a processor that holds one; read only where the model has no tokenizer.
+            query: the question for all calls; a call's own ``query=`` wins.
+
+        Raises:
+            TypeError: no method, or an option that this host does not have.
+            ValueError: the method cannot be used with this model.
+            RuntimeError: a pruner is attached to this model already.
+        """
+        if not isinstance(method, Method):
+            raise TypeError(f"only a pruning method can be attached (llava.pruning.get_pruner), got {method!r}")
+        if options:
+            raise TypeError(
+                f"attaching to a LLaVA checkpoint in the original format takes processor and query, got "
+                f"{', '.join(options)}; where a joint space lies is said when it is loaded (joint_space_path)"
+            )
+        if self.attached_pruner is not None:
+            raise RuntimeError("a pruner is attached to this model already: remove it first (its handle's remove())")
+        if isinstance(method, DecoderPruner):
+            check_host(self.get_model())
+        handle = AttachedPruner(self, method, getattr(processor, "tokenizer", processor), query)
+        self.attached_pruner = handle
+        try:
+            settle(method, self.relevance_offer())
+        except ValueError:
+            handle.remove()
+            raise
+        return handle
+
+
+def spans_of(ids: Tensor, pictures: Sequence[tuple[PicturePlan, KeptTokens]]) -> list[PictureSpan]:
+    """Where the pictures of a row (L,) are once they are spliced in."""
+    spans, shift = [], 0
+    for place, (plan, kept) in zip((ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist(), pictures, strict=True):
+        count = len(kept.sequence)
+        spans.append(PictureSpan(place + shift, count, min(plan.target, count), plan.choosable))
+        shift += count - 1
+    return spans

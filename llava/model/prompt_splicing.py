@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.decoder.attachment import DecoderPruning
 from llava.decoder.stages import PictureSpan, PromptRow
-from llava.model.token_selection import KeptTokens
+from llava.model.kept_tokens import KeptTokens
 from llava.pruning import DecoderPruner
 
 logger = logging.getLogger(__name__)
@@ -26,9 +26,9 @@ class EmbeddedPrompts:
         attention_mask: (B, T) bool.
         position_ids: (B, T) int64, 0.. over the real tokens of a row, 0 at padding.
         labels: (B, T) int64 with IGNORE_INDEX at visual tokens and padding; ``None`` if none were given.
-        kept: for each picture, which of its tokens stand in the prompt; after `generate` with a method inside the
+        kept: for each picture, which of its tokens are in the prompt; after `generate` with a method inside the
             decoder, which are left after its last cut.
-        rows: where the text and the pictures of each prompt stand.
+        rows: where the text and the pictures of each prompt are.
         pruner: a method that is still to act, inside the decoder; ``None`` if there is none. It acts where `generate`
             gets the whole of this, not ``inputs_embeds`` alone.
     """
@@ -45,10 +45,10 @@ class EmbeddedPrompts:
         """The method that is still to act, made ready for a decoder; ``None`` if there is none."""
         return None if self.pruner is None else DecoderPruning(decoder, self.pruner, self.rows)
 
-    def note_survivors(self, pruning: DecoderPruning) -> None:
-        """After the forward: write down in ``kept`` what the decoder has left of each picture."""
-        places = pruning.survivors()
-        self.kept = [tokens.surviving(place) for tokens, place in zip(self.kept, places, strict=True)]
+    def note_kept(self, pruning: DecoderPruning) -> None:
+        """After the forward: write down in ``kept`` what the decoder has kept of each picture."""
+        places = pruning.kept_places()
+        self.kept = [tokens.left_at(place) for tokens, place in zip(self.kept, places, strict=True)]
 
 
 def match_images(placeholders: list[int], images: int) -> tuple[list[list[int]], list[int]]:
@@ -99,7 +99,7 @@ def pad_rows(
     """Spliced rows, embeddings (t, d) and labels (t,), as one batch.
 
     Args:
-        spans: where the pictures of each row stand.
+        spans: where the pictures of each row are.
         limit: rows beyond this length lose their end, with a warning.
         left: put the padding there.
     """

@@ -1,331 +1,242 @@
-"""Between the model and a pruner: gather what the method asks for, select, and put the kept tokens in order."""
+"""Between the model and a method: gather what the method asks for, select, and put the kept tokens in order.
+
+    plan (counts, questions) + EncodedImages -> for each group of candidates one selection -> KeptTokens
+
+A method is asked once for all views with equally many tokens and equal budgets, whatever pictures they belong to.
+"""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llava.layout.views import SlowFast, ViewLayout, kept_places, kept_sequence, with_made_tokens
+from llava.layout.candidates import Candidates
+from llava.layout.plan import PicturePlan
+from llava.layout.views import kept_places, kept_sequence, with_made_tokens
 from llava.model.encoded_images import EncodedImages
-from llava.model.questions import Questions
-from llava.pruning import DecoderPruner, Pruner, PruningInputs, Selection
-
-if TYPE_CHECKING:
-    from llava.model.llava_arch import LlavaMetaForCausalLM
-
-logger = logging.getLogger(__name__)
+from llava.model.kept_tokens import KeptTokens
+from llava.model.vision_side import VisionSide
+from llava.pruning import Method, PruningInputs, Selection
+from llava.relevance.asked import Asked
+from llava.relevance.policy import Choice
 
 BESIDE_PATCHES = {"class_attention", "mean_attention", "key_metric", "class_features"}
-TOWER_FIELDS = BESIDE_PATCHES | {"encoder_features", "image_embeds", "pixels"}
+TOWER_FIELDS = BESIDE_PATCHES | {"encoder_features", "pixels"}
+VIEWS_OF_A_SAMPLE = 4096  # more than any picture or video has; keeps the seeds of samples apart
 
 
 @dataclass(frozen=True)
-class KeptTokens:
-    """What one picture gives to the language model.
+class CallPlan:
+    """All that is decided about the pictures and videos of a call before the tower runs.
 
     Args:
-        sequence: (t,) int64 flat patch numbers in reading order, negative at newline tokens; numbers from V * n on
-            are tokens that the method made, or the model where nothing was pruned (see layout/views.py).
-        layout: the picture's unpruned layout.
-        patches: number of visual tokens in ``sequence``, kept and made, newlines not counted.
-        selection: the pruner's answer for this picture's views, with what it computed; ``None`` if nothing was pruned
-            before the decoder.
-        made: (V, k, d) the method's own tokens, projected; ``None`` if it makes none.
-        per_layer: visual tokens, newlines among them, that enter each layer of the decoder, where a method inside it
-            drops some; ``None`` where all layers see ``sequence``.
-        recycled: how many tokens a method inside the decoder has made of dropped ones, which stand beside ``sequence``
-            at its end.
+        pictures: for each, its counts.
+        method: with its source of relevance settled; ``None`` keeps all.
+        asked: the questions, for the method; ``None`` where it selects nothing before the decoder.
+        choice: of the source of relevance, where the method reads the question.
+        sample_ids: a number for each that seeds random methods; 0 where not given.
     """
 
-    sequence: Tensor
-    layout: ViewLayout
-    patches: int
-    selection: Selection | None = None
+    pictures: tuple[PicturePlan, ...]
+    method: Method | None = None
+    asked: Asked | None = None
+    choice: Choice | None = None
+    sample_ids: tuple[int, ...] | None = None
+
+    @property
+    def selects(self) -> bool:
+        """Whether anything is dropped before the decoder."""
+        return any(picture.candidates for picture in self.pictures)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Candidates of one picture, and the rows of the encoded views that they come from."""
+
+    picture: int
+    candidates: Candidates
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a method answered about some views of a picture.
+
+    Args:
+        views: numbers of the views.
+        numbers: (m,) flat numbers of the chosen patches in the picture.
+        made: (V', k, d) tokens of its own, projected; ``None`` if it makes none.
+    """
+
+    views: tuple[int, ...]
+    selection: Selection
+    numbers: Tensor
     made: Tensor | None = None
-    per_layer: tuple[int, ...] | None = None
-    recycled: int = 0
 
-    @property
-    def is_pruned(self) -> bool:
-        return self.selection is not None or self.per_layer is not None
-
-    def surviving(self, places: Tensor) -> KeptTokens:
-        """Only the tokens at some places (k,) of ``sequence``: those that a method inside the decoder has left."""
-        sequence = self.sequence[places]
-        recycled = 0 if self.per_layer is None else self.per_layer[-1] - len(sequence)
-        return replace(self, sequence=sequence, patches=int((sequence >= 0).sum()), recycled=recycled)
-
-    @property
-    def newlines(self) -> int:
-        return len(self.sequence) - self.patches
-
-    def per_view(self) -> list[int]:
-        """How many tokens each view gives, kept and made."""
-        views, tokens = self.layout.eligible.shape
-        numbers = self.sequence.cpu()
-        kept = numbers[(numbers >= 0) & (numbers < views * tokens)] // tokens
-        if self.made is not None:
-            kept = torch.cat([kept, (numbers[numbers >= views * tokens] - views * tokens) // self.made.shape[1]])
-        return torch.bincount(kept, minlength=views).tolist()
-
-    def mask(self) -> Tensor:
-        """(V, n) bool on the CPU, True at kept patches; made tokens are none."""
-        numbers = self.sequence.cpu()
-        mask = torch.zeros(self.layout.eligible.numel(), dtype=torch.bool)
-        mask[numbers[(numbers >= 0) & (numbers < mask.numel())]] = True
-        return mask.reshape(self.layout.eligible.shape)
+    def by_view(self) -> list[tuple[int, Selection]]:
+        return [(view, self.selection.of_views(slice(row, row + 1))) for row, view in enumerate(self.views)]
 
 
-def keep_everything(encoded: EncodedImages) -> list[KeptTokens]:
-    """Every picture with all its tokens, as official LLaVA reads it."""
-    return [KeptTokens(layout.sequence, layout, int((layout.sequence >= 0).sum())) for layout in encoded.layouts]
+def keep_everything(picture: PicturePlan) -> KeptTokens:
+    """A picture with all its tokens, as official LLaVA reads it."""
+    layout = picture.layout
+    return KeptTokens(layout.sequence, layout, int((layout.sequence >= 0).sum()), per_layer=picture.per_layer)
 
 
 def select_tokens(
-    model: LlavaMetaForCausalLM,
-    pruner: Pruner | None,
-    encoded: EncodedImages,
-    questions: Questions,
-    sample_ids: Sequence[int] | None = None,
+    vision: VisionSide, plan: CallPlan, encoded: EncodedImages, numbers: Sequence[int] | None = None
 ) -> list[KeptTokens]:
-    """Run a pruner on the views of all pictures at once.
+    """Choose the tokens of all pictures of ``encoded`` as planned.
 
     Args:
-        pruner: ``None``, or a budget of all tokens or more, keeps everything bit for bit.
-        questions: what was asked about each picture, made for the same pruner.
-        sample_ids: a number per picture that seeds random methods; 0 for each where not given.
+        numbers: which of the plan's pictures they are; by default all, in order.
     """
-    tokens = encoded.features.shape[1]
-    if pruner is not None and not keeps_everything(pruner, tokens):
-        check_possible(pruner, encoded)
-        pruner = questions.pruner
-    if isinstance(pruner, DecoderPruner):
-        return keep_until_the_decoder(pruner, encoded, model.config.num_hidden_layers)
-    if pruner is None or keeps_everything(pruner, tokens):
-        return keep_everything(encoded)
-    if pruner.scope == "official":
-        return [select_from_sequence(model, pruner, encoded.pick([picture])) for picture in range(len(encoded))]
-    inputs = gather_inputs(model, pruner, encoded, questions, sample_ids)
-    first_view = 0
-    if pruner.scope == "view":
-        whole = pruner.select(inputs)
-        made = whole.made
-        if made is not None and pruner.place == "encoder":
-            made = model.project(made)
-    kept = []
-    for picture, layout in enumerate(encoded.layouts):
-        views = slice(first_view, first_view + layout.views)
-        first_view += layout.views
-        if pruner.scope == "view":
-            selection = Selection(
-                whole.indices[views],
-                tokens,
-                None if whole.eligible is None else whole.eligible[views],
-                {name: value[views] for name, value in whole.details.items()},
-                None if whole.made is None else whole.made[views],
-                whole.leading,
-            )
-            own = None if made is None else made[views]
-            offsets = torch.arange(layout.views, device=selection.indices.device)[:, None] * tokens
-            numbers = selection.indices + offsets
-        else:
-            joined = join_views(inputs, views)
-            selection = pruner.select(joined, keep=min(pruner.count(tokens) * layout.views, joined.tokens))
-            own, numbers = None, selection.indices
-        layout = layout_to_read(pruner, layout, encoded.layouts_with_padding[picture])
-        kept.append(_keep(pruner, layout, numbers, selection, own))
-    return kept
+    numbers = range(len(encoded)) if numbers is None else numbers
+    pictures = [plan.pictures[number] for number in numbers]
+    answers: list[list[Answer]] = [[] for _ in pictures]
+    if any(picture.candidates for picture in pictures):
+        inputs = gather_inputs(vision, plan, encoded, numbers)
+        for group in contests_of(pictures):
+            if group[0].candidates.sequence:
+                answer = choose_in_sequence(vision, plan.method, encoded, pictures, group[0])
+                answers[group[0].picture].append(answer)
+                continue
+            for picture, answer in choose_together(vision, plan, encoded, inputs, numbers, group):
+                answers[picture].append(answer)
+    return [
+        in_order(plan, picture, given) if given else keep_everything(picture)
+        for picture, given in zip(pictures, answers, strict=True)
+    ]
 
 
-def check_possible(pruner: Pruner, encoded: EncodedImages) -> None:
-    """Raise ValueError if a method cannot be used on what it is given."""
-    for layout in encoded.layouts:
-        check_layout(pruner, layout)
+def contests_of(pictures: Sequence[PicturePlan]) -> list[list[Contest]]:
+    """The selections to make, those that are made by one call of the method together.
 
-
-def check_layout(pruner: Pruner, layout: ViewLayout) -> None:
-    """Raise ValueError if a method cannot be used on a picture or video of this layout."""
-    if keeps_everything(pruner, layout.eligible.shape[1]):
-        return
-    if isinstance(layout.derived, SlowFast):
-        raise ValueError(
-            "a slow/fast video (add_faster_video) is shortened already: it cannot be pruned as well; keep all tokens, "
-            "or set add_faster_video to false"
-        )
-    if layout.pooled and pruner.place in ("pixels", "encoder"):
-        raise ValueError(
-            f"pruner '{pruner.name}' acts before the projector, on all patches of a view, but a video is pooled after "
-            "it: take a method that acts on projected features or inside the decoder"
-        )
-
-
-def keep_until_the_decoder(pruner: DecoderPruner, encoded: EncodedImages, layers: int) -> list[KeptTokens]:
-    """Every picture with all its tokens, and how many of them will enter each layer of the decoder."""
-    kept = []
-    for tokens in keep_everything(encoded):
-        budget, eligible = decoder_budget(pruner, tokens.layout)
-        able = None if eligible is None else int(eligible.sum())
-        counts = pruner.counts(len(tokens.sequence), budget, layers, able)
-        dropped = min(counts) < len(tokens.sequence)
-        kept.append(replace(tokens, per_layer=tuple(counts)) if dropped else tokens)
-    return kept
-
-
-def decoder_budget(pruner: DecoderPruner, layout: ViewLayout) -> tuple[int, Tensor | None]:
-    """What a method inside the decoder is to leave of a picture, and which of its positions (t,) it may choose.
-
-    The budget is what any other method would keep of the picture. ``None``: all may be chosen, newlines too.
+    Candidates without a budget, views that show nothing, are left out.
     """
-    eligible = None
-    if pruner.exclude_padding:
-        patches = (layout.sequence >= 0) & (layout.sequence < layout.eligible.numel())
-        may_stay = ~patches
-        may_stay[patches] = layout.eligible.flatten()[layout.sequence[patches]]
-        eligible = None if bool(may_stay.all()) else may_stay
-    return min(count_budget(pruner, layout), len(layout.sequence)), eligible
+    groups: dict[Any, list[Contest]] = {}
+    first_row = 0
+    for number, picture in enumerate(pictures):
+        for one in picture.candidates:
+            key = (one.tokens, one.keep) if len(one.views) == 1 and not one.sequence else (number, "joined")
+            contest = Contest(number, one, tuple(first_row + view for view in one.views))
+            if one.keep:
+                groups.setdefault(key, []).append(contest)
+        first_row += picture.layout.views
+    return list(groups.values())
 
 
-def _keep(
-    pruner: Pruner, layout: ViewLayout, numbers: Tensor, selection: Selection, made: Tensor | None
-) -> KeptTokens:
-    """Put the chosen patches (flat ``numbers``) and the made tokens (V, k, d) of a picture in reading order."""
-    kept_count, made_counts = count_parts(pruner, layout)
-    if not pruner.count_is_exact:  # only the data tell
-        numbers = numbers[selection.eligible]
-        kept_count = len(numbers)
-    numbers, keep_newlines = numbers.flatten(), pruner.newlines == "keep"
-    if made is None:
-        sequence = kept_sequence(layout, numbers, kept_count, keep_newlines)
-    else:
-        places = kept_places(layout, numbers, kept_count, keep_newlines)
-        sequence = with_made_tokens(layout, places, made_counts, made.shape[1], selection.leading)
-    return KeptTokens(sequence, layout, kept_count + sum(made_counts), selection, made)
-
-
-def select_from_sequence(model: LlavaMetaForCausalLM, pruner: Pruner, picture: EncodedImages) -> KeptTokens:
-    """Select among all that the language model would read of one picture, newline tokens included."""
-    everything = keep_everything(picture)
-    layout = picture.layouts[0]
-    inputs = PruningInputs(model.gather_tokens(picture, everything)[0][None])
-    selection = pruner.select(inputs, keep=count_kept(pruner, layout))
-    sequence = layout.sequence.to(selection.indices.device)[selection.indices[0]]
-    return KeptTokens(sequence, layout, int((sequence >= 0).sum()), selection)
-
-
-def keeps_everything(pruner: Pruner, tokens: int) -> bool:
-    """Whether the budget reaches all ``tokens`` of a view."""
-    return pruner.count(tokens) >= tokens
-
-
-def layout_to_read(pruner: Pruner | None, layout: ViewLayout, with_padding: ViewLayout) -> ViewLayout:
-    """The layout that a pruner leaves tokens of: padding takes part only if it is told so.
-
-    Raises:
-        ValueError: the method cannot be used on it; known before the tower runs.
-    """
-    if pruner is not None:
-        check_layout(pruner, layout)
-    unpruned = pruner is None or isinstance(pruner, DecoderPruner)  # inside the decoder the prompt is the unpruned one
-    if unpruned or pruner.scope == "official" or keeps_everything(pruner, layout.eligible.shape[1]):
-        return layout
-    if not pruner.exclude_padding:
-        return with_padding
-    return layout if layout.of_patches is None else layout.of_patches
-
-
-def count_kept(pruner: Pruner | None, layout: ViewLayout) -> int:
-    """Positions that a picture will take in the prompt, known beforehand; newlines kept by option come on top.
-
-    The most that it may take where a method's count is not exact.
-    """
-    return len(layout.sequence) if isinstance(pruner, DecoderPruner) else count_budget(pruner, layout)
-
-
-def count_budget(pruner: Pruner | None, layout: ViewLayout) -> int:
-    """How many tokens of a picture a pruner's budget stands for; all positions, newlines too, if it is for all."""
-    views, tokens = layout.eligible.shape
-    if pruner is None or keeps_everything(pruner, tokens):
-        return len(layout.sequence)
-    if pruner.scope == "official":
-        length = len(layout.sequence)
-        is_share = isinstance(pruner.keep_tokens, float)
-        return pruner.count(length) if is_share else min(pruner.keep_tokens * views, length)
-    kept, made = count_parts(pruner, layout)
-    return kept + sum(made)
-
-
-def count_parts(pruner: Pruner, layout: ViewLayout) -> tuple[int, list[int]]:
-    """Kept patches of a picture, and made tokens of each of its views."""
-    views, tokens = layout.eligible.shape
-    count = pruner.count(tokens)
-    if pruner.scope != "view":
-        return min(count * views, int(layout.eligible.sum())), [0] * views
-    kept, made = pruner.kept_and_made(count, layout.eligible)
-    return int(kept.sum()), made.tolist()
-
-
-def gather_inputs(
-    model: LlavaMetaForCausalLM,
-    pruner: Pruner,
+def choose_together(
+    vision: VisionSide,
+    plan: CallPlan,
     encoded: EncodedImages,
-    questions: Questions,
-    sample_ids: Sequence[int] | None = None,
-) -> PruningInputs:
-    """What the pruner asks for, over the V views of all pictures; expensive fields only if it names them."""
-    features = encoded.features
+    inputs: PruningInputs,
+    numbers: Sequence[int],
+    group: Sequence[Contest],
+) -> list[tuple[int, Answer]]:
+    """One call of the method: about single views, or about the joined views of one picture; answers by picture."""
+    method, candidates, device = plan.method, group[0].candidates, inputs.features.device
+    rows = torch.tensor([row for contest in group for row in contest.rows])
+    everything = len(rows) == inputs.views
+    picked = rows.to(device, non_blocking=True)
+    chosen = inputs if everything else inputs.of_views(picked)
+    joined = len(candidates.views) > 1
+    if joined:
+        chosen = chosen.joined()
+
+    def image_embeds() -> Tensor:
+        embeds = encoded.field("image_embeds", vision.tower).to(device)
+        embeds = embeds if everything else embeds[picked]
+        return embeds.flatten(0, 1)[None] if joined else embeds
+
+    of_picture = torch.tensor([numbers[contest.picture] for contest in group])
+    asked = plan.asked.fields(of_picture, chosen.features, chosen.valid, image_embeds)
+    selection = method.select(replace(chosen, **asked), candidates.keep)
+    made = selection.made
+    if made is not None and method.place == "encoder":
+        made = vision.project(made)
+    if joined:
+        flat = numbers_of(method, selection, selection.indices)
+        return [(group[0].picture, Answer(candidates.views, selection, flat, made))]
+    found, start = [], 0
+    for picture in dict.fromkeys(contest.picture for contest in group):
+        views = tuple(contest.candidates.views[0] for contest in group if contest.picture == picture)
+        own = slice(start, start + len(views))
+        start += len(views)
+        answer = selection.of_views(own)
+        offsets = (torch.tensor(views)[:, None] * candidates.tokens).to(device, non_blocking=True)
+        flat = numbers_of(method, answer, answer.indices + offsets)
+        found.append((picture, Answer(views, answer, flat, None if made is None else made[own])))
+    return found
+
+
+def numbers_of(method: Method, selection: Selection, numbers: Tensor) -> Tensor:
+    """Flat numbers (m,) of what was chosen; where only the data tell the count, of what counts as kept."""
+    return numbers.flatten() if method.count_is_exact else numbers[selection.eligible]
+
+
+def choose_in_sequence(
+    vision: VisionSide, method: Method, encoded: EncodedImages, pictures: Sequence[PicturePlan], contest: Contest
+) -> Answer:
+    """Select among all that the language model would read of one picture, newline tokens included."""
+    whole = keep_everything(pictures[contest.picture])
+    rows = vision.gather(encoded.pick([contest.picture]), [whole])[0]
+    selection = method.select(PruningInputs(rows[None]), contest.candidates.keep)
+    numbers = whole.sequence.to(selection.indices.device)[selection.indices[0]]
+    return Answer(contest.candidates.views, selection, numbers)
+
+
+def in_order(plan: CallPlan, picture: PicturePlan, answers: Sequence[Answer]) -> KeptTokens:
+    """Put the chosen patches and the made tokens of a picture in reading order."""
+    method, layout = plan.method, picture.layout
+    numbers = answers[0].numbers if len(answers) == 1 else torch.cat([answer.numbers for answer in answers])
+    selections, made = (answers[0].selection,), answers[0].made
+    if len(answers) > 1:
+        by_view = sorted((pair for answer in answers for pair in answer.by_view()), key=lambda pair: pair[0])
+        selections = tuple(selection for _, selection in by_view)
+    if picture.candidates[0].sequence:
+        return KeptTokens(numbers, layout, int((numbers >= 0).sum()), selections)
+    kept = picture.kept if method.count_is_exact else len(numbers)
+    keep_newlines = method.newlines == "keep"
+    if made is None:
+        sequence = kept_sequence(layout, numbers, kept, keep_newlines)
+    else:
+        places = kept_places(layout, numbers, kept, keep_newlines)
+        sequence = with_made_tokens(layout, places, picture.made, made.shape[1], selections[0].leading)
+    return KeptTokens(sequence, layout, kept + sum(picture.made), selections, made, relevance=plan.choice)
+
+
+def gather_inputs(vision: VisionSide, plan: CallPlan, encoded: EncodedImages, numbers: Sequence[int]) -> PruningInputs:
+    """What the method asks for over the V views of all pictures, the question apart; expensive fields on demand."""
+    method, features = plan.method, encoded.features
     device = features.device
     counts = torch.tensor([layout.views for layout in encoded.layouts])
     picture_of_view = torch.repeat_interleave(torch.arange(len(counts)), counts)
     view_in_picture = torch.cat([torch.arange(count) for count in counts])
-    ids = torch.tensor(sample_ids if sample_ids is not None else [0] * len(counts), dtype=torch.int64)
+    ids = torch.tensor([plan.sample_ids[number] if plan.sample_ids else 0 for number in numbers])
+    seeds = ids[picture_of_view] * VIEWS_OF_A_SAMPLE + view_in_picture
     fields: dict[str, Any] = {
-        "view_ids": (ids[picture_of_view] * 4096 + view_in_picture).to(device, non_blocking=True),
-        "relevance_sign": model.relevance_sign,
+        "view_ids": seeds.to(device, non_blocking=True),
+        "relevance_sign": vision.relevance_sign,
         "pictures": picture_of_view.to(device, non_blocking=True),
     }
-    if pruner.exclude_padding:
+    if method.exclude_padding:
         valid = torch.cat([layout.eligible for layout in encoded.layouts])
         if not bool(valid.all()):  # on the CPU: nothing waits for a GPU
             fields["valid"] = valid.to(device, non_blocking=True)
-    tower = model.get_vision_tower()
-    beside = sorted(pruner.needs & BESIDE_PATCHES)
-    if beside and tower.select_feature == "cls_patch":
+    beside = sorted(method.needs & BESIDE_PATCHES)
+    if beside and vision.tower.select_feature == "cls_patch":
         raise ValueError(
-            f"pruner '{pruner.name}' needs {', '.join(beside)} beside the patches, but this checkpoint's features "
+            f"pruner '{method.name}' needs {', '.join(beside)} beside the patches, but this checkpoint's features "
             "count the class token among them (mm_vision_select_feature: cls_patch)"
         )
-    for name in sorted(pruner.needs & TOWER_FIELDS):
-        fields[name] = encoded.field(name, tower).to(device)
-    if "encode" in pruner.needs:
-        fields["encode"] = partial(model.encode_images, any_size=True)
-    return PruningInputs(features, **fields, **questions.of_views(picture_of_view, device))
-
-
-def join_views(inputs: PruningInputs, views: slice) -> PruningInputs:
-    """The views of one picture as a single view (1, V n, ...)."""
-
-    def join(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value[views].flatten(0, 1)[None]
-
-    def first(value: Tensor | None) -> Tensor | None:
-        return None if value is None else value[views][:1]
-
-    return PruningInputs(
-        features=join(inputs.features),
-        encoder_features=join(inputs.encoder_features),
-        image_embeds=join(inputs.image_embeds),
-        text_embeds=first(inputs.text_embeds),
-        text_mask=first(inputs.text_mask),
-        query_embeds=first(inputs.query_embeds),
-        query_mask=first(inputs.query_mask),
-        valid=join(inputs.valid),
-        pictures=first(inputs.pictures),
-        relevance_sign=inputs.relevance_sign,
-        view_ids=first(inputs.view_ids),
-    )
+    for name in sorted(method.needs & TOWER_FIELDS):
+        fields[name] = encoded.field(name, vision.tower).to(device)
+    if "encode" in method.needs:
+        fields["encode"] = partial(vision.encode_images, any_size=True)
+    return PruningInputs(features, **fields)

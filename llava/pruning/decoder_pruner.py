@@ -27,7 +27,7 @@ REFERENCE_LAYERS = 32  # the depth for which the published layers of the cuts ar
 
 @dataclass(frozen=True)
 class Cut:
-    """After ``after`` layers, at most ``keep`` of the visual tokens stay; ``merge`` allows making tokens of others."""
+    """After ``after`` layers keep at most ``keep`` of the visual tokens; ``merge`` allows making tokens of others."""
 
     after: int
     keep: int
@@ -43,7 +43,8 @@ class CutInputs:
     Args:
         attention: (B, h, q, n) probabilities of the q query rows in the watched layer, over all keys of the prompt.
         raters: (B, q) bool, the query rows that count.
-        position_attention: (B, q, n) the same rows if queries and keys held nothing but their positions.
+        position_products: (B, q, n) scaled products of the query rows and the tokens, before any softmax, if queries
+            and keys were ones that rotary has turned to their positions.
         keys: (B, n, k) keys of the watched layer after rotary, all heads side by side.
         text_keys: (B, t, k) those of the text tokens after the picture.
         hidden: (B, n, d) hidden states at the cut.
@@ -55,7 +56,7 @@ class CutInputs:
 
     attention: Tensor | None = None
     raters: Tensor | None = None
-    position_attention: Tensor | None = None
+    position_products: Tensor | None = None
     keys: Tensor | None = None
     text_keys: Tensor | None = None
     hidden: Tensor | None = None
@@ -91,7 +92,7 @@ class DecoderPruner(Method):
 
     @abstractmethod
     def choose_at(self, inputs: CutInputs, keep: int, make: int = 0) -> tuple[Tensor, Tensor | None]:
-        """Ascending indices (B, keep) of the tokens that stay, and ``make`` tokens (B, make, d) made of the others."""
+        """Ascending indices (B, keep) of the kept tokens, and ``make`` tokens (B, make, d) made of the others."""
 
     @abstractmethod
     def cut_layers(self, layers: int) -> list[int]:
@@ -167,7 +168,7 @@ class DecoderPruner(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class SingleCut(DecoderPruner):
-    """Base of the methods that drop tokens once: R of n stay after K layers.
+    """Base of the methods that drop tokens once: R of n are kept after K layers.
 
     R = (L m - K n) / (L - K), rounded, for m tokens on average over L layers.
 

@@ -41,14 +41,15 @@ class SparseVLM(DecoderPruner):
     from then on. Version 1 counts positions anew after a cut, version 2 keeps them and has no recycling.
 
     1. Raters: text tokens whose mean over visual tokens of softmax_text(H_v H_t^T) exceeds the mean of these.
-    2. relation_j = mean over heads and raters of the attention to visual token j; the c largest stay, but at least
-       one token goes.
+    2. relation_j = mean over heads and raters of the attention to visual token j; the c largest are kept, but
+       at least one token is dropped.
     3. Of the P dropped, the int(0.3 P) + 1 with the largest relation form the pool, C = |pool| // 10 + 1 clusters by
        density peaks.
 
     Args:
-        version: 1 is that of the result tables; 2 divides the attention by that of positions alone, and reads only
-            the heads in which the raters look at the picture most.
+        version: 1 is that of the result tables; 2 divides the attention, a probability, by the scaled product of
+            queries and keys of ones after rotary, which is no probability and may be negative, and reads only the
+            heads in which the raters look at the picture most.
         layers: after how many layers the cuts come. ``None`` is 3/7/16 (after layers 2, 6 and 15 counted from 0),
             scaled in decoders of fewer than 32 layers.
         heads: how many heads version 2 reads.
@@ -63,8 +64,7 @@ class SparseVLM(DecoderPruner):
 
     Deviations from the released code: (1) no random noise in the densities, equal densities rank by index; (2) rows
     are computed beside the fast kernel; (3) batches and several pictures per prompt, whose raters are the text tokens
-    after each picture; (4) where no text token exceeds the mean, all rate; (5) version 2's position term is taken to
-    be the attention of queries and keys of ones after rotary, in float32; (6) padding is neither chosen nor recycled
+    after each picture; (4) where no text token exceeds the mean, all rate; (5) padding is neither chosen nor recycled
     unless ``exclude_padding`` is off.
     """
 
@@ -87,7 +87,7 @@ class SparseVLM(DecoderPruner):
 
     @property
     def reads(self) -> frozenset[str]:
-        return frozenset({"attention", "raters", "hidden" if self.version == 1 else "position_attention"})
+        return frozenset({"attention", "raters", "hidden" if self.version == 1 else "position_products"})
 
     def rate(self, visual: Tensor, text: Tensor) -> Tensor | None:
         return text_raters(visual, text)[1]
@@ -95,7 +95,7 @@ class SparseVLM(DecoderPruner):
     def choose_at(self, inputs: CutInputs, keep: int, make: int = 0) -> tuple[Tensor, Tensor | None]:
         attention = inputs.attention
         if self.version == 2:
-            attention = attention / inputs.position_attention[:, None]
+            attention = attention / inputs.position_products[:, None]
             attention = best_heads(attention, inputs.raters, self.heads)[0]
         relation = text_relation(attention, inputs.raters)
         kept = highest(relation, keep, inputs.eligible)

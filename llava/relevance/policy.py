@@ -42,10 +42,15 @@ class Offer:
 
 @dataclass(frozen=True)
 class Choice:
-    """The source that was taken, and why, in one sentence that a user is told."""
+    """The source that was taken, and why, in one sentence that a user is told.
+
+    Args:
+        substitute: "auto" would rather have had another.
+    """
 
     source: Source
     reason: str
+    substitute: bool = False
 
     def __str__(self) -> str:
         return f"relevance={self.source}: {self.reason}"
@@ -80,7 +85,8 @@ def settle(method: Method, offer: Offer) -> tuple[Method, Choice | None]:
         raise ValueError(
             f"pruner '{method.name}' took relevance={source} ({offer.no_joint_space}), but {error}"
         ) from None
-    return settled, Choice(source, _reason(asked, source, offer, words_alone))
+    substitute = asked == "auto" and (source != "clip" or words_alone)
+    return settled, Choice(source, _reason(asked, source, offer, words_alone), substitute)
 
 
 def _reason(asked: Source, source: Source, offer: Offer, words_alone: bool) -> str:
@@ -99,7 +105,7 @@ def _reason(asked: Source, source: Source, offer: Offer, words_alone: bool) -> s
 
 
 class Announcer:
-    """Tells each choice once in the log, whatever number of calls take it."""
+    """Tells each choice once in the log, whatever number of calls take it; aloud if "auto" took a substitute."""
 
     def __init__(self) -> None:
         self._told: set[tuple[str, str]] = set()
@@ -108,4 +114,5 @@ class Announcer:
         if choice is None or (method.name, str(choice)) in self._told:
             return
         self._told.add((method.name, str(choice)))
-        logger.warning("pruner '%s' reads the question with %s", method.name, choice)
+        level = logging.WARNING if choice.substitute else logging.INFO
+        logger.log(level, "pruner '%s' reads the question with %s", method.name, choice)

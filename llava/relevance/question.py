@@ -187,9 +187,10 @@ def given_questions(query: str | Sequence[str] | None, rows: int) -> list[str] |
     return [clean_question(text) for text in texts]
 
 
-def check_asked(questions: Sequence[str | None], method: str) -> None:
-    """Raise ValueError unless every prompt has a question for ``method`` to read."""
-    for row, question in enumerate(questions):
+def check_asked(questions: Sequence[str | None], method: str, rows: Sequence[int] | None = None) -> None:
+    """Raise ValueError unless every prompt has a question for ``method`` to read; of those in ``rows``, if given."""
+    for row in range(len(questions)) if rows is None else rows:
+        question = questions[row]
         if question is None:
             raise ValueError(
                 f"pruner '{method}' selects by the question, and without a tokenizer it cannot be read out of prompt "

@@ -15,12 +15,12 @@ from PIL import Image
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, conv_templates, template_for
 from llava.layout.pooling import POOL_MODES
-from llava.layout.visuals import IMAGE, VIDEO
-from llava.mm_utils import load_image, most_tiles, process_images, tokenizer_image_token
+from llava.layout.visuals import IMAGE, VIDEO, Reading
+from llava.mm_utils import load_image, process_images, tokenizer_image_token
 from llava.model.builder import DEFAULT_CHECKPOINT, load_pretrained_model
 from llava.model.encoded_images import EncodedImages
-from llava.model.questions import suited
 from llava.pruning import Pruner, get_pruner, list_pruners, parse_budget, parse_options
+from llava.relevance.policy import settle
 from llava.serve.status import TimedStreamer, status_line
 from llava.serve.token_picture import draw_kept_tokens, drawn_cell, join_panels, with_caption
 from llava.serve.transformers_session import TransformersSession, check_options
@@ -107,11 +107,10 @@ class Session:
             compile_tower=options.compile_tower,
             joint_space_path=options.siglip_path,
         )
-        if options.pool_mode:
-            self.model.config.mm_spatial_pool_mode = options.pool_mode
-        self.aspect_ratio = getattr(self.model.config, "image_aspect_ratio", None)
+        changes = {"mm_spatial_pool_mode": options.pool_mode} if options.pool_mode else {}
         if options.image_grid:
-            self.model.config.image_grid_pinpoints = [parse_grid(options.image_grid)]
+            changes["image_grid_pinpoints"] = [parse_grid(options.image_grid)]
+        self.reading = Reading.of(self.model.config, **changes)
         self.template = conv_templates[options.conv_mode or template_for(self.model.model_name)]
         self.pictures: EncodedImages | None = None
         self.vision_seconds = 0.0
@@ -121,8 +120,9 @@ class Session:
     def use_pruner(self, pruner: Pruner | None) -> None:
         """Select with this method from now on; loads the text tower at once, so that no answer waits for it."""
         if pruner is not None:
-            pruner = suited(self.model, pruner)
-            if "text_embeds" in pruner.needs:
+            pruner, choice = settle(pruner, self.model.relevance_offer())
+            self.model.announcer.tell(pruner, choice)
+            if choice is not None and choice.source == "clip":
                 self.model.get_vision_tower().joint_space()
         self.pruner = pruner
 
@@ -130,28 +130,24 @@ class Session:
         self.conversation: Conversation = self.template.copy()
 
     def show(self, pictures: Sequence[Image.Image] = (), video: Video | None = None) -> None:
-        """Put pictures or a video on the table and start a new conversation.
-
-        Of several pictures LLaVA-OneVision, whose single ones are many tiles, reads one padded square each.
-        """
+        """Put pictures or a video on the table and start a new conversation."""
         self.clear()
         self.pictures = None
-        self.modality = IMAGE if video is None else VIDEO
         self.preface = ""
         if video is None:
-            several_tiled = len(pictures) > 1 and most_tiles(self.aspect_ratio) is not None
-            self.model.config.image_aspect_ratio = "pad" if several_tiled else self.aspect_ratio
-            self.pixels = process_images(pictures, self.image_processor, self.model.config) if pictures else []
-            self.sizes = [picture.size for picture in pictures]
+            self.pixels = process_images(pictures, self.image_processor, self.reading) if pictures else []
+            sizes = [picture.size for picture in pictures]
+            self.visuals = self.model.visuals(self.pixels, sizes, IMAGE, self.reading)
             return
-        self.pixels, self.sizes = [process_video(video, self.image_processor)], None
+        self.pixels = [process_video(video, self.image_processor)]
+        self.visuals = self.model.visuals(self.pixels, None, VIDEO, self.reading)
         if getattr(self.model.config, "add_time_instruction", False) and video.time_instruction:
             self.preface = video.time_instruction + "\n"
 
     def encode(self) -> None:
         """Run the tower: once, whatever is asked about the pictures."""
         start = self._now()
-        self.pictures = self.model.encode_pictures(self.pixels, self.sizes, self.modality)
+        self.pictures = self.model.encode_pictures(self.visuals)
         self.vision_seconds = self._now() - start
 
     def ask(self, question: str) -> str:
@@ -166,7 +162,7 @@ class Session:
         options = self.arguments
         with torch.inference_mode():
             if self.pictures is None and expected:
-                self.model.check_prompt(ids, self.pixels, self.sizes, self.pruner, self.modality)
+                self.model.check_prompt(ids, self.visuals, pruner=self.pruner)
                 self.encode()
             start = self._now()
             prompt = self.model.embed_prompts(

@@ -55,7 +55,7 @@ def status_line(
             + decoder_counts(prompt)
         )
         parts.append(f"vision {vision * 1e3:.0f} ms" if vision else "vision cached")
-        if prompt.kept[0].selection:
+        if prompt.kept[0].selections:
             parts.append(f"selection {(selected - start) * 1e3:.1f} ms")
             parts += graph_warning(prompt, pruner)
     if token_times:
@@ -79,7 +79,7 @@ def decoder_counts(prompt: EmbeddedPrompts) -> str:
 
 def graph_warning(prompt: EmbeddedPrompts, pruner: Pruner | None) -> list[str]:
     """A word where nearly all or nearly no pairs of tokens are joined: then the graph filter tells little."""
-    densities = [tokens.selection.details.get("edge_density") for tokens in prompt.kept]
+    densities = [tokens.details.get("edge_density") for tokens in prompt.kept]
     if any(density is None for density in densities):
         return []
     density = torch.cat(densities).mean().item()

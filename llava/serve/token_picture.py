@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from llava.layout.pooling import pooled_side
+from llava.model.kept_tokens import KeptTokens
 from llava.model.multimodal_encoder.vision_tower import VisionTower
-from llava.model.token_selection import KeptTokens
 
 DIMMED = 0.3  # share of the original brightness that a dropped patch keeps
 GAP = 8  # pixels between views and between pictures

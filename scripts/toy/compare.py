@@ -39,7 +39,6 @@ from llava.eval.selection_speed import time_rows
 from llava.eval.study_runs import UNPRUNED, read_run
 from llava.model.builder import DEFAULT_CHECKPOINT, TOY_FOLDER
 from llava.model.encoded_images import EncodedImages
-from llava.model.questions import Questions
 from llava.model.token_selection import select_tokens
 from llava.pruning import DecoderPruner, Pruner, get_pruner, list_pruners
 
@@ -137,8 +136,9 @@ def time_methods(arguments: Sequence[str], methods: Sequence[str], budget: int, 
 
     def select(pruner: Pruner | None, turns: Iterator[int]) -> None:
         number = next(turns)
-        questions = Questions(model, pruner, encoded.features.shape[1], [clean_question(shown[number].question.text)])
-        select_tokens(model, pruner, encoded.pick([number]), questions)
+        picked = encoded.pick([number])
+        plan = model.asked(model.plan(picked, pruner), [clean_question(shown[number].question.text)])
+        select_tokens(model.vision, plan, picked)
 
     def prefill(pruner: Pruner | None, turns: Iterator[int]) -> None:
         number = next(turns)

@@ -104,8 +104,21 @@ def test_sparsevlm_is_the_published_ranking(case, tensors):
     assert torch.allclose(relation[0], tensors["relation"], rtol=0, atol=1e-7)
     pruner = get_pruner("sparsevlm", version=version)
     keep = pruner.kept(case["schedule"][{2: 0, 6: 1, 15: 2}[case["layer"]]], case["n"])
-    inputs = CutInputs(attention=rows, raters=raters, position_attention=torch.ones_like(rows[:, 0]), able=case["n"])
+    inputs = CutInputs(attention=rows, raters=raters, position_products=torch.ones_like(rows[:, 0]), able=case["n"])
     assert torch.equal(pruner.choose_at(inputs, keep)[0][0], tensors["kept"].sort().values)
+
+
+@pytest.mark.parametrize("case, tensors", selection_cases("sparsevlm_position"))
+def test_version_2_divides_by_raw_products_of_positions(case, tensors):
+    rows, raters = tensors["text_rows"].float()[None], tensors["raters"]
+    inputs = CutInputs(
+        attention=rows,
+        raters=torch.ones(1, len(raters), dtype=torch.bool),
+        position_products=tensors["term"][None, raters],
+        able=case["n"],
+    )
+    kept = get_pruner("sparsevlm", version=2).choose_at(inputs, case["kept"])[0][0]
+    assert torch.equal(kept, tensors["kept"].sort().values)
 
 
 @pytest.mark.parametrize("case, tensors", selection_cases("sparsevlm_recycle"))
@@ -223,14 +236,14 @@ def test_cuts_move_with_the_depth_of_shallow_decoders():
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("fastv", {"layer": 0}, "layer must be at least 1"),
-        ("dart", {"pivots": 0}, "pivots must be at least 1"),
+        ("fastv", {"layer": 0}, "layer must be .*an integer at least 1"),
+        ("dart", {"pivots": 0}, "pivots must be an integer at least 1"),
         ("pyramiddrop", {"layers": "8/2"}, "written like 2/8/16"),
-        ("pyramiddrop", {"ratio": 1.0}, "ratio must lie between"),
-        ("sparsevlm", {"version": 3}, "version must be 1 or 2"),
+        ("pyramiddrop", {"ratio": 1.0}, "ratio must be a finite number between"),
+        ("sparsevlm", {"version": 3}, "version must be an integer between 1 and 2"),
         ("sparsevlm", {"layers": "1/2/3/4"}, "at most three cuts"),
-        ("fastv", {"newlines": "keep"}, "not for methods inside the decoder"),
-        ("fastv", {"scope": "global"}, "not for methods inside the decoder"),
+        ("fastv", {"newlines": "keep"}, "has no option newlines"),
+        ("fastv", {"scope": "global"}, "has no option scope"),
     ],
 )
 def test_bad_options_are_refused(name, options, message):
@@ -260,7 +273,7 @@ def cut_inputs(views=3, n=20, t=6, heads=4, width=12, kind="iid", eligible=None)
     return CutInputs(
         attention=attention,
         raters=torch.rand(views, t) < 0.7,
-        position_attention=torch.full((views, t, n), 0.5),
+        position_products=torch.full((views, t, n), 0.5),
         keys=keys,
         text_keys=torch.randn(views, t, width),
         hidden=hidden,

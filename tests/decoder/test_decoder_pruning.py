@@ -27,7 +27,7 @@ from llava.pruning.decoder_pruner import Cut
 from llava.pruning.fastv import FastV
 from llava.pruning.sparsevlm import cluster_count, pool_size, recycle
 from prompts import QUESTIONS, V15, V16, answer, ids_of, prompt_of
-from records import load_picture
+from records import load_picture, selection_cases
 
 METHODS = {
     "fastv": {},
@@ -107,7 +107,7 @@ def attention_of(decoder, index, hidden, positions):
         return states * cos + torch.cat([-states[..., width // 2 :], states[..., : width // 2]], -1) * sin
 
     queries, keys = heads(layer.self_attn.q_proj(normed)), heads(layer.self_attn.k_proj(normed))
-    return softmax_of(queries, keys), keys.transpose(0, 1).flatten(1), (cos, sin, heads)
+    return softmax_of(queries, keys), keys.transpose(0, 1).flatten(1)
 
 
 def softmax_of(queries, keys):
@@ -117,8 +117,8 @@ def softmax_of(queries, keys):
 
 
 def choose(name, decoder, cut, watched, hidden, positions, visual, text, raters, keep):
-    """Which of the visual positions stay, ascending, and tokens made of the others: methods.md 4, 5, 6 and 11."""
-    attention, keys, (_, _, heads) = attention_of(decoder, *watched)
+    """Which of the visual positions are kept, ascending, and tokens made of the others: methods.md 4, 5, 6 and 11."""
+    attention, keys = attention_of(decoder, *watched)
     if name in ("fastv", "pyramiddrop"):
         scores = attention.mean(0)[-1, visual]
         return sorted(visual[i] for i in scores.topk(keep).indices), None
@@ -135,8 +135,9 @@ def choose(name, decoder, cut, watched, hidden, positions, visual, text, raters,
             taken += sorted(free, key=lambda place: similarity[place].item())[:share]
         return sorted(taken), None
     if name == "sparsevlm 2":
-        alone = softmax_of(heads(torch.ones(len(positions), 12)), heads(torch.ones(len(positions), 12)))
-        attention = attention / alone
+        apart = (positions[:, None] - positions).float()[:, :, None] * decoder.rotary_emb.inv_freq
+        width = decoder.layers[0].self_attn.head_dim
+        attention = attention / (2 * apart.cos().sum(-1) * width**-0.5)  # (1, 1) turned by two angles, in every plane
         mass = attention[:, raters][:, :, visual].sum((1, 2))
         attention = attention[mass.topk(3).indices]
     relation = attention.mean(0)[raters][:, visual].mean(0)
@@ -303,13 +304,13 @@ def test_text_tokens_are_untouched(decoder):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_padding_patches_do_not_survive(decoder, name):
+def test_padding_patches_are_not_kept(decoder, name):
     def third(count):
         return torch.arange(count) % 3 > 0
 
     batch = make_batch(target=0.6, eligible=third)
     _, pruning = prefill(decoder, method(name), batch)
-    for places in pruning.survivors():
+    for places in pruning.kept_places():
         assert (places % 3 > 0).all()
     spans = [span for row in batch[3] for span in row.pictures]
     for span, left in zip(spans, pruning.prompt.stages[-1].rows[0].pictures, strict=False):
@@ -324,7 +325,7 @@ def test_copies_of_a_prompt_stay_copies(decoder, name):
     once, _ = prefill(decoder, method(name), (embeds, mask, positions, rows))
     output, pruning = prefill(decoder, method(name), (*thrice, rows))
     assert torch.allclose(output.last_hidden_state, once.last_hidden_state.repeat_interleave(3, 0), atol=1e-5)
-    assert len(pruning.survivors()) == 3
+    assert len(pruning.kept_places()) == 3
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -347,7 +348,7 @@ def test_a_prompt_that_ends_with_its_picture(decoder, name):
     output, pruning = prefill(decoder, method(name), (torch.randn(1, 30, 48), None, None, rows))
     assert output.last_hidden_state.isfinite().all()
     assert output.last_hidden_state.shape[1] == 5 + method(name).counts(25, 12, 6)[-1]
-    assert (pruning.survivors()[0].diff() > 0).all()
+    assert (pruning.kept_places()[0].diff() > 0).all()
 
 
 # --- attaching -----------------------------------------------------------------------------------------------------
@@ -573,7 +574,7 @@ def test_a_cache_that_is_emptied_and_used_again_has_no_memory(load, pixels_of):
 
 
 @pytest.mark.parametrize("checkpoint", [V15, V16])
-def test_what_survives_is_written_down(load, pixels_of, checkpoint):
+def test_what_is_kept_is_written_down(load, pixels_of, checkpoint):
     tokenizer, model, _, _ = load(checkpoint)
     pixels, sizes = pixels_of(checkpoint, "wide1000x400", "square336")
     ids, mask = ids_of(tokenizer, prompt_of(QUESTIONS[0]), prompt_of(QUESTIONS[1]))
@@ -622,3 +623,32 @@ def test_work_follows_from_the_counts():
     """The paper's 4.4 TFLOPs of FastV at 320 tokens, two for a multiply-accumulate."""
     counts = get_pruner("fastv").counts(2880, 320, 32)
     assert 2 * prefill_flops(counts, 4096, 11008) / 1e12 == pytest.approx(4.44, abs=0.02)
+
+
+# --- what a layer is asked -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case, tensors", selection_cases("sparsevlm_position"))
+def test_products_of_positions_are_the_recorded_ones(case, tensors, monkeypatch):
+    """From a pass of a decoder whose positions have the gaps that an earlier cut left."""
+    positions, heads = tensors["positions"][None], 2
+    torch.manual_seed(0)
+    width = heads * case["head_dim"]
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        vocab_size=8,
+        rope_parameters={"rope_type": "default", "rope_theta": case["rope_theta"]},
+    )
+    seen = []
+    pruner = get_pruner("sparsevlm", version=2, heads=1, budget="nominal", layers="1")
+    choose = type(pruner).choose_at
+    monkeypatch.setattr(type(pruner), "choose_at", lambda self, *args: (seen.append(args[0]), choose(self, *args))[1])
+    row = PromptRow(0, positions.shape[1], (PictureSpan(case["prefix"], case["n"], case["kept"]),))
+    decoder = LlamaModel(config).eval()
+    with torch.no_grad(), pruning_decoder(decoder, pruner, [row]):
+        decoder(inputs_embeds=torch.randn(1, positions.shape[1], width), position_ids=positions)
+    assert torch.allclose(seen[0].position_products[0], tensors["term"], atol=1e-4)
+    assert bool((seen[0].position_products < 0).any())

@@ -48,7 +48,7 @@ def test_it_is_the_mechanism_attached_by_hand(host, name):
             found = host.model(**arguments).logits
     torch.testing.assert_close(found, host.model.lm_head(hidden), rtol=1e-4, atol=1e-4)
     kept = [one.kept.nonzero().flatten().tolist() for one in handle.kept]
-    assert kept == [places.tolist() for places in pruning.survivors()]
+    assert kept == [places.tolist() for places in pruning.kept_places()]
     assert all(0 < len(places) < 16 for places in kept)
 
 

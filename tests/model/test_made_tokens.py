@@ -8,11 +8,11 @@ from transformers import CLIPVisionModelWithProjection
 
 from llava.eval.answering import Answerer
 from llava.eval.benchmarks import Question
+from llava.layout.plan import plan_picture
 from llava.layout.views import NEWLINE, flat_layout, kept_places, with_made_tokens
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.encoded_images import EncodedImages
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.model.token_selection import count_kept
 from llava.pruning import get_pruner
 from llava.pruning.functional import cosine_similarity
 from llava.serve.token_picture import draw_kept_tokens
@@ -90,7 +90,7 @@ def test_trim_gives_kept_tokens_and_the_mean_of_the_others(embed):
     mask = kept.mask()[0]
     assert torch.equal(rows[:-1], encoded.features[0, mask])
     others = encoded.encoder_features[0, ~mask & kept.layout.eligible[0]].mean(0)
-    assert torch.allclose(rows[-1], model.project(others), atol=1e-5)
+    assert torch.allclose(rows[-1], model.vision.project(others), atol=1e-5)
     assert (int(mask.sum()), kept.patches, kept.per_view()) == (11, 12, [12])
 
 
@@ -99,14 +99,14 @@ def test_visionzip_stands_in_the_published_order(embed):
     model, encoded, prompts, rows = embed(V15, get_pruner("visionzip", keep_tokens=16))
     kept = prompts.kept[0]
     tower = model.get_vision_tower()
-    class_row = model.project(encoded.field("class_features", tower)[0])
-    contextual = model.project(kept.selection.made[0, 1:])
+    class_row = model.vision.project(encoded.field("class_features", tower)[0])
+    contextual = model.vision.project(kept.selection.made[0, 1:])
     expected = torch.cat([class_row[None], encoded.features[0, kept.mask()[0]], contextual])
     assert torch.allclose(rows, expected, atol=1e-5)
 
     model, encoded, prompts, rows = embed(V16, get_pruner("visionzip", keep_tokens=16))
     kept = prompts.kept[0]
-    made = model.project(kept.selection.made)
+    made = model.vision.project(kept.selection.made)
     mask, order = kept.mask().flatten(), kept.layout.sequence
     tiles = [n for n in order[576:].tolist() if n != NEWLINE and mask[n]]
     flat = encoded.features.flatten(0, 1)
@@ -167,7 +167,7 @@ def test_adaptive_trim_counts_as_many_as_it_finds(embed):
         kept = prompts.kept[0]
         found = kept.selection.eligible.sum(-1)
         assert kept.per_view() == (found + 1).tolist()
-        assert 0 < kept.patches < count_kept(pruner, kept.layout)
+        assert 0 < kept.patches < plan_picture(pruner, kept.layout).count
         assert len(rows) == kept.patches == int(found.sum()) + len(found)
 
 
@@ -212,7 +212,7 @@ def test_official_divprune_chooses_among_all_that_is_read(embed, checkpoint, pic
         order.append(int(distance[order].amin(0).index_fill(0, torch.tensor(order), -torch.inf).argmax()))
     assert torch.equal(rows, unpruned[sorted(order)])
     kept = prompts.kept[0]
-    assert len(kept.sequence) == count == count_kept(pruner, kept.layout)
+    assert len(kept.sequence) == count == plan_picture(pruner, kept.layout).count
     newlines = (kept.layout.sequence[sorted(order)] == NEWLINE).sum()
     assert (kept.newlines, kept.patches) == (newlines, count - newlines)
     assert kept.mask().sum() == kept.patches

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
+from llava.layout.plan import plan_picture
 from llava.layout.views import NEWLINE, kept_sequence, padded_square_layout, tiled_layout
 from llava.mm_utils import anyres_grid, process_images
 from llava.model.encoded_images import EncodedImages
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-from llava.model.token_selection import count_kept
 from llava.pruning import get_pruner
 from method_inputs import BEFORE_DECODER
 from prompts import QUESTIONS, V15, V16, answer, ids_of, prompt_of
@@ -47,7 +47,7 @@ def test_the_count_is_kept_in_every_view(load, pixels_of, checkpoint, name, pict
         else:
             assert kept.per_view() == [count] * views
         assert kept.newlines == 0
-        assert len(kept.sequence) == kept.patches == sum(kept.per_view()) == count_kept(pruner, kept.layout)
+        assert len(kept.sequence) == kept.patches == sum(kept.per_view()) == plan_picture(pruner, kept.layout).count
         assert prompts.inputs_embeds.shape[1] == ids.shape[1] - 1 + kept.patches
         assert not (kept.mask() & ~kept.layout.eligible).any()
         assert int(kept.mask().sum()) == (kept.sequence < kept.layout.eligible.numel()).sum()

@@ -17,6 +17,7 @@ from llava.model.builder import load_pretrained_model
 from llava.pruning import DecoderPruner, PruningInputs, get_pruner, list_pruners, pruner_class
 from llava.pruning.blocks import ROWS, CosineRows, map_rank_by_rows, redundancy_by_blocks
 from llava.pruning.functional import cosine_similarity, greedy_map_rank, redundancy_graph
+from llava.relevance.policy import Announcer
 from llava.relevance.siglip import SiglipJointSpace
 from records import FEATURES, Records, load_picture
 
@@ -137,7 +138,7 @@ def test_every_method_keeps_its_count_and_a_clip_alone_equals_the_clip_in_a_batc
     for i, clip in enumerate(pixels):
         alone = embed(model, ids_of(loaded), [clip], pruner=pruner)
         assert torch.equal(alone.kept[0].sequence, together.kept[i].sequence)
-        if pruner.count_is_exact and pruner.scope == "view" and not isinstance(pruner, DecoderPruner):
+        if pruner.count_is_exact and not isinstance(pruner, DecoderPruner):
             assert alone.kept[0].per_view() == [16] * len(clip)
         length = alone.inputs_embeds.shape[1]
         assert torch.allclose(alone.inputs_embeds[0], together.inputs_embeds[i, :length], atol=1e-5)
@@ -243,17 +244,23 @@ def test_the_sign_is_plus_one_and_the_question_matters(loaded, model, pixels):
     assert torch.equal(relevance.amax(1), torch.ones(4))
 
 
-def test_without_siglip_relevance_comes_from_the_projector(loaded, model, pixels, monkeypatch, caplog):
+@pytest.mark.parametrize("name", ["script", "cdpruner", "trim", "script_release"])
+def test_without_siglip_relevance_comes_from_the_language_model(loaded, model, pixels, monkeypatch, caplog, name):
     tower = model.get_vision_tower()
     monkeypatch.setattr(tower, "joint_folder", None)
     monkeypatch.setattr(tower, "_joint_space", None)
-    script = get_pruner("script", keep_tokens=16)
-    kept = embed(model, ids_of(loaded), pixels[:1], pruner=script).kept[0]
-    assert "relevance comes from the projector's space" in caplog.text
-    told = dataclasses.replace(script, relevance="projector")
+    monkeypatch.setattr(model, "_announcer", Announcer(), raising=False)
+    if pruner_class(name).place == "encoder":
+        pytest.skip("acts before the projector")
+    pruner = get_pruner(name, keep_tokens=16)
+    kept = embed(model, ids_of(loaded), pixels[:1], pruner=pruner).kept[0]
+    assert kept.relevance.source == "language"
+    assert "first attention; the full SigLIP" in caplog.text
+    told = dataclasses.replace(pruner, relevance="language")
     assert torch.equal(kept.sequence, embed(model, ids_of(loaded), pixels[:1], pruner=told).kept[0].sequence)
-    with pytest.raises(ValueError, match="'cdpruner' compares patches with the question in a joint space"):
-        embed(model, ids_of(loaded), pixels[:1], pruner=get_pruner("cdpruner", keep_tokens=16))
+    asked = dataclasses.replace(pruner, relevance="clip")
+    with pytest.raises(ValueError, match=r"'\w+' cannot have relevance=clip: the full SigLIP .* is not at hand"):
+        embed(model, ids_of(loaded), pixels[:1], pruner=asked)
     with pytest.raises(CheckpointError, match=r"needs the full SigLIP.*--siglip-path"):
         tower.joint_space()
 
@@ -301,21 +308,21 @@ def test_another_stride_is_warned_about(loaded, model, pixels, monkeypatch, capl
 # --- a budget for the whole clip -----------------------------------------------------------------------------------
 
 
-def test_a_budget_for_the_clip_is_dealt_over_its_frames(loaded, model, pixels):
-    kept = embed(model, ids_of(loaded), pixels[:1], pruner=get_pruner("script", keep_tokens=16, scope="clip")).kept[0]
+def test_a_budget_for_the_video_is_dealt_over_its_frames(loaded, model, pixels):
+    pruner = get_pruner("script", keep_tokens=16, scope="global")
+    kept = embed(model, ids_of(loaded), pixels[:1], pruner=pruner).kept[0]
     assert kept.patches == 64
     assert len(set(kept.per_view())) > 1
-    with pytest.raises(ValueError, match="scope=clip goes with graph=bipartite"):
-        get_pruner("script", scope="clip", graph="exhaustive")
-    with pytest.raises(ValueError, match="scope must be one of view, global"):
-        get_pruner("divprune", scope="clip")
 
 
-def test_a_budget_for_the_clip_gives_what_the_whole_matrix_gives():
+def test_by_rows_gives_what_the_whole_matrix_gives(monkeypatch):
     inputs = PruningInputs(torch.randn(1, 700, 24, dtype=torch.float64), relevance=torch.rand(1, 700).double())
-    clip, whole = (get_pruner("script", scope=scope, tau=0.1).select(inputs, keep=90) for scope in ("clip", "global"))
-    assert torch.equal(clip.indices, whole.indices)
-    assert torch.equal(clip.details["kept_by_gsp"], whole.details["kept_by_gsp"])
+    pruner = get_pruner("script", tau=0.1)
+    whole = pruner.select(inputs, keep=90)
+    monkeypatch.setattr("llava.pruning.similarity.BY_ROWS_FROM", 700)
+    by_rows = pruner.select(inputs, keep=90)
+    assert torch.equal(by_rows.indices, whole.indices)
+    assert torch.equal(by_rows.details["kept_by_gsp"], whole.details["kept_by_gsp"])
 
 
 def test_rows_on_demand_are_the_matrix():
@@ -366,10 +373,12 @@ def test_memory_of_the_selection_grows_linearly_with_frames():
     assert sizes == [sizes[0], 2 * sizes[0], 4 * sizes[0]]
 
 
-def test_a_budget_for_the_clip_never_builds_all_pairs():
+def test_the_selection_over_a_long_video_never_builds_all_pairs(monkeypatch):
     tokens = 16 * 169
-    assert largest(get_pruner("script", keep_tokens=16, scope="global"), 16, joined=True) >= tokens**2
-    assert largest(get_pruner("script", keep_tokens=16, scope="clip"), 16, joined=True) <= tokens * ROWS
+    script = get_pruner("script", keep_tokens=16)
+    assert largest(script, 16, joined=True) >= tokens**2
+    monkeypatch.setattr("llava.pruning.similarity.BY_ROWS_FROM", tokens)
+    assert largest(script, 16, joined=True) <= tokens * ROWS
 
 
 def test_pooling_by_hand():

@@ -100,7 +100,7 @@ def test_methods_inside_the_decoder(name, options):
     inputs = CutInputs(
         attention=draw(views, heads, rows, TOKENS).softmax(-1),
         raters=torch.ones(views, rows, dtype=torch.bool),
-        position_attention=draw(views, rows, TOKENS).softmax(-1),
+        position_products=draw(views, rows, TOKENS),
         keys=draw(views, TOKENS, 8),
         text_keys=draw(views, 6, 8),
         hidden=draw(views, TOKENS, 16),

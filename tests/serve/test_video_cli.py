@@ -66,8 +66,8 @@ def test_several_pictures_are_a_padded_square_each(run, video):
     assert re.search(r"\(32 x ([2-9]|\d\d) per view\)", out)
 
 
-def test_a_budget_for_the_clip(run):
-    options = ["--num-frames", "4", "--keep-tokens", "16", "--pruner-args", "scope=clip"]
+def test_a_budget_for_the_whole_video(run):
+    options = ["--num-frames", "4", "--keep-tokens", "16", "--pruner-args", "scope=global"]
     code, out, _ = run("--query", "What moves?", *options)
     assert code == 0
     assert "64 of 784 visual tokens" in out

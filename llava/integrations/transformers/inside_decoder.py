@@ -75,7 +75,7 @@ def with_survivors(kept: Sequence[KeptPicture], pruning: DecoderPruning) -> list
     layers = len(pruning.decoder.layers)
     spans = [span for row in pruning.rows for span in row.pictures]
     answers = []
-    for one, span, places in zip(kept, spans, pruning.survivors(), strict=True):
+    for one, span, places in zip(kept, spans, pruning.kept_places(), strict=True):
         left = torch.zeros_like(one.kept)
         left[places] = True
         counts = tuple(pruning.pruner.counts(span.count, span.target, layers))

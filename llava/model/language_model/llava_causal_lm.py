@@ -11,14 +11,13 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llava.constants import IGNORE_INDEX
-from llava.decoder.attachment import DecoderPruning, find_pruning, going_on_with
-from llava.model.encoded_images import EncodedImages
-from llava.model.llava_arch import EmbeddedPrompts, LlavaMetaForCausalLM, LlavaMetaModel
-from llava.pruning import Pruner
+from llava.decoder.attachment import DecoderPruning, find_pruning, resumed_pruning
+from llava.model.llava_arch import EmbeddedPrompts, LlavaMetaForCausalLM, LlavaMetaModel, Shown
+from llava.pruning import Method
 
 
 class LlavaCausalLM(LlavaMetaForCausalLM):
-    """Base of all families, to stand before the library's own class: `forward` and `generate` with pictures.
+    """Base of all families, listed before the library's own class: `forward` and `generate` with pictures.
 
     Both take, beside the library's own arguments, ``images``, ``image_sizes``, ``pruner``, ``query``,
     ``sample_ids`` and ``modalities`` as described in `LlavaMetaForCausalLM.embed_prompts`.
@@ -37,9 +36,9 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        images: Tensor | Sequence[Tensor] | EncodedImages | None = None,
+        images: Shown | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
-        pruner: Pruner | None = None,
+        pruner: Method | None = None,
         query: str | Sequence[str] | None = None,
         sample_ids: Sequence[int] | None = None,
         modalities: str | Sequence[str] | None = None,
@@ -49,7 +48,7 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
 
         With a method inside the decoder the logits are those of the positions that it leaves.
         """
-        pruning = None
+        prompts = pruning = None
         if inputs_embeds is None and images is not None:
             prompts = self.embed_prompts(  # Script: pruner and query come in here
                 input_ids,
@@ -79,25 +78,27 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         if pruning is not None and labels is not None:
             left = pruning.labels(labels, IGNORE_INDEX)
             output.loss = self.loss_function(logits=output.logits, labels=left, vocab_size=self.config.vocab_size)
+        if pruning is not None and self.attached_pruner is not None:
+            prompts.note_kept(pruning)
         return output
 
     def _inside_decoder(self, pruning: DecoderPruning | None, past_key_values: Any) -> AbstractContextManager:
-        """The block in which a method acts: a new one, or one that goes on with what has been shortened before."""
+        """The block in which a method acts: a new one, or one that decodes behind a prompt shortened before."""
         if pruning is not None:
             return pruning.attached()
-        shortened = getattr(past_key_values, "decoder_pruning", None)
-        gone_on = shortened is not None and past_key_values.get_seq_length() > 0
-        if not gone_on or find_pruning(self.model) is not None:
+        prompt = getattr(past_key_values, "decoder_pruning", None)
+        resumes = prompt is not None and past_key_values.get_seq_length() > 0
+        if not resumes or find_pruning(self.model) is not None:
             return nullcontext()
-        return going_on_with(self.model, shortened)
+        return resumed_pruning(self.model, prompt)
 
     @torch.no_grad()
     def generate(
         self,
         inputs: Tensor | EmbeddedPrompts | None = None,
-        images: Tensor | Sequence[Tensor] | EncodedImages | None = None,
+        images: Shown | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
-        pruner: Pruner | None = None,
+        pruner: Method | None = None,
         query: str | Sequence[str] | None = None,
         sample_ids: Sequence[int] | None = None,
         modalities: str | Sequence[str] | None = None,
@@ -138,5 +139,5 @@ class LlavaCausalLM(LlavaMetaForCausalLM):
         with self._inside_decoder(pruning, None):  # Script: methods inside the decoder act here
             output = super().generate(inputs_embeds=prompts.inputs_embeds, attention_mask=mask, **kwargs)
         if pruning is not None:
-            prompts.note_survivors(pruning)
+            prompts.note_kept(pruning)
         return output

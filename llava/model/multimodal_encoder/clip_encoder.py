@@ -10,9 +10,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from llava.checkpoint import fill_module, find_folder, read_tensors
+from llava.checkpoint import CheckpointError, fill_module, find_folder, read_tensors
 from llava.model.multimodal_encoder.vision_tower import VisionTower, attention
-from llava.relevance.clip import ClipJointSpace
+from llava.relevance.clip import ClipJointSpace, check_joint_space
 
 # Pillow resizes as LLaVA's training did; the library's default is torchvision, whose bicubic differs, where installed.
 CLIPImageProcessor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
@@ -29,6 +29,7 @@ class CLIPVisionTower(VisionTower):
         select_feature: "patch" drops the class token, "cls_patch" keeps it.
     """
 
+    kind: ClassVar[str] = "CLIP"
     class_tokens: ClassVar[int] = 1
     relevance_sign: ClassVar[int] = ClipJointSpace.relevance_sign
 
@@ -41,6 +42,7 @@ class CLIPVisionTower(VisionTower):
         self.select_layer = select_layer
         self.folder: Path | None = None
         self._joint_space: ClipJointSpace | None = None
+        self._checked: tuple[Path | None, str | None] | None = None  # a folder, and why it gives no joint space
 
     def load_model(
         self,
@@ -91,6 +93,19 @@ class CLIPVisionTower(VisionTower):
         if self._joint_space is None:
             self._joint_space = ClipJointSpace.load(self.folder, self.dtype, self.device)
         return self._joint_space
+
+    def why_no_joint_space(self) -> str | None:
+        if self._joint_space is not None:
+            return None
+        if self._checked is None or self._checked[0] != self.folder:  # files are read: once
+            reason = None if self.folder else "the vision tower was not loaded from a folder of CLIP"
+            if self.folder:
+                try:
+                    check_joint_space(self.folder)
+                except CheckpointError as error:
+                    reason = str(error)
+            self._checked = self.folder, reason
+        return self._checked[1]
 
     def use_joint_space(self, space: ClipJointSpace) -> None:
         """Take a text tower and projections that were not loaded from this tower's folder."""

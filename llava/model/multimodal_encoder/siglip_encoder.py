@@ -31,6 +31,7 @@ class SigLIPVisionTower(VisionTower):
             SigLIP's own last layer and head, "full" runs a second, untouched SigLIP on the pixels.
     """
 
+    kind: ClassVar[str] = "SigLIP"
     class_tokens: ClassVar[int] = 0
     relevance_sign: ClassVar[int] = SiglipJointSpace.relevance_sign
 
@@ -83,9 +84,10 @@ class SigLIPVisionTower(VisionTower):
         space = self.joint_space()
         return space.image_embeds_of_pixels(source) if source.ndim == 4 else space.image_embeds(source)
 
-    @property
-    def has_joint_space(self) -> bool:
-        return self._joint_space is not None or self.joint_folder is not None
+    def why_no_joint_space(self) -> str | None:
+        if self._joint_space is not None or self.joint_folder is not None:
+            return None
+        return f"the full SigLIP {self.name} is not at hand; joint_space_path (--siglip-path) says where it is"
 
     def joint_space(self) -> SiglipJointSpace:
         """SigLIP's text tower, last layer and head, loaded when first asked for.

@@ -39,6 +39,7 @@ class VisionTower(nn.Module, ABC):
         select_feature: "patch", or "cls_patch" where the class token counts among the patches.
     """
 
+    kind: ClassVar[str]  # whose joint space it brings, as messages name it
     class_tokens: ClassVar[int]  # how many stand before the patches
     relevance_sign: ClassVar[int]  # sign under which the joint space's cosine grows with relevance
     image_embeds_source: str = "encoder_features"  # what `image_embeds` is computed from, or "pixels"
@@ -86,10 +87,13 @@ class VisionTower(nn.Module, ABC):
     def class_attention(self, layer_input: Tensor) -> Tensor:
         """Attention to the patches of what stands for the whole picture: (V, n, c) -> (V, heads, n) float32."""
 
+    @abstractmethod
+    def why_no_joint_space(self) -> str | None:
+        """Why `joint_space` cannot be had of files on this machine, and what would help; ``None`` if it can."""
+
     @property
     def has_joint_space(self) -> bool:
-        """Whether `joint_space` can be had of files on this machine."""
-        return True
+        return self.why_no_joint_space() is None
 
     @property
     def is_loaded(self) -> bool:

@@ -1,0 +1,62 @@
+"""Into how many tiles a picture is cut, as a checkpoint's ``image_grid_pinpoints`` and ``image_aspect_ratio`` say."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+
+
+def most_tiles(aspect_ratio: str | None) -> int | None:
+    """K of "anyres_max_K"; ``None`` where nothing bounds the number of tokens."""
+    found = re.fullmatch(r"anyres_max_(\d+)", aspect_ratio or "")
+    return int(found[1]) if found else None
+
+
+def reads_as_squares(aspect_ratio: str | None, pictures: int) -> bool:
+    """Whether the pictures of a prompt become one padded square each: LLaVA-OneVision's rule for several of them."""
+    return pictures > 1 and most_tiles(aspect_ratio) is not None
+
+
+def parse_pinpoints(pinpoints: str | Sequence[Sequence[int]], side: int) -> list[list[int]]:
+    """``image_grid_pinpoints`` as pairs (width, height) in pixels.
+
+    Args:
+        pinpoints: the pairs, or a string: a list in Python's notation, or a range such as "(1x1),...,(6x6)" of tile
+            counts between the first and the last one written.
+        side: pixels along one side of a tile.
+
+    Raises:
+        ValueError: something that is neither.
+    """
+    if isinstance(pinpoints, str):
+        counts = [tuple(map(int, pair)) for pair in re.findall(r"\((\d+)x(\d+)\)", pinpoints)]
+        if counts:
+            first, last = counts[0], counts[-1]
+            columns, rows = (range(first[i], last[i] + 1) for i in (0, 1))
+            return [[side * column, side * row] for column in columns for row in rows]
+    try:
+        pairs = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
+        return [list(map(int, pair)) for pair in pairs]
+    except (ValueError, SyntaxError, TypeError):
+        raise ValueError(
+            f"image_grid_pinpoints must be pairs or a range like (1x1),...,(6x6), got {pinpoints!r}"
+        ) from None
+
+
+def select_best_resolution(size: tuple[int, int], resolutions: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """The (width, height) that shows most of a picture of ``size`` (width, height), with the least canvas wasted."""
+
+    def shown_and_waste(resolution: Sequence[int]) -> tuple[int, int]:
+        width, height = resolution
+        scale = min(width / size[0], height / size[1])
+        shown = min(int(size[0] * scale) * int(size[1] * scale), size[0] * size[1])
+        return shown, -(width * height - shown)
+
+    return tuple(max(resolutions, key=shown_and_waste))
+
+
+def anyres_grid(size: tuple[int, int], pinpoints: Sequence[Sequence[int]], view_side: int) -> tuple[int, int]:
+    """(columns, rows) of tiles into which a picture of ``size`` (width, height) is cut."""
+    width, height = select_best_resolution(size, pinpoints)
+    return width // view_side, height // view_side
