@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -24,6 +24,8 @@ class OurSubject(Subject):
         template: name of the conversation template; ``None`` takes the checkpoint's.
         loading: further arguments of `load_pretrained_model`.
     """
+
+    forward_options: ClassVar[dict[str, Any]] = {"padding_side": "left"}
 
     def __init__(self, path: str, template: str | None = None, **loading: Any) -> None:
         self.tokenizer, self.model, self.image_processor, _ = load_pretrained_model(path, **loading)
@@ -54,7 +56,6 @@ class OurSubject(Subject):
         inputs: dict[str, Any] = {
             "input_ids": ids.to(self.model.device),
             "attention_mask": mask.to(self.model.device),
-            "padding_side": "left",
         }
         if pictures:
             inputs |= {"images": self.pixels(pictures), "image_sizes": [picture.size for picture in pictures]}
@@ -67,10 +68,9 @@ class OurSubject(Subject):
         return method(self.model)
 
     def of_kept(self, kept: Any) -> tuple[Tensor, Tensor | None, int]:
-        details = {} if kept.selection is None else kept.selection.details
-        relevance = details.get("relevance")
+        parts = [one.details["relevance"].flatten() for one in kept.selections if "relevance" in one.details]
         made = 0 if kept.made is None else kept.made.shape[0] * kept.made.shape[1]
-        return kept.mask().flatten(), None if relevance is None else relevance.flatten().float().cpu(), made
+        return kept.mask().flatten(), torch.cat(parts).float().cpu() if parts else None, made
 
     def coverage(self, image: Image.Image, canvas: Image.Image) -> Tensor:
         white, black = (self.pixels([one])[0].float().cpu() for one in (canvas, Image.new("RGB", image.size)))

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -53,6 +53,7 @@ class Subject(ABC):
 
     model: nn.Module
     processor: Any = None
+    forward_options: ClassVar[dict[str, Any]] = {}  # for batches, whose prompts are padded on the left
 
     @property
     @abstractmethod
@@ -111,7 +112,7 @@ class Subject(ABC):
         """A `Trace` for each of a batch of pictures and questions."""
         inputs, seen = self.inputs(pictures, questions), {}
         with self.attached(method) if method is not None else nullcontext() as handle, self._watching(seen):
-            output = self.model(**inputs, use_cache=True)
+            output = self.model(**inputs, **self.forward_options, use_cache=True)
             kept = [] if handle is None else list(handle.kept)
         embeds = seen["inputs_embeds"]
         mask = seen.get("attention_mask")
