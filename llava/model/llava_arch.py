@@ -259,7 +259,7 @@ class LlavaMetaForCausalLM(ABC):
         method, choice = settle(plan.method, self.relevance_offer())
         of_row = range(len(questions)) if of_row is None else of_row
         if method.reads_question:
-            check_asked(questions, method.name, of_row)
+            check_asked({row: questions[row] for row in of_row}, method.name)
             self.announcer.tell(method, choice)
         tower = self.get_vision_tower()
         asked = Asked(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from llava.pruning import Method
 from llava.pruning.question_reader import QuestionReader
 from llava.relevance.first_attention import FirstAttention
+from llava.relevance.heads import HeadWeights
 from llava.relevance.language import as_distribution, attention_mass, language_relevance, word_distribution
 
 
@@ -75,6 +76,9 @@ class Asked:
         language: for all sources that read the language model.
         sign: of the joint space's cosine.
         device: of the text tower; on a GPU it gets a stream of its own.
+
+    Raises:
+        HeadFileError: the method's file of head weights cannot be read, or is that of another model.
     """
 
     def __init__(
@@ -108,6 +112,9 @@ class Asked:
                 if self.source in ("language", "qk") and language.attention is not None:
                     self._embedded += (language.attention.queries(self._embedded[0]),)
         self._weights: Tensor | None = None
+        if method.heads is not None:
+            weights = HeadWeights.read(method.heads).for_attention(language.attention, method.heads)
+            self._weights = weights[language.own_heads]
 
     def fields(
         self,

@@ -8,7 +8,7 @@ placeholder of a picture, no system text, no plea for a short answer). All hosts
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -187,10 +187,14 @@ def given_questions(query: str | Sequence[str] | None, rows: int) -> list[str] |
     return [clean_question(text) for text in texts]
 
 
-def check_asked(questions: Sequence[str | None], method: str, rows: Sequence[int] | None = None) -> None:
-    """Raise ValueError unless every prompt has a question for ``method`` to read; of those in ``rows``, if given."""
-    for row in range(len(questions)) if rows is None else rows:
-        question = questions[row]
+def check_asked(questions: Sequence[str | None] | Mapping[int, str | None], method: str) -> None:
+    """Raise ValueError unless every prompt has a question for ``method`` to read.
+
+    Args:
+        questions: of prompts 0, 1, ..., or by the numbers of those that show pictures.
+    """
+    numbered = questions.items() if isinstance(questions, Mapping) else enumerate(questions)
+    for row, question in numbered:
         if question is None:
             raise ValueError(
                 f"pruner '{method}' selects by the question, and without a tokenizer it cannot be read out of prompt "

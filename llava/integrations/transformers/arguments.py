@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava.integrations.transformers.host import TOKEN_TYPES, Host
 from llava.integrations.transformers.shortening import IGNORE_INDEX, Shortening
@@ -24,13 +24,12 @@ def by_name(function: Callable[..., Any], positional: Sequence[Any], named: Mapp
     return arguments
 
 
-def shortened(host: Host, arguments: dict[str, Any], shortening: Shortening) -> dict[str, Any]:
+def of_shorter_prompt(host: Host, arguments: dict[str, Any], shortening: Shortening) -> dict[str, Any]:
     """The arguments of the model's own call: everything about tokens shorter, nothing about pictures."""
     visual = host.visual_inputs(arguments)
     shorter = {name: value for name, value in arguments.items() if name not in visual and name != "position_ids"}
-    mask = arguments["attention_mask"]
     shorter["input_ids"] = shortening.tokens(arguments["input_ids"])
-    shorter["attention_mask"] = shortening.attention_mask(mask)
+    shorter["attention_mask"] = shortening.tokens(arguments["attention_mask"], padding=0)
     for name in TOKEN_TYPES:
         if arguments.get(name) is not None:
             shorter[name] = shortening.tokens(arguments[name], padding=0)
@@ -64,13 +63,19 @@ def checked_prompt(arguments: dict[str, Any]) -> Tensor:
 
 
 def check_cache(arguments: dict[str, Any]) -> None:
-    """Refuse to go on with a cache whose prompt was pruned: where its tokens stood is not known any more."""
+    """Refuse to continue a cache whose prompt was pruned: where its tokens stood is not known any more."""
     cache = arguments.get("past_key_values")
     if getattr(cache, "prompt_was_pruned", False) and int(cache.get_seq_length()) > 0:
         raise ValueError(
-            "past_key_values holds a prompt that was pruned, and cannot be gone on with: give the whole "
+            "past_key_values holds a prompt that was pruned, and cannot be continued: give the whole "
             "conversation, its pictures too, without the cache"
         )
+
+
+def mark_pruned(cache: Any) -> None:
+    """Let `check_cache` know a cache again."""
+    if cache is not None:
+        cache.prompt_was_pruned = True
 
 
 def mask_of_padding(host: Host, prompt: Tensor, config: Any) -> Tensor:
@@ -83,17 +88,48 @@ def mask_of_padding(host: Host, prompt: Tensor, config: Any) -> Tensor:
     return prompt.ne(padding).long()
 
 
-def lower_lengths(arguments: dict[str, Any], dropped: int) -> None:
-    """Make limits that count the prompt fit the shorter one."""
-    for name in ("max_length", "min_length"):
-        if arguments.get(name) is not None:
-            arguments[name] -= dropped
-    config = arguments.get("generation_config")
-    if config is not None and (config.max_length is not None or config.min_length):
-        arguments["generation_config"] = config = copy.deepcopy(config)
-        for name in ("max_length", "min_length"):
-            if getattr(config, name):
-                setattr(config, name, max(0, getattr(config, name) - dropped))
+def lower_lengths(host: Host, arguments: dict[str, Any], dropped: int) -> None:
+    """Make limits that count the prompt fit the shorter one, wherever they stand.
+
+    As in the library, arguments of the call come before its ``generation_config``, and that before the model's own;
+    limits on new tokens come before those that count the prompt.
+    """
+    given, own = arguments.get("generation_config"), host.model.generation_config
+    if given is not None:
+        arguments["generation_config"] = given = copy.deepcopy(given)
+
+    def effective(name: str) -> Any:
+        values = (arguments.get(name), getattr(given, name, None), getattr(own, name, None))
+        return next((value for value in values if value is not None), None)
+
+    for name, of_new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        limit = effective(name)
+        if not limit or effective(of_new) is not None:
+            continue
+        lower = max(0, limit - dropped)
+        if given is not None and arguments.get(name) is None:
+            setattr(given, name, lower)
+        else:
+            arguments[name] = lower
+
+
+def check_gradients(host: Host, method: Any, arguments: dict[str, Any]) -> None:
+    """Raise ValueError if a loss would have to pass through tokens that a method makes.
+
+    Tokens that are kept carry gradients to tower, projector and embeddings; tokens that are made do not.
+    """
+    model = host.model
+    if not method.makes_tokens or not torch.is_grad_enabled():
+        return
+    if not model.training and arguments.get("labels") is None:
+        return
+    decoder = {id(parameter) for parameter in host.language_model.parameters()}
+    if any(p.requires_grad and id(p) not in decoder for p in host.base.parameters()):
+        raise ValueError(
+            f"pruner '{method.name}' makes tokens, which give no gradient to the vision tower and the projector: "
+            "train with a method that keeps tokens as they are, freeze these parts with requires_grad_(False), or "
+            "compute the loss under torch.no_grad()"
+        )
 
 
 def with_whole_prompt(sequences: Tensor, prompt: Tensor, shortened: int) -> Tensor:
@@ -102,6 +138,7 @@ def with_whole_prompt(sequences: Tensor, prompt: Tensor, shortened: int) -> Tens
     return torch.cat([whole.to(sequences.device), sequences[:, shortened:]], dim=1)
 
 
-def mark_pruned(cache: Any) -> None:
-    if cache is not None:
-        cache.prompt_was_pruned = True
+def embedding_device(embedding: nn.Module, otherwise: torch.device) -> torch.device:
+    """Where the ids go that an embedding looks up; ``otherwise`` where its table is offloaded."""
+    weight = getattr(embedding, "weight", None)
+    return otherwise if weight is None or weight.is_meta else weight.device

@@ -10,9 +10,12 @@ and after its ``forward``, a hook before its language model's.
 
 from __future__ import annotations
 
+import copy
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -22,24 +25,26 @@ from llava.decoder.attachment import DecoderPruning
 from llava.integrations.transformers.arguments import (
     by_name,
     check_cache,
+    check_gradients,
     checked_prompt,
     lower_lengths,
     mark_pruned,
     mask_of_padding,
-    shortened,
-    with_whole_prompt,
+    of_shorter_prompt,
 )
 from llava.integrations.transformers.boundary import Plan
-from llava.integrations.transformers.capture import ABSENT, Capture, capture_prompt
+from llava.integrations.transformers.capture import ABSENT, Capture, capture_prompt, replaced
+from llava.integrations.transformers.compiled import SetAside, original, refuse_to_be_compiled
 from llava.integrations.transformers.host import TOKEN_TYPES, Host, find_host
 from llava.integrations.transformers.inside_decoder import (
+    all_that_is_read,
     check_decoder,
     decoder_pruning,
-    keep_until_the_decoder,
-    with_survivors,
+    kept_at_the_end,
+    target_of,
 )
 from llava.integrations.transformers.pictures import find_pictures
-from llava.integrations.transformers.relevance import RelevanceSource
+from llava.integrations.transformers.relevance import HostRelevance
 from llava.integrations.transformers.selection import KeptPicture, select_tokens, with_made_tokens
 from llava.integrations.transformers.shortening import (
     Shortening,
@@ -48,28 +53,67 @@ from llava.integrations.transformers.shortening import (
     packed_positions,
     shorten,
 )
-from llava.pruning import DecoderPruner, Pruner
+from llava.integrations.transformers.whole_prompt import SeeingStreamer, WholePrompt
+from llava.pruning import DecoderPruner, Method
+from llava.relevance.policy import Choice
 
 Positions = Literal["auto", "packed", "original"]
 
 
-class AttachedPruner:
-    """A pruner that hangs on one model until `remove`; made by `Pruner.attach`.
-
-    One call of the model runs at a time: a second one from another thread is refused.
+def attach(method: Method, model: nn.Module, processor: Any = None, **options: Any) -> AttachedPruner:
+    """Prune with ``method`` in every call of a model of the library until the handle's ``remove()``.
 
     Args:
-        pruner: the method.
+        options: ``query``, ``positions``, ``clip``, ``siglip``; arguments and errors as of `AttachedPruner`.
+    """
+    return AttachedPruner(method, model, processor, **options)
+
+
+@dataclass
+class Call:
+    """A call of the model that is under way: one of `generate`, or one of `forward` that is no step of it.
+
+    Args:
+        generating: which of the two.
+        plan: what its language model gets; ``None`` where nothing is pruned.
+        in_decoder: a method inside the decoder, at work in this call.
+        step: the ids of the step of `generate` that comes next.
+    """
+
+    generating: bool
+    plan: Plan | None = None
+    in_decoder: DecoderPruning | None = None
+    step: Tensor | None = None
+    hooks: ExitStack = field(default_factory=ExitStack)
+
+    def resume(self) -> None:
+        """Hang the method inside the decoder on it."""
+        if self.in_decoder is not None:
+            self.hooks.enter_context(self.in_decoder.attached())
+
+    def suspend(self) -> None:
+        """Take it off again."""
+        self.hooks.close()
+
+
+class AttachedPruner:
+    """A pruner that hangs on one model until `remove`; made by `Method.attach`.
+
+    Calls come from one thread at a time: a second one meanwhile is refused.
+
+    Args:
+        method: what chooses.
         model: a class of the Transformers library with a head, `generate` on it.
         processor: its processor or tokenizer; reads the question where a method needs it.
         query: the question for all calls; a call's own ``query=`` wins.
         positions: "packed" counts the kept tokens through, "original" leaves them the positions of the whole prompt;
             "auto" takes "original" for models with several position axes (mRoPE) and "packed" for all others.
-        clip, siglip: folder or hub name of the CLIP or SigLIP that the model's vision tower comes from; relevance is
-            then read in its joint space. Without one it is read in the language model's embedding space.
+        clip, siglip: folder or hub name of the CLIP or SigLIP that the model's vision tower comes from, for relevance
+            in its joint space. A tower that is known by its shape needs none where that model's files are at hand.
 
     Attributes:
-        kept: for each image and video of the last call, in the order of the prompts, what was left of it.
+        kept: for each image and video of the last call, in the order of the prompts, what was kept of it.
+        relevance: where the question is read, and why; ``None`` for a method that reads none.
 
     Raises:
         UnsupportedModelError: the model is not built to the pattern (host.py).
@@ -79,7 +123,7 @@ class AttachedPruner:
 
     def __init__(
         self,
-        pruner: Pruner,
+        method: Method,
         model: nn.Module,
         processor: Any = None,
         *,
@@ -90,31 +134,40 @@ class AttachedPruner:
     ) -> None:
         if positions not in ("auto", "packed", "original"):
             raise ValueError(f"positions must be auto, packed or original, got {positions!r}")
-        self.pruner = pruner
+        self.method = method
         self.host: Host = find_host(model)
-        if pruner.place == "encoder" and positions == "original":
-            raise ValueError(f"pruner '{pruner.name}' makes tokens, which have no position in the whole prompt")
+        if method.place == "encoder" and positions == "original":
+            raise ValueError(f"pruner '{method.name}' makes tokens, which have no position in the whole prompt")
         if find_attached(model) is not None:
             raise RuntimeError("a pruner is attached to this model already: remove it first (its handle's remove())")
         self.query = query
         self.positions = positions
-        self.relevance = RelevanceSource(self.host, pruner, processor, clip, siglip)
+        inside = isinstance(method, DecoderPruner)
+        if inside:
+            check_decoder(self.host, method)
+        self._reader = HostRelevance(self.host, method, processor, clip, siglip)
+        self.relevance: Choice | None = self._reader.choice
         self.kept: list[KeptPicture] = []
-        if isinstance(pruner, DecoderPruner):
-            check_decoder(self.host, pruner)
-        self._plan: Plan | None = None
-        self._in_decoder: DecoderPruning | None = None
-        self._attached_to_decoder = ExitStack()
+        self._calls: list[Call] = []
+        self._plan: Plan | None = None  # of the innermost call
+        self._generating = False  # whether that is one of generate
+        self._owner: int | None = None  # the thread whose calls these are
         self._lock = threading.Lock()
-        self._owner: int | None = None  # the thread whose call is under way
-        self._generating = False
+        self._hang(list(self.host.language_model.layers) if inside else [])
+
+    def _hang(self, layers: Sequence[nn.Module]) -> None:
+        model, language_model = self.host.model, self.host.language_model
+        watched = [self._reader.watched_layer] if self._reader.watched_layer is not None else []
+        if self._reader.reads_encoder:
+            watched.append(self.host.base.multi_modal_projector)
+        self._compiled = SetAside(model, [model, self.host.base, language_model, *watched, *layers])
         self._generate_before = model.__dict__.get("generate", ABSENT)
-        self._generate = model.generate
-        model.generate = self._wrapped_generate()
+        self._generate = original(model.generate)
+        model.generate = PrunedGenerate(self)
         self._hooks = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, always_call=True),
-            self.host.language_model.register_forward_pre_hook(self._before_language_model, with_kwargs=True),
+            language_model.register_forward_pre_hook(self._before_language_model, with_kwargs=True),
         ]
 
     def remove(self) -> None:
@@ -128,27 +181,40 @@ class AttachedPruner:
             del self.host.model.generate
         else:
             self.host.model.generate = self._generate_before
+        self._compiled.restore()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AttachedPruner:
+        """A copy of the model takes a pruner of its own along; it is what `find_attached` finds there."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        alone = {"_lock": threading.Lock(), "_calls": [], "_plan": None, "_generating": False, "_owner": None}
+        alone |= {"kept": list(self.kept), "method": self.method}
+        for name, value in self.__dict__.items():
+            twin.__dict__[name] = alone[name] if name in alone else copy.deepcopy(value, memo)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"a model cannot be pickled while pruner '{self.method.name}' is attached: remove it first, or save the "
+            "model with save_pretrained"
+        )
 
     # --- calls -----------------------------------------------------------------------------------------------------
 
-    def _wrapped_generate(self) -> Callable[..., Any]:
-        """`generate` that shortens prompts with pictures; a plain function, as the library looks at its signature."""
-        inner = self._generate
-
-        def generate(*positional: Any, **named: Any) -> Any:
-            arguments = by_name(inner, positional, named)
-            query = arguments.pop("query", None)
-            with self._one_call():
-                check_cache(arguments)
+    def generate(self, *positional: Any, **named: Any) -> Any:
+        """The model's `generate` with prompts shortened that show pictures; takes ``query=`` beside its arguments."""
+        arguments = by_name(self._generate, positional, named)
+        query = arguments.pop("query", None)
+        self._compiled.check()
+        with self._one_call() as call:
+            check_cache(arguments)
+            with replaced(self.host.model, "prepare_inputs_for_generation", self._announcing(call)):
                 if not self.host.shows_pictures(arguments):
-                    return inner(**arguments)
-                return self._generate_pruned(arguments, query)
+                    return self._generate(**arguments)
+                with torch.no_grad():
+                    return self._generate_pruned(call, arguments, query)
 
-        generate.__wrapped__ = inner
-        generate.__doc__ = inner.__doc__
-        return generate
-
-    def _generate_pruned(self, arguments: dict[str, Any], query: str | Sequence[str] | None) -> Any:
+    def _generate_pruned(self, call: Call, arguments: dict[str, Any], query: str | Sequence[str] | None) -> Any:
         if arguments.get("inputs") is not None:
             arguments["input_ids"] = arguments["inputs"]
         arguments.pop("inputs", None)
@@ -161,25 +227,54 @@ class AttachedPruner:
         prompt = checked_prompt(arguments)
         if arguments.get("attention_mask") is None:
             arguments["attention_mask"] = mask_of_padding(self.host, prompt, arguments.get("generation_config"))
-        shortening = self._plan_call(arguments, query, generating=True)
-        shorter = shortened(self.host, arguments, shortening)
-        if self._plan.counts_itself and self._plan.positions.ndim == 3:
-            # mRoPE: generate goes on from the last of these, with the plain count of tokens in front of the axes.
-            counted = counted_positions(shortening.valid).to(self._plan.positions)
-            shorter["position_ids"] = torch.cat([counted[None], self._plan.positions])
-        lower_lengths(shorter, prompt.shape[1] - shortening.length)
-        output = self._generate(**shorter)
+        shortening = self._plan_call(call, arguments, query)
+        shorter = of_shorter_prompt(self.host, arguments, shortening)
+        if call.plan.counts_itself and call.plan.positions.ndim == 3:
+            # mRoPE: generate continues from the last of these, with the plain count of tokens in front of the axes.
+            counted = counted_positions(shortening.valid).to(call.plan.positions)
+            shorter["position_ids"] = torch.cat([counted[None], call.plan.positions])
+        lower_lengths(self.host, shorter, prompt.shape[1] - shortening.length)
+        whole = WholePrompt(prompt, shortening.length)
+        if shorter.get("prefix_allowed_tokens_fn") is not None:
+            shorter["prefix_allowed_tokens_fn"] = whole.prefix_function(shorter["prefix_allowed_tokens_fn"])
+        if shorter.get("streamer") is not None:
+            shorter["streamer"] = SeeingStreamer(shorter["streamer"], prompt)
+        merge = self.host.model._merge_criteria_processor_list
+        with replaced(self.host.model, "_merge_criteria_processor_list", whole.merge(merge)):
+            output = self._generate(**shorter)
         mark_pruned(arguments.get("past_key_values"))
         if isinstance(output, Tensor):
-            return with_whole_prompt(output, prompt, shortening.length)
+            return whole.sequences(output)
         mark_pruned(output.get("past_key_values"))
-        output.sequences = with_whole_prompt(output.sequences, prompt, shortening.length)
+        output.sequences = whole.sequences(output.sequences)
         return output
 
+    def _announcing(self, call: Call) -> Callable[..., Any]:
+        """The model's ``prepare_inputs_for_generation``, which `generate` calls before each of its steps.
+
+        A forward with other inputs than it gave (classifier-free guidance, a logits processor that asks the model) is
+        no step, and is a call of its own.
+        """
+        inner = self.host.model.prepare_inputs_for_generation
+
+        def prepare(*positional: Any, **named: Any) -> dict[str, Any]:
+            inputs = inner(*positional, **named)
+            call.step = inputs.get("input_ids")
+            return inputs
+
+        prepare.__wrapped__ = inner
+        return prepare
+
     def _before_forward(self, model: nn.Module, positional: tuple, named: dict[str, Any]) -> tuple[tuple, dict] | None:
-        if self._compiled_step() or (self._generating and self._owner == threading.get_ident()):
-            return None  # a step of generate
-        self._acquire()
+        if torch.compiler.is_compiling():
+            if not self._generating:
+                refuse_to_be_compiled()
+            return None  # a step of generate that is being compiled: a look at threads would break its graph
+        self._drop_interrupted()
+        if self._is_step(positional, named):
+            return None
+        self._compiled.check()
+        call = self._begin(Call(generating=False))
         arguments = by_name(type(model).forward, (model, *positional), named)
         del arguments["self"]
         query = arguments.pop("query", None)
@@ -189,91 +284,133 @@ class AttachedPruner:
         prompt = checked_prompt(arguments)
         if isinstance(arguments.get("logits_to_keep"), Tensor):
             raise ValueError("logits_to_keep as a tensor names positions of the whole prompt: give a number")
-        if arguments.get("labels") is not None and isinstance(self.pruner, DecoderPruner):
+        if arguments.get("labels") is not None and isinstance(self.method, DecoderPruner):
             raise ValueError(
-                f"labels with pruner '{self.pruner.name}': inside the decoder other positions are left than the "
-                "labels have. LLaVA's own code (llava.model) computes such losses"
+                f"labels with pruner '{self.method.name}': inside the decoder there are fewer positions at the end "
+                "than the labels have. LLaVA's own code (llava.model) computes such losses"
             )
+        check_gradients(self.host, self.method, arguments)
         if arguments.get("attention_mask") is None:
             arguments["attention_mask"] = torch.ones_like(prompt)
-        shortening = self._plan_call(arguments, query, generating=False)
-        return (), shortened(self.host, arguments, shortening)
+        shortening = self._plan_call(call, arguments, query)
+        return (), of_shorter_prompt(self.host, arguments, shortening)
 
     def _after_forward(self, _: nn.Module, __: tuple, output: Any) -> None:
-        if self._compiled_step() or self._owner != threading.get_ident() or self._generating:
+        if torch.compiler.is_compiling() or self._generating or self._owner != threading.get_ident():
             return
         if self._plan is not None and output is not None:
             mark_pruned(getattr(output, "past_key_values", None))
-        self._release()
+        self._end()
 
     def _before_language_model(self, module: nn.Module, positional: tuple, named: dict[str, Any]) -> Any:
         return None if self._plan is None else self._plan.apply(module, positional, named)
 
-    # --- one call at a time ----------------------------------------------------------------------------------------
+    def _is_step(self, positional: tuple, named: dict[str, Any]) -> bool:
+        """Whether a forward is a step of the `generate` under way."""
+        if not self._generating or self._owner != threading.get_ident():
+            return False
+        given = named.get("input_ids", positional[0] if positional else None)
+        return given is not None and given is self._calls[-1].step
 
-    def _compiled_step(self) -> bool:
-        """Whether this is a step of `generate` that is being compiled: a look at threads would break its graph."""
-        return self._generating and torch.compiler.is_compiling()
+    # --- calls within calls, and one thread at a time --------------------------------------------------------------
 
-    def _acquire(self) -> None:
-        if self._owner == threading.get_ident() and not self._generating:
-            self._release()  # a forward was interrupted (Ctrl-C): hooks after it do not run then
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError(
-                "a call of this model is under way in another thread: with a pruner attached, one at a time"
-            )
-        self._owner = threading.get_ident()
+    def _begin(self, call: Call) -> Call:
+        """Make a call the innermost one. Raises RuntimeError while another thread has one."""
+        me = threading.get_ident()
+        with self._lock:
+            if self._owner not in (None, me):
+                raise RuntimeError(
+                    "a call of this model is under way in another thread: with a pruner attached, one at a time"
+                )
+            self._owner = me
+        if self._calls:
+            self._calls[-1].suspend()
+        self._calls.append(call)
+        self._look_at_innermost()
+        return call
 
-    def _release(self) -> None:
-        self._attached_to_decoder.close()
-        if self._in_decoder is not None and self._in_decoder.prompt is not None:
-            self.kept = with_survivors(self.kept, self._in_decoder)
-        self._in_decoder = None
-        self._plan = None
-        self._owner = None
-        self._lock.release()
+    def _end(self) -> None:
+        """The innermost call has ended."""
+        call = self._calls.pop()
+        call.suspend()
+        if not self._calls and call.in_decoder is not None and call.in_decoder.prompt is not None:
+            self.kept = kept_at_the_end(self.kept, call.in_decoder)
+        self._look_at_innermost()
+        if self._calls:
+            self._calls[-1].resume()
+        else:
+            self._owner = None
+
+    def _look_at_innermost(self) -> None:
+        self._plan = self._calls[-1].plan if self._calls else None
+        self._generating = bool(self._calls) and self._calls[-1].generating
+
+    def _drop_interrupted(self) -> None:
+        """End forwards of this thread that were interrupted (Ctrl-C): hooks after them do not run then."""
+        while self._owner == threading.get_ident() and not self._generating:
+            self._end()
 
     @contextmanager
-    def _one_call(self) -> Iterator[None]:
-        self._acquire()
-        self._generating = True
+    def _one_call(self) -> Iterator[Call]:
+        """A call of `generate`."""
+        self._drop_interrupted()
+        depth = len(self._calls)
+        call = self._begin(Call(generating=True))
         try:
-            yield
+            yield call
         finally:
-            self._generating = False
-            self._release()
+            while len(self._calls) > depth:
+                self._end()
 
     # --- from a whole prompt to a short one ------------------------------------------------------------------------
 
-    def _plan_call(self, arguments: dict[str, Any], query: str | Sequence[str] | None, generating: bool) -> Shortening:
+    def _plan_call(self, call: Call, arguments: dict[str, Any], query: str | Sequence[str] | None) -> Shortening:
         """Capture, select and write down what the language model is to get; the index of the shorter prompts."""
         prompt, mask = arguments["input_ids"], arguments["attention_mask"]
+        reader, method = self._reader, self._reader.method
+        device = prompt.device.type
+        with torch.autocast(device, enabled=False):
+            asked, question_of_row = reader.ask(prompt, mask, self.query if query is None else query)
         names = {"input_ids", "attention_mask", "position_ids", *TOKEN_TYPES}
         given = {name: value for name, value in arguments.items() if name in names and value is not None}
         given |= self.host.visual_inputs(arguments)
-        source = self.relevance
-        capture = capture_prompt(self.host, given, source.reads_encoder, source.watched_layer)
-        pictures = find_pictures(self.host, capture, prompt)
-        question = self.query if query is None else query
-        describe = source.describer(capture, pictures, prompt, mask, question)
-        inside = isinstance(self.pruner, DecoderPruner)
+        capture = capture_prompt(self.host, given, reader.reads_encoder, reader.watched_layer)
+        pictures = find_pictures(self.host, capture, prompt, mask)
+        inside = isinstance(method, DecoderPruner)
         if inside:
-            self.kept = keep_until_the_decoder(pictures)
+            kept = all_that_is_read(pictures)
         else:
+            embeds = capture.inputs_embeds.detach()
             project = getattr(self.host.base, "multi_modal_projector", None)
-            self.kept = select_tokens(self.pruner, pictures, capture.inputs_embeds, describe, project)
-        columns = mask.bool().cpu().clone()
-        for one in self.kept:
-            columns[one.picture.row, one.picture.columns] &= one.kept
-        shortening = shorten(columns, pad_left=generating or bool((mask[:, 0] == 0).any()))
-        self._plan = self._make_plan(capture, mask, shortening, generating)
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                describe = reader.describer(capture, pictures, prompt, asked, question_of_row)
+                kept = select_tokens(method, pictures, embeds, describe, project)
+        kept = [replace(one, relevance=self.relevance) for one in kept]
+        if len(self._calls) == 1:
+            self.kept = kept
+        shortening = self._shortening(kept, mask, pad_left=call.generating or bool((mask[:, 0] == 0).any()))
+        call.plan = self._make_plan(capture, mask, shortening, kept, call.generating)
         if inside:
-            self._in_decoder = decoder_pruning(self.host, self.pruner, pictures, shortening, mask)
-            self._attached_to_decoder.enter_context(self._in_decoder.attached())
+            call.in_decoder = decoder_pruning(self.host, method, pictures, shortening)
+            call.resume()
+        self._look_at_innermost()
         return shortening
 
-    def _make_plan(self, capture: Capture, mask: Tensor, shortening: Shortening, generating: bool) -> Plan:
-        embeds = with_made_tokens(capture.inputs_embeds, self.kept)
+    def _shortening(self, kept: Sequence[KeptPicture], mask: Tensor, pad_left: bool) -> Shortening:
+        """The columns of the prompts that the language model gets; all of them where nothing is dropped at all."""
+        dropped = torch.zeros(mask.shape, dtype=torch.bool)
+        for one in kept:
+            dropped[one.picture.row, one.picture.columns] = one.picture.attended & ~one.kept
+        method = self._reader.method
+        cuts = isinstance(method, DecoderPruner) and any(
+            target_of(method, one.picture) < len(one.picture.columns) for one in kept
+        )
+        return shorten(dropped, mask.cpu(), pad_left, unchanged=not cuts and not bool(dropped.any()))
+
+    def _make_plan(
+        self, capture: Capture, mask: Tensor, shortening: Shortening, kept: Sequence[KeptPicture], generating: bool
+    ) -> Plan:
+        embeds = with_made_tokens(capture.inputs_embeds, kept)
         batch, length = mask.shape
         positions = capture.position_ids
         counted = positions is None
@@ -284,9 +421,9 @@ class AttachedPruner:
             positions = positions[-3:]  # in front of mRoPE's axes the plain count may stand
         positions = positions.expand(*positions.shape[:-2], batch, length)
         several_axes = positions.ndim == 3
-        original = self.positions == "original" or (self.positions == "auto" and several_axes)
-        dropped = shortening.length < length or bool((shortening.valid.sum(-1) < mask.cpu().sum(-1)).any())
-        if original:
+        original_ones = self.positions == "original" or (self.positions == "auto" and several_axes)
+        dropped = shortening.length < length or shortening.drops
+        if original_ones:
             short = original_positions(positions, shortening)
         else:
             short = packed_positions(positions, mask, shortening)
@@ -294,7 +431,7 @@ class AttachedPruner:
         if capture.deepstack is not None:
             device = capture.inputs_embeds.device
             whole_mask = capture.visual_mask.to(device)
-            visual_mask = shortening.tokens(whole_mask.long()).bool() & shortening.valid.to(device)
+            visual_mask = shortening.tokens(whole_mask.long(), padding=0).bool()
             deepstack = []
             for layer in capture.deepstack:
                 dense = layer.new_zeros(batch, length, layer.shape[-1], device=device)
@@ -303,11 +440,27 @@ class AttachedPruner:
         return Plan(
             embeds=shortening.embeddings(embeds),
             positions=short,
-            gapped=original and dropped,
-            counts_itself=several_axes or (counted and not (original and dropped)),
+            gapped=original_ones and dropped,
+            counts_itself=several_axes or (counted and not (original_ones and dropped)),
             visual_mask=visual_mask,
             deepstack=deepstack,
         )
+
+
+class PrunedGenerate:
+    """What stands in place of a model's ``generate`` while a pruner is attached; a copy of the model copies it."""
+
+    def __init__(self, attached: AttachedPruner) -> None:
+        self.attached = attached
+        self.__wrapped__ = attached._generate
+        self.__doc__ = attached._generate.__doc__
+        self.__signature__ = inspect.signature(attached._generate)
+
+    def __call__(self, *positional: Any, **named: Any) -> Any:
+        return self.attached.generate(*positional, **named)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrunedGenerate:
+        return type(self)(copy.deepcopy(self.attached, memo))
 
 
 def find_attached(model: nn.Module) -> AttachedPruner | None:

@@ -1,24 +1,27 @@
 """What a model's own code makes of a prompt with pictures, up to the door of its language model.
 
-One pass of the base model with a stub for the language model: the model itself runs its vision tower and projector,
-packs tiles, puts features in place of placeholders and counts (m)RoPE positions; no layer of the language model runs.
+One pass of the base model that ends where it calls its language model: the model itself runs its vision tower and
+projector, packs tiles, puts features in place of placeholders and counts (m)RoPE positions; no layer of the language
+model runs, and nothing is made up for it. Gradients follow where they are wanted.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from llava.integrations.transformers.host import Host, UnsupportedModelError
 
 ABSENT = object()
+
+
+class _AtTheDoor(Exception):
+    """Ends the base model's pass: its language model was called."""
 
 
 @dataclass
@@ -68,11 +71,12 @@ class Capture:
     watched: tuple[Tensor, Tensor] | None = None
 
 
-@torch.no_grad()
 def capture_prompt(
     host: Host, arguments: dict[str, Any], observe_projector: bool = False, watched_layer: nn.Module | None = None
 ) -> Capture:
     """Run the base model on a prompt, all but the language model.
+
+    Gradients are kept where torch keeps them: `torch.is_grad_enabled`.
 
     Args:
         arguments: of the base model's ``forward``.
@@ -85,11 +89,11 @@ def capture_prompt(
     projector_inputs: list[Tensor] = []
     watched: list[tuple[Tensor, Tensor]] = []
 
-    def stub(*_: Any, **received: Any) -> BaseModelOutputWithPast:
+    def stop(*_: Any, **received: Any) -> None:
         if received.get("inputs_embeds") is None:
             raise UnsupportedModelError(host.model, "its language model is not called with inputs_embeds=")
         at_the_door.update(received)
-        return BaseModelOutputWithPast(last_hidden_state=received["inputs_embeds"])
+        raise _AtTheDoor
 
     def remember(modality: str, compute: Callable[..., Any]) -> Callable[..., Any]:
         def spy(*positional: Any, **named: Any) -> Any:
@@ -97,7 +101,7 @@ def capture_prompt(
             output = compute(*positional, **named)
             # Qwen3-VL computes videos as images: then the outer call, which ends last, is the one that counts.
             features.update(before)
-            features[modality] = output.pooler_output
+            features[modality] = output if isinstance(output, Tensor) else output.pooler_output
             return output
 
         return spy
@@ -115,7 +119,7 @@ def capture_prompt(
 
     base = host.base
     with ExitStack() as stack:
-        stack.enter_context(replaced(host.language_model, "forward", stub))
+        stack.enter_context(replaced(host.language_model, "forward", stop))
         for modality in ("image", "video"):
             name = f"get_{modality}_features"
             if hasattr(base, name):
@@ -126,11 +130,9 @@ def capture_prompt(
             stack.callback(base.multi_modal_projector.register_forward_pre_hook(remember_input).remove)
         if watched_layer is not None:
             stack.callback(watch(watched_layer, watched).remove)
+        stack.enter_context(suppress(_AtTheDoor))
         base(**arguments)
-    given = {"image": "pixel_values", "video": "pixel_values_videos"}
-    shown = {modality for modality, name in given.items() if arguments.get(name) is not None}
-    if "pixel_values_images" in arguments:  # Video-LLaVA's processor
-        shown.add("image")
+    shown = host.modalities(arguments)
     return Capture(
         inputs_embeds=at_the_door["inputs_embeds"],
         position_ids=at_the_door.get("position_ids"),

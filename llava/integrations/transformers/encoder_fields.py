@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from llava.integrations.transformers.capture import Capture
 from llava.integrations.transformers.host import Host
-from llava.pruning import Pruner
+from llava.pruning import Method
 
 ENCODER_FIELDS = frozenset({"encoder_features", "class_features", "class_attention", "mean_attention", "key_metric"})
 
@@ -23,7 +23,7 @@ class EncoderFields:
         ValueError: this host cannot give them; says why.
     """
 
-    def __init__(self, host: Host, pruner: Pruner) -> None:
+    def __init__(self, host: Host, method: Method) -> None:
         config = host.model.config
         vision = getattr(config, "vision_config", None)
         layer = getattr(config, "vision_feature_layer", None)
@@ -36,10 +36,10 @@ class EncoderFields:
             reason = f"it reads the layers {layer} with the class token among the patches"
         if reason is not None:
             raise ValueError(
-                f"pruner '{pruner.name}' acts on the features before the projector, which it cannot do in "
+                f"pruner '{method.name}' acts on the features before the projector, which it cannot do in "
                 f"{type(host.model).__name__}: {reason}"
             )
-        self.needs = pruner.needs & ENCODER_FIELDS
+        self.needs = method.needs & ENCODER_FIELDS
         depth = layer if layer >= 0 else vision.num_hidden_layers + 1 + layer
         tower = host.base.vision_tower
         self.layer: nn.Module = getattr(tower, "vision_model", tower).encoder.layers[depth - 1]

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import nn
 
+from llava.integrations.transformers.compiled import is_wrapper
+
 TESTED_CLASSES = (
     "AyaVisionForConditionalGeneration",
     "Gemma3ForConditionalGeneration",
@@ -47,8 +49,11 @@ NOT_VISUAL = {
     "logits_to_keep",
     "output_attentions",
     "output_hidden_states",
+    "output_router_logits",
+    "router_labels",
     "return_dict",
 }
+PICTURES = ("pixel_values", "image_patches")  # beginnings of the names of arguments that are a picture or a video
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
@@ -90,19 +95,27 @@ class Host:
         return {
             name: value
             for name, value in arguments.items()
-            if value is not None and (name in self.visual_arguments or name.startswith("pixel_values"))
+            if value is not None and (name in self.visual_arguments or name.startswith(PICTURES))
         }
+
+    def modalities(self, arguments: dict[str, Any]) -> set[str]:
+        """Which of "image" and "video" a call brings."""
+        names = [name for name, value in arguments.items() if value is not None and name.startswith(PICTURES)]
+        return {"video" if name == "pixel_values_videos" else "image" for name in names}
 
     def shows_pictures(self, arguments: dict[str, Any]) -> bool:
         """Whether a call brings pictures or videos."""
-        return any(
-            value is not None and (name.startswith("pixel_values") or (name == "mm_encoder_outputs" and value))
-            for name, value in arguments.items()
-        )
+        return bool(self.modalities(arguments)) or bool(arguments.get("mm_encoder_outputs"))
 
 
 def find_host(model: nn.Module) -> Host:
     """The parts of a model. Raises UnsupportedModelError where it is not built to the pattern."""
+    if is_wrapper(model):
+        raise UnsupportedModelError(
+            model._orig_mod,
+            "it is wrapped by torch.compile, whose graph would go round the pruner: attach to the model inside, and "
+            "compile the layers of its language model alone",
+        )
     config = getattr(model, "config", None)
     if type(model).__module__.startswith("transformers_modules"):
         raise UnsupportedModelError(
@@ -133,4 +146,6 @@ def find_host(model: nn.Module) -> Host:
         raise UnsupportedModelError(model, "its config names no image_token_id")
     parameters = inspect.signature(type(model).forward).parameters.values()
     arguments = {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD} - NOT_VISUAL
+    if not any(name.startswith(PICTURES) for name in arguments):
+        raise UnsupportedModelError(model, f"its forward takes none of {', '.join(PICTURES)}")
     return Host(model, base, language_model, placeholders, frozenset(arguments))

@@ -1,6 +1,7 @@
 """Methods inside the decoder on a host of the library: its whole prompt goes in, its layers drop tokens.
 
 The mechanism is llava/decoder/attachment.py; here is what it must be told of the prompts, and what it says afterwards.
+Tokens that the attention mask hides are not in its prompts.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from llava.decoder.attachment import DecoderPruning, check_host
 from llava.decoder.stages import PictureSpan, PromptRow
@@ -17,10 +17,11 @@ from llava.integrations.transformers.host import Host
 from llava.integrations.transformers.pictures import Picture
 from llava.integrations.transformers.selection import KeptPicture
 from llava.integrations.transformers.shortening import Shortening
+from llava.layout.candidates import candidates_of
 from llava.pruning import DecoderPruner
 
 
-def check_decoder(host: Host, pruner: DecoderPruner) -> None:
+def check_decoder(host: Host, method: DecoderPruner) -> None:
     """Raise ValueError, with the reason, if a method inside the decoder cannot work in this host's."""
     reason = None
     try:
@@ -31,53 +32,61 @@ def check_decoder(host: Host, pruner: DecoderPruner) -> None:
         reason = "its positions have several axes (mRoPE)"
     if reason is not None:
         raise ValueError(
-            f"pruner '{pruner.name}' acts inside the decoder, which it cannot do in {type(host.model).__name__}: "
+            f"pruner '{method.name}' acts inside the decoder, which it cannot do in {type(host.model).__name__}: "
             f"{reason}"
         )
 
 
-def keep_until_the_decoder(pictures: Sequence[Picture]) -> list[KeptPicture]:
-    """Every picture whole."""
-    return [KeptPicture(picture, torch.ones_like(picture.columns, dtype=torch.bool)) for picture in pictures]
+def all_that_is_read(pictures: Sequence[Picture]) -> list[KeptPicture]:
+    """Every picture whole, but for what the attention mask hides."""
+    return [KeptPicture(picture, picture.attended) for picture in pictures]
+
+
+def target_of(method: DecoderPruner, picture: Picture) -> int:
+    """A picture's budget: what any other method would keep of it; separators are among the tokens."""
+    budget = candidates_of(method, picture.view_sizes(), len(picture.columns))[0]
+    return len(picture.columns) if budget.is_whole else budget.keep
 
 
 def decoder_pruning(
-    host: Host, pruner: DecoderPruner, pictures: Sequence[Picture], prompts: Shortening, attention_mask: Tensor
+    host: Host, method: DecoderPruner, pictures: Sequence[Picture], prompts: Shortening
 ) -> DecoderPruning:
-    """The method made ready for a batch of prompts (B, L).
-
-    A picture's budget is what any other method would keep of it; its separators are among the tokens.
+    """The method made ready for a batch of prompts (B, L').
 
     Raises:
         ValueError: a picture's tokens do not stand side by side.
     """
-    starts = attention_mask.cpu().long().argmax(-1).tolist()
-    spans: list[list[PictureSpan]] = [[] for _ in starts]
+    columns = torch.where(prompts.valid, prompts.source, -1)
+    first = prompts.valid.long().argmax(-1).tolist()
+    lengths = prompts.valid.sum(-1).tolist()
+    spans: list[list[PictureSpan]] = [[] for _ in lengths]
     for picture in pictures:
-        columns = picture.columns
-        if int(columns[-1] - columns[0]) + 1 != len(columns):
+        places = torch.isin(columns[picture.row], picture.columns[picture.attended]).nonzero().flatten()
+        if not len(places):
+            continue
+        start, count = int(places[0]), len(places)
+        if int(places[-1]) - start + 1 != count:
             raise ValueError(
-                f"pruner '{pruner.name}' ranks all tokens of a picture together, and text stands between those of "
+                f"pruner '{method.name}' ranks all tokens of a picture together, and text stands between those of "
                 "this one: take a method that selects before the decoder"
             )
-        counts = [len(view) for view in picture.view_columns()]
-        kept = [pruner.count(count) for count in counts]
-        target = len(columns) if kept == counts else sum(kept)
-        spans[picture.row].append(PictureSpan(int(columns[0]) - starts[picture.row], len(columns), target))
-    lengths = prompts.valid.sum(-1).tolist()
-    first = prompts.valid.long().argmax(-1).tolist()
+        spans[picture.row].append(PictureSpan(start - first[picture.row], count, target_of(method, picture)))
     rows = [PromptRow(*row) for row in zip(first, lengths, map(tuple, spans), strict=True)]
-    return DecoderPruning(host.language_model, pruner, rows)
+    return DecoderPruning(host.language_model, method, rows)
 
 
-def with_survivors(kept: Sequence[KeptPicture], pruning: DecoderPruning) -> list[KeptPicture]:
-    """What is left of each picture after the last cut, and what entered each layer."""
+def kept_at_the_end(kept: Sequence[KeptPicture], pruning: DecoderPruning) -> list[KeptPicture]:
+    """What is kept of each picture after the last cut, and what entered each layer."""
     layers = len(pruning.decoder.layers)
-    spans = [span for row in pruning.rows for span in row.pictures]
+    found = iter(zip([span for row in pruning.rows for span in row.pictures], pruning.kept_places(), strict=True))
     answers = []
-    for one, span, places in zip(kept, spans, pruning.kept_places(), strict=True):
-        left = torch.zeros_like(one.kept)
-        left[places] = True
+    for one in kept:
+        if not bool(one.kept.any()):
+            answers.append(one)
+            continue
+        span, places = next(found)
+        at_the_end = torch.zeros_like(one.kept)
+        at_the_end[one.kept.nonzero().flatten()[places]] = True
         counts = tuple(pruning.pruner.counts(span.count, span.target, layers))
-        answers.append(replace(one, kept=left, per_layer=counts if min(counts) < span.count else None))
+        answers.append(replace(one, kept=at_the_end, per_layer=counts if min(counts) < span.count else None))
     return answers

@@ -12,10 +12,57 @@ from transformers import CLIPVisionConfig, SiglipVisionConfig
 from llava.checkpoint import find_folder
 from llava.integrations.transformers.capture import Capture
 from llava.integrations.transformers.host import Host
+from llava.pruning import Method
+from llava.pruning.question_reader import QuestionReader
 from llava.relevance.clip import ClipJointSpace
+from llava.relevance.known import folder_at_hand, known_joint_space
 from llava.relevance.siglip import SiglipJointSpace
 
 SAME_IN_BOTH = ("hidden_size", "patch_size", "image_size")
+TOWERS = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+
+
+def find_joint_space(
+    host: Host, method: Method, clip: str | None, siglip: str | None
+) -> tuple[HostJointSpace | None, str | None]:
+    """The joint space that relevance may be read in, or why there is none.
+
+    It is the one that is named, or the one that the tower is known to come from by its shape, if its files are on this
+    machine; the network is not asked for what was not named.
+
+    Args:
+        clip, siglip: folder or hub name of the full model.
+
+    Raises:
+        ValueError: the named one is not the tower's, or the method reads none.
+        CheckpointError: the named one has a file missing.
+    """
+    if clip is not None and siglip is not None:
+        raise ValueError("name one joint space, clip= or siglip=, not both")
+    reads_one = isinstance(method, QuestionReader) and method.relevance in ("auto", "clip")
+    if clip is not None or siglip is not None:
+        if not reads_one:
+            raise ValueError(
+                f"pruner '{method.name}' with these options reads no joint space: leave clip= or siglip= out"
+            )
+        return HostJointSpace(host, clip or siglip, "siglip" if clip is None else "clip"), None
+    if not reads_one:
+        return None, "relevance=clip was not asked for"
+    vision = getattr(host.model.config, "vision_config", None)
+    name = known_joint_space(vision)
+    if name is None:
+        return None, "no clip= or siglip= is named, and the vision tower has the shape of no known CLIP or SigLIP"
+    folder = folder_at_hand(name)
+    if folder is None:
+        return None, (
+            f"the vision tower has the shape of {name}, whose files are not on this machine: download it, or name its "
+            "folder with clip= or siglip="
+        )
+    kind = next(kind for kind, tower in TOWERS.items() if tower == vision.model_type)
+    try:
+        return HostJointSpace(host, str(folder), kind, name), None
+    except ValueError as error:
+        return None, str(error)
 
 
 class HostJointSpace:
@@ -25,22 +72,24 @@ class HostJointSpace:
         host: its vision tower must have the shape of the named model's, its projector one input a token.
         name: folder or hub name of the full CLIP or SigLIP.
         kind: "clip" or "siglip".
+        known_as: what it is called in messages, where that is not ``name``.
 
     Raises:
         ValueError: the host's tower cannot be that model.
         CheckpointError: the folder or one of its files is missing.
     """
 
-    def __init__(self, host: Host, name: str, kind: str) -> None:
+    def __init__(self, host: Host, name: str, kind: str, known_as: str | None = None) -> None:
         self.host = host
+        self.name = known_as or name
         config = getattr(host.model.config, "vision_config", None)
-        model_type = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}[kind]
+        model_type = TOWERS[kind]
         found = getattr(config, "model_type", None)
         if found != model_type or not hasattr(host.base, "multi_modal_projector"):
             raise ValueError(
                 f"{kind}={name!r}: the vision tower of {type(host.model).__name__} is a {found}, whose features are "
                 f"not those of a {model_type} one by one. Leave {kind}= out: relevance is then read in the language "
-                "model's space"
+                "model"
             )
         folder = find_folder(name)
         theirs = (CLIPVisionConfig if kind == "clip" else SiglipVisionConfig).from_pretrained(folder)
@@ -51,16 +100,22 @@ class HostJointSpace:
                     f"{getattr(config, part)} here"
                 )
         self.into_space = self._way(config, theirs, kind)
+        self._check_projector(config)
+        self.device = _device(host)
         load = ClipJointSpace.load if kind == "clip" else SiglipJointSpace
-        self.space = load(folder, host.model.dtype, _device(host))
+        self.space = load(folder, host.model.dtype, self.device)
         # A tower whose patches behave otherwise says so in its checkpoint.
         self.relevance_sign = getattr(host.model.config, "mm_relevance_sign", None) or self.space.relevance_sign
 
     def _way(self, config: Any, theirs: Any, kind: str) -> str:
         """Name of the space's function that takes the features which this host hands to its projector."""
+        layer = getattr(self.host.model.config, "vision_feature_layer", None)
+        if isinstance(layer, (list, tuple)):
+            raise ValueError(
+                f"this model reads the layers {list(layer)} of its tower side by side, which stand in no joint space"
+            )
         if kind == "clip":
             return "image_embeds"
-        layer = getattr(self.host.model.config, "vision_feature_layer", None)
         if layer is None and config.num_hidden_layers == theirs.num_hidden_layers:
             return "token_embeds"  # the whole tower with its last norm
         depth = None
@@ -73,6 +128,20 @@ class HostJointSpace:
                 "tower"
             )
         return "image_embeds"
+
+    def _check_projector(self, config: Any) -> None:
+        """Raise ValueError unless the projector makes one token of each patch."""
+        projector = self.host.base.multi_modal_projector
+        patches = (config.image_size // config.patch_size) ** 2
+        weight = next(projector.parameters())
+        features = torch.zeros(1, patches, config.hidden_size, dtype=weight.dtype, device=_device(self.host))
+        with torch.no_grad():
+            tokens = projector(features).shape[1]
+        if tokens != patches:
+            raise ValueError(
+                f"the projector of {type(self.host.model).__name__} makes {tokens} tokens of {patches} patches: no "
+                "token has a place of its own in a joint space"
+            )
 
     def text_embeds(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """T questions -> (T, M, e) and mask (T, M)."""

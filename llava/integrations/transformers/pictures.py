@@ -28,11 +28,13 @@ class Picture:
         row: of the batch.
         columns: (t,) int64 on the CPU, ascending: where its tokens stand.
         views: (t,) int64, the view of each token, 0 .. V - 1, or `SEPARATOR`.
+        attended: (t,) bool, False at tokens that the prompt's attention mask hides.
     """
 
     row: int
     columns: Tensor
     views: Tensor
+    attended: Tensor
 
     @property
     def count(self) -> int:
@@ -42,6 +44,14 @@ class Picture:
     def view_columns(self) -> list[Tensor]:
         """Columns (n,) of the tokens of each view."""
         return [self.columns[self.views == view] for view in range(self.count)]
+
+    def view_sizes(self) -> list[int]:
+        """Number of tokens of each view."""
+        return torch.bincount(self.views[self.views != SEPARATOR], minlength=self.count).tolist()
+
+    def attended_sizes(self) -> list[int]:
+        """Number of tokens of each view that the attention mask shows."""
+        return torch.bincount(self.views[(self.views != SEPARATOR) & self.attended], minlength=self.count).tolist()
 
     def separators_to_keep(self, kept: Tensor) -> Tensor:
         """(t,) bool, True at separators whose stretch still has a token: for ``newlines="keep"``.
@@ -53,13 +63,18 @@ class Picture:
         in_stretch = kept & ~is_separator
         if self.count > 1:
             in_stretch = in_stretch & (self.views > 0)
-        alive = torch.zeros(int(stretch.max()) + 1, dtype=torch.bool)
-        alive[stretch[in_stretch]] = True
-        return is_separator & alive[stretch]
+        has_token = torch.zeros(int(stretch.max()) + 1, dtype=torch.bool)
+        has_token[stretch[in_stretch]] = True
+        return is_separator & has_token[stretch]
 
 
-def find_pictures(host: Host, capture: Capture, input_ids: Tensor) -> list[Picture]:
+def find_pictures(
+    host: Host, capture: Capture, input_ids: Tensor, attention_mask: Tensor | None = None
+) -> list[Picture]:
     """All pictures of a batch of prompts (B, L), row by row in the order of the prompts.
+
+    Args:
+        attention_mask: (B, L); ``None`` shows everything.
 
     Raises:
         UnsupportedModelError: the placeholders are not where the model's features went.
@@ -93,7 +108,9 @@ def find_pictures(host: Host, capture: Capture, input_ids: Tensor) -> list[Pictu
     items.sort(key=lambda item: (item[0], int(item[1][0])))
     if host.model_type in TILES_SIDE_BY_SIDE:
         items = joined_tiles(items)
-    return [with_row_breaks(Picture(*item)) for item in items]
+    shown = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
+    items = [(row, *with_row_breaks(columns, views)) for row, columns, views in items]
+    return [Picture(row, columns, views, shown[row, columns].bool()) for row, columns, views in items]
 
 
 def stand_there(capture: Capture, modality: str, places: Tensor) -> bool:
@@ -101,9 +118,9 @@ def stand_there(capture: Capture, modality: str, places: Tensor) -> bool:
     features = capture.features[modality]
     items = [features] if isinstance(features, Tensor) else features
     embeds = capture.inputs_embeds
-    computed = torch.cat([item.reshape(-1, embeds.shape[-1]).to(embeds) for item in items])
+    computed = torch.cat([item.detach().reshape(-1, embeds.shape[-1]).to(embeds) for item in items])
     rows, columns = places.to(embeds.device).unbind(-1)
-    return torch.allclose(embeds[rows, columns], computed, rtol=0, atol=0, equal_nan=True)
+    return torch.allclose(embeds[rows, columns].detach(), computed, rtol=0, atol=0, equal_nan=True)
 
 
 def views_of(host: Host, capture: Capture, modality: str) -> list[Tensor]:
@@ -175,18 +192,13 @@ def joined_tiles(items: Sequence[tuple[int, Tensor, Tensor]]) -> list[tuple[int,
     return joined
 
 
-def with_row_breaks(picture: Picture) -> Picture:
-    """Count text tokens that stand inside a view (Pixtral's row breaks) among the picture's separators."""
-    columns, views = picture.columns, picture.views
+def with_row_breaks(columns: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns and views of a picture, with text tokens inside a view (Pixtral's row breaks) among its separators."""
     gaps = (columns.diff() > 1) & (views[1:] == views[:-1]) & (views[1:] != SEPARATOR)
     if not bool(gaps.any()):
-        return picture
+        return columns, views
     breaks = torch.cat(
         [torch.arange(int(columns[gap]) + 1, int(columns[gap + 1])) for gap in gaps.nonzero().flatten()]
     )
     order = torch.cat([columns, breaks]).argsort()
-    return Picture(
-        picture.row,
-        torch.cat([columns, breaks])[order],
-        torch.cat([views, torch.full_like(breaks, SEPARATOR)])[order],
-    )
+    return torch.cat([columns, breaks])[order], torch.cat([views, torch.full_like(breaks, SEPARATOR)])[order]

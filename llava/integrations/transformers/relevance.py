@@ -1,231 +1,191 @@
-"""How relevant each visual token is to the question, on a host that is not ours.
+"""What a host of the Transformers library offers to methods that read the question.
 
-Without a joint space the question is the mean of its tokens' embeddings in the language model, and relevance the
-cosine with it: the projector was trained to put features into that space, so the sign is +1. Where the vision tower is
-a CLIP or SigLIP whose folder is named, relevance is read in that model's joint space, with that space's sign.
+Which source is taken is decided in llava/relevance/policy.py, how a question is read in question.py, what is computed
+of it in asked.py. Here is what this host gives: the rendered prompt, the language model's embeddings and first
+attention, and the joint space of its vision tower.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from llava.integrations.transformers.arguments import embedding_device
 from llava.integrations.transformers.capture import Capture
 from llava.integrations.transformers.encoder_fields import EncoderFields
 from llava.integrations.transformers.host import Host
-from llava.integrations.transformers.joint_space import HostJointSpace
+from llava.integrations.transformers.joint_space import HostJointSpace, find_joint_space
 from llava.integrations.transformers.pictures import Picture
-from llava.integrations.transformers.selection import Candidates
-from llava.pruning import Pruner, PruningInputs
-from llava.pruning.functional import relevance_scores
-from llava.pruning.question_reader import pooled_query
-from llava.relevance.question import find_questions
+from llava.integrations.transformers.selection import Contest, Describe
+from llava.pruning import Method
+from llava.relevance.asked import Asked, LanguageSpace
+from llava.relevance.first_attention import FirstAttention, UnreadableAttentionError
+from llava.relevance.policy import Announcer, Offer, settle
+from llava.relevance.question import check_asked, given_questions, last_question
 
-JOINT = frozenset({"image_embeds", "text_embeds"})
-GIVEN = JOINT | {"query_embeds"}
+GIVEN = frozenset({"image_embeds", "text_embeds", "query_embeds", "relevance"})
 IMAGE_MARK = "<image>"  # known to question.py
+NO_TOKENIZER = (
+    "the words of the question need a tokenizer: attach the model with its processor, pruner(model, processor)"
+)
 
-Describe = Callable[[Sequence[Candidates], Tensor], dict[str, Any]]
+announcer = Announcer()
 
 
-class RelevanceSource:
-    """Gives a method the fields of `PruningInputs` that speak of the question.
+class HostRelevance:
+    """A method with its source of relevance settled, and what the host tells it.
 
     Args:
         processor: processor or tokenizer of the model; needed by methods that read the question.
         clip, siglip: see `AttachedPruner`.
 
+    Attributes:
+        method: as it is used, its source settled.
+        choice: the source and why; ``None`` for a method that reads no question.
+
     Raises:
         ValueError: the method needs what this host cannot give, or the processor is of another model.
     """
 
-    def __init__(self, host: Host, pruner: Pruner, processor: Any, clip: str | None, siglip: str | None) -> None:
+    def __init__(self, host: Host, method: Method, processor: Any, clip: str | None, siglip: str | None) -> None:
         self.host = host
-        self.pruner = pruner
-        self._check_method()
         self.tokenizer = checked_tokenizer(host, processor)
-        if clip is not None and siglip is not None:
-            raise ValueError("name one joint space, clip= or siglip=, not both")
-        self.space: HostJointSpace | None = None
-        if clip is not None or siglip is not None:
-            if not pruner.needs & JOINT:
-                raise ValueError(
-                    f"pruner '{pruner.name}' with these options reads no joint space: leave clip= or siglip= out"
-                )
-            self.space = HostJointSpace(host, clip or siglip, "siglip" if clip is None else "clip")
-
-    def _check_method(self) -> None:
-        pruner = self.pruner
-        self.encoder: EncoderFields | None = None
-        if pruner.place == "encoder":
-            self.encoder = EncoderFields(self.host, pruner)
-            return
-        if pruner.place == "decoder" or (pruner.place == "projected" and pruner.needs <= GIVEN):
-            return
-        where = {
-            "pixels": "on the pixels",
-            "projected": f"on {', '.join(sorted(pruner.needs - GIVEN))}",
-        }[pruner.place]
-        raise ValueError(
-            f"pruner '{pruner.name}' acts {where}, which it can do in LLaVA's own code (llava.model) but not in "
-            f"{type(self.host.model).__name__}: take one that reads projected features and relevance alone"
+        self._check_place(method)
+        self.space: HostJointSpace | None
+        self.space, no_joint_space = find_joint_space(host, method, clip, siglip)
+        self.attention, no_attention = first_attention(host) if method.reads_question else (None, None)
+        offer = Offer(
+            no_joint_space=no_joint_space,
+            no_words=None if self.tokenizer is not None else NO_TOKENIZER,
+            no_attention=no_attention,
+            joint_space="the vision tower's CLIP" if self.space is None else self.space.name,
         )
+        self.method, self.choice = settle(method, offer)
+        if self.choice is None or self.choice.source != "clip":
+            self.space = None
+        announcer.tell(self.method, self.choice)
 
-    @property
-    def reads_question(self) -> bool:
-        return bool(self.pruner.needs & GIVEN)
+    def _check_place(self, method: Method) -> None:
+        self.encoder: EncoderFields | None = None
+        beyond = method.needs - GIVEN
+        where = None
+        if method.place == "encoder":
+            self.encoder = EncoderFields(self.host, method)
+        elif method.place == "pixels":
+            where = "on the pixels"
+        elif beyond:
+            where = f"on {', '.join(sorted(beyond))}"
+        if where is not None:
+            raise ValueError(
+                f"pruner '{method.name}' acts {where}, which it can do in LLaVA's own code (llava.model) but not in "
+                f"{type(self.host.model).__name__}: take one that reads projected features and relevance alone"
+            )
 
     @property
     def reads_encoder(self) -> bool:
+        """Whether what enters the projector is needed."""
         return self.space is not None or self.encoder is not None
 
     @property
     def watched_layer(self) -> nn.Module | None:
+        """The layer of the tower that must be watched."""
         return None if self.encoder is None else self.encoder.layer
+
+    # --- the question ----------------------------------------------------------------------------------------------
+
+    def ask(
+        self, input_ids: Tensor, attention_mask: Tensor, query: str | Sequence[str] | None
+    ) -> tuple[Asked, dict[int, int]]:
+        """The questions about the pictures of prompts (B, L), embedded, and the number of each row's question.
+
+        Args:
+            query: the question of all rows, or one per row; ``None`` reads it out of each prompt.
+
+        Raises:
+            ValueError: no question to be found, or a list of another length than the batch.
+        """
+        if self.choice is None:
+            return Asked(self.method, ()), {}
+        marks = torch.tensor(sorted(self.host.placeholders.values()), device=input_ids.device)
+        visual = torch.isin(input_ids, marks)
+        rows = visual.any(-1).nonzero().flatten().tolist()
+        given = given_questions(query, len(input_ids))
+        if given is not None:
+            questions = {row: given[row] for row in rows}
+        elif self.tokenizer is None:
+            questions = dict.fromkeys(rows)
+        else:
+            last = {row: int(visual[row].nonzero().max()) for row in rows}
+            shown = attention_mask.bool()
+            questions = {row: last_question(self._rendered(input_ids[row], shown[row], last[row])) for row in rows}
+        check_asked(questions, self.method.name)
+        asked = Asked(
+            self.method,
+            list(questions.values()),
+            joint_space=self.space,
+            language=LanguageSpace(self._token_ids, self._embedded, self.attention),
+            sign=-1 if self.space is None else self.space.relevance_sign,
+            device=None if self.space is None else self.space.device,
+        )
+        return asked, {row: number for number, row in enumerate(questions)}
+
+    def _rendered(self, ids: Tensor, shown: Tensor, last: int) -> str:
+        """The text of a prompt (L,) with one mark where its last visual token stands."""
+        unspoken = {*self.host.placeholders.values(), self.tokenizer.pad_token_id, self.tokenizer.bos_token_id}
+        unspoken -= {None, self.tokenizer.eos_token_id}  # the end token closes turns of some templates
+        text = shown & ~torch.isin(ids, torch.tensor(sorted(unspoken), device=ids.device))
+        columns = torch.arange(len(ids), device=ids.device)
+        before, after = (self.tokenizer.decode(ids[text & part]) for part in (columns < last, columns > last))
+        return f"{before}{IMAGE_MARK}{after}"
+
+    def _token_ids(self, question: str) -> Sequence[int]:
+        return self.tokenizer(question, add_special_tokens=False).input_ids
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        """Token ids (...) -> embeddings (..., d) as the language model receives them: by the model's own module."""
+        embedding = self.host.model.get_input_embeddings()
+        return embedding(ids.to(embedding_device(embedding, self.host.model.device)))
+
+    # --- what a method reads ---------------------------------------------------------------------------------------
 
     def describer(
         self,
         capture: Capture,
         pictures: Sequence[Picture],
         input_ids: Tensor,
-        attention_mask: Tensor,
-        query: str | Sequence[str] | None,
+        asked: Asked,
+        question_of_row: dict[int, int],
     ) -> Describe:
-        """What tells `select_tokens` about the tower's views and the question of each row of prompts (B, L).
+        """What tells `select_tokens` about the tower's views and the question of each row of prompts (B, L)."""
+        of_images = {} if self.encoder is None else self.encoder.of(capture)
+        in_space = None if self.space is None else self.space.image_embeds(capture, input_ids)
 
-        Args:
-            query: the question of all rows, or one per row; ``None`` reads it out of each prompt.
-        """
-        ask = self._asking(capture, pictures, input_ids, attention_mask, query)
-        if self.encoder is None:
-            return ask
-        of_images = self.encoder.of(capture)
+        def describe(group: Sequence[Contest], features: Tensor, valid: Tensor | None) -> dict[str, Any]:
+            rows = [pictures[one.picture].row for one in group]
 
-        def describe(group: Sequence[Candidates], features: Tensor) -> dict[str, Any]:
+            def image_embeds() -> Tensor:
+                columns = torch.stack([one.columns for one in group]).to(in_space.device)
+                return in_space[torch.tensor(rows, device=in_space.device)[:, None], columns]
+
             images = torch.tensor([one.picture for one in group])
-            return ask(group, features) | {
-                name: value[images.to(value.device)].to(features.device) for name, value in of_images.items()
-            }
+            fields = {name: value[images.to(value.device)].to(features.device) for name, value in of_images.items()}
+            if self.choice is not None:
+                numbers = torch.tensor([question_of_row[row] for row in rows])
+                fields |= asked.fields(numbers, features, valid, image_embeds)
+            return fields
 
         return describe
 
-    def _asking(
-        self,
-        capture: Capture,
-        pictures: Sequence[Picture],
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        query: str | Sequence[str] | None,
-    ) -> Describe:
-        """The part of `describer` that is about the question."""
-        if not self.reads_question:
-            return lambda group, features: {}
-        questions = self.questions(pictures, input_ids, attention_mask, query)
-        distinct = list(dict.fromkeys(questions.values()))
-        of_row = {row: distinct.index(question) for row, question in questions.items()}
 
-        def row_of(group: Sequence[Candidates], device: torch.device) -> Tensor:
-            return torch.tensor([of_row[pictures[one.picture].row] for one in group], device=device)
-
-        if self.space is not None:
-            text, text_mask = self.space.text_embeds(distinct)
-            image = self.space.image_embeds(capture, input_ids)
-
-            def in_joint_space(group: Sequence[Candidates], features: Tensor) -> dict[str, Any]:
-                rows = torch.tensor([pictures[one.picture].row for one in group], device=image.device)
-                columns = torch.stack([one.columns for one in group]).to(image.device)
-                asked = row_of(group, text.device)
-                return {
-                    "image_embeds": image[rows[:, None], columns].to(features.device),
-                    "text_embeds": text[asked].to(features.device),
-                    "text_mask": text_mask[asked].to(features.device),
-                    "relevance_sign": self.space.relevance_sign,
-                }
-
-            return in_joint_space
-
-        embeds, mask = self.embed(distinct)
-
-        def in_language_space(group: Sequence[Candidates], features: Tensor) -> dict[str, Any]:
-            asked = row_of(group, embeds.device)
-            fields = {
-                "query_embeds": embeds[asked].to(features.device),
-                "query_mask": mask[asked].to(features.device),
-            }
-            if self.pruner.needs & JOINT:
-                query = pooled_query(PruningInputs(features, **fields))
-                fields["relevance"] = relevance_scores(features, query, sign=self.language_space_sign)
-            return fields
-
-        return in_language_space
-
-    @property
-    def language_space_sign(self) -> int:
-        """+1, or the sign that was asked for; a method's own default is about joint spaces and does not count."""
-        asked = self.pruner.relevance_sign
-        return 1 if asked is None or asked == type(self.pruner).relevance_sign else asked
-
-    def questions(
-        self,
-        pictures: Sequence[Picture],
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        query: str | Sequence[str] | None,
-    ) -> dict[int, str]:
-        """The question of every row that has a picture.
-
-        Raises:
-            ValueError: a list of another length than the batch, or no question to be found.
-        """
-        last = {picture.row: int(picture.columns[-1]) for picture in pictures}
-        if isinstance(query, str):
-            return dict.fromkeys(last, query)
-        if query is not None:
-            if len(query) != len(input_ids):
-                raise ValueError(f"query= has {len(query)} questions for a batch of {len(input_ids)} prompts")
-            return {row: query[row] for row in last}
-        if self.tokenizer is None:
-            raise ValueError(
-                f"pruner '{self.pruner.name}' selects by the question: attach it with the model's processor, "
-                "pruner(model, processor), which reads it from the prompt"
-            )
-        found = {}
-        for row, column in last.items():
-            text = self._rendered(input_ids[row], attention_mask[row].bool(), column)
-            found[row] = find_questions(text, scope="latest_turn")[0].text
-            if not found[row]:
-                raise ValueError(f"row {row} has no question that could be read out of its prompt: pass query=")
-        return found
-
-    def _rendered(self, ids: Tensor, real: Tensor, last: int) -> str:
-        """The text of a prompt (L,) with one mark where its last visual token stands."""
-        unspoken = {*self.host.placeholders.values(), self.tokenizer.pad_token_id, self.tokenizer.bos_token_id}
-        unspoken -= {None, self.tokenizer.eos_token_id}  # the end token closes turns of some templates
-        text = real & ~torch.isin(ids, torch.tensor(sorted(unspoken), device=ids.device))
-        columns = torch.arange(len(ids), device=ids.device)
-        before, after = (self.tokenizer.decode(ids[text & part]) for part in (columns < last, columns > last))
-        return f"{before}{IMAGE_MARK}{after}"
-
-    def embed(self, questions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """T questions -> input embeddings of the language model (T, l, d), and a mask (T, l)."""
-        if self.tokenizer is None:
-            raise ValueError(
-                f"pruner '{self.pruner.name}' selects by the question: attach it with the model's processor, "
-                "pruner(model, processor), whose tokenizer reads it"
-            )
-        ids = [torch.tensor(self.tokenizer(text, add_special_tokens=False).input_ids) for text in questions]
-        lengths = torch.tensor([len(row) for row in ids])
-        if not bool(lengths.all()):
-            raise ValueError("an empty question: there is nothing to select by")
-        lookup = self.host.model.get_input_embeddings()
-        padded = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(self.host.model.device)
-        with torch.no_grad():
-            embeds = lookup(padded)
-        mask = torch.arange(padded.shape[1]) < lengths[:, None]
-        return embeds, mask.to(embeds.device)
+def first_attention(host: Host) -> tuple[FirstAttention | None, str | None]:
+    """The language model's first softmax attention, or why it cannot be read."""
+    try:
+        return FirstAttention.find(host.language_model), None
+    except UnreadableAttentionError as error:
+        return None, str(error)
 
 
 def checked_tokenizer(host: Host, processor: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Ask a method which visual tokens of a batch of prompts go on."""
+"""Ask a method which visual tokens of a batch of prompts the language model gets."""
 
 from __future__ import annotations
 
@@ -11,26 +11,31 @@ from torch import Tensor
 
 from llava.integrations.transformers.pictures import SEPARATOR, Picture
 from llava.integrations.transformers.shortening import concatenated
-from llava.pruning import Pruner, PruningInputs
+from llava.layout.candidates import candidates_of, check_together
+from llava.pruning import PruningInputs
+from llava.pruning.base import ViewMethod
+from llava.relevance.policy import Choice
 
 
 @dataclass(frozen=True)
 class KeptPicture:
-    """What is left of an image or a video.
+    """What was kept of an image or a video.
 
     Args:
         picture: as it stood in the prompt.
-        kept: (t,) bool, True at the tokens, separators among them, whose place in the prompt stays.
+        kept: (t,) bool, True at the tokens, separators among them, in whose places the language model reads something.
         made: columns (m + k,) and what stands there (m + k, d), where a method makes k tokens beside the m that it
             keeps: leading ones, kept ones, the other made ones. ``None`` if it makes none.
         per_layer: tokens that enter each layer of the decoder, separators among them, where a method inside it drops
             some; ``None`` where all layers see the same.
+        relevance: where the question was read, and why; ``None`` for a method that reads none.
     """
 
     picture: Picture
     kept: Tensor
     made: tuple[Tensor, Tensor] | None = None
     per_layer: tuple[int, ...] | None = None
+    relevance: Choice | None = None
 
     @property
     def tokens(self) -> int:
@@ -39,55 +44,66 @@ class KeptPicture:
 
     @property
     def per_view(self) -> list[int]:
-        """Visual tokens left in each view."""
+        """Visual tokens kept of each view."""
         views = self.picture.views[self.kept]
         return torch.bincount(views[views != SEPARATOR], minlength=self.picture.count).tolist()
 
     @property
     def separators(self) -> int:
-        """Newlines and row breaks left."""
+        """Newlines and row breaks kept."""
         return int((self.picture.views[self.kept] == SEPARATOR).sum())
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """Tokens among which one selection is made: a view, or what a method's ``scope`` makes of a picture's views."""
+class Contest:
+    """Tokens of a picture that compete for one budget (layout/candidates.py), and where they stand.
+
+    Args:
+        picture: its number in the batch.
+        columns: (n,) of the prompt.
+        attended: (n,) bool, False at those that the attention mask hides.
+        keep: the budget.
+        number: among the contests of its row; seeds random methods.
+    """
 
     picture: int
     columns: Tensor
+    attended: Tensor
     keep: int
-    number: int  # among the candidates of its row; seeds random methods
+    number: int
 
 
-def candidates_of(pruner: Pruner, pictures: Sequence[Picture]) -> list[Candidates]:
-    """The selections that a method makes over pictures, in order."""
-    found: list[Candidates] = []
+Describe = Callable[[Sequence[Contest], Tensor, Tensor | None], dict[str, Any]]
+
+
+def contests_of(method: ViewMethod, pictures: Sequence[Picture]) -> list[Contest]:
+    """The selections that a method makes over the pictures of a batch, in order.
+
+    Raises:
+        ValueError: the method compares views that cannot be compared.
+    """
+    contests: list[Contest] = []
     row, number = -1, 0
     for index, picture in enumerate(pictures):
         if picture.row != row:
             row, number = picture.row, 0
-        views = picture.view_columns()
-        if pruner.scope == "view":
-            parts = [(columns, pruner.count(len(columns))) for columns in views]
-        elif pruner.scope in ("global", "clip"):
-            columns = concatenated(views).sort().values
-            parts = [(columns, sum(pruner.count(len(view)) for view in views))]
-        else:  # "official": the whole sequence, separators among the candidates
-            length = len(picture.columns)
-            share = isinstance(pruner.keep_tokens, float)
-            keep = pruner.count(length) if share else min(pruner.keep_tokens * len(views), length)
-            parts = [(picture.columns, keep)]
-        for columns, keep in parts:
-            found.append(Candidates(index, columns, keep, number))
+        found = candidates_of(method, picture.view_sizes(), len(picture.columns), picture.attended_sizes())
+        check_together(method, found)
+        for one in found:
+            among = torch.isin(picture.views, torch.tensor(one.views))
+            if one.sequence:
+                among = torch.ones_like(among)
+            contests.append(Contest(index, picture.columns[among], picture.attended[among], one.keep, number))
             number += 1
-    return found
+    return contests
 
 
+@torch.no_grad()
 def select_tokens(
-    pruner: Pruner,
+    method: ViewMethod,
     pictures: Sequence[Picture],
     inputs_embeds: Tensor,
-    describe: Callable[[Sequence[Candidates], Tensor], dict[str, Any]],
+    describe: Describe,
     project: Callable[[Tensor], Tensor] | None = None,
 ) -> list[KeptPicture]:
     """Run a method over all pictures of a batch.
@@ -96,15 +112,17 @@ def select_tokens(
 
     Args:
         inputs_embeds: (B, L, d), visual features in their places.
-        describe: from `Candidates` of equal size and their features (V, n, d) to the other `PruningInputs` fields
-            that the method reads.
+        describe: from contests of equal size, their features (V, n, d) and which of these may be chosen (V, n) to
+            the other `PruningInputs` fields that the method reads.
         project: the projector, for methods that make tokens before it.
+
+    Raises:
+        ValueError: the method does not fit what the pictures look like.
     """
-    candidates = candidates_of(pruner, pictures)
-    groups: dict[tuple[int, int], list[Candidates]] = {}
-    for one in candidates:
+    groups: dict[tuple[int, int], list[Contest]] = {}
+    contests = contests_of(method, pictures)
+    for one in contests:
         groups.setdefault((len(one.columns), one.keep), []).append(one)
-    check_groups(pruner, groups)
     kept_columns: dict[int, list[Tensor]] = {index: [] for index in range(len(pictures))}
     made: dict[int, list[tuple[Tensor, Tensor]]] = {}
     whole = dict.fromkeys(range(len(pictures)), True)
@@ -115,19 +133,23 @@ def select_tokens(
             continue
         columns = torch.stack([one.columns for one in group])  # (V, n)
         rows = torch.tensor([pictures[one.picture].row for one in group])
+        attended = torch.stack([one.attended for one in group])
         device = inputs_embeds.device
         features = inputs_embeds[rows.to(device)[:, None], columns.to(device)]
+        valid = None if bool(attended.all()) else attended.to(device)
         inputs = PruningInputs(
             features,
+            valid=valid,
             view_ids=torch.tensor([one.number for one in group], device=device),
             pictures=torch.tensor([one.picture for one in group], device=device),
-            **describe(group, features),
+            **describe(group, features, valid),
         )
-        selection = pruner.select(inputs, keep=keep)
+        selection = method.select(inputs, keep=keep)
         chosen = selection.indices.cpu()
         made_tokens = selection.made
-        if made_tokens is not None and pruner.place == "encoder":
+        if made_tokens is not None and method.place == "encoder":
             made_tokens = project(made_tokens)
+        _, made_counts = method.kept_and_made(keep, attended)
         for number, one in enumerate(group):
             whole[one.picture] = False
             own, own_columns = selection.indices[number], one.columns[chosen[number]]
@@ -135,42 +157,28 @@ def select_tokens(
                 own, own_columns = own[selection.eligible[number]], own_columns[selection.eligible[number].cpu()]
             kept_columns[one.picture].append(own_columns)
             if made_tokens is not None:
-                places = carriers(one.columns, own_columns, made_tokens.shape[1])
+                free = one.columns[one.attended & ~torch.isin(one.columns, own_columns)]
+                places = evenly_spaced(free, min(int(made_counts[number]), len(free)))
                 kept_columns[one.picture].append(places)
-                lead, follow = made_tokens[number].tensor_split([selection.leading])
-                tokens = torch.cat([lead, features[number][own].to(lead), follow])
-                made.setdefault(one.picture, []).append((torch.cat([own_columns, places]).sort().values, tokens))
+                lead, follow = made_tokens[number][: len(places)].tensor_split([selection.leading])
+                read = torch.cat([lead, features[number][own].to(lead), follow])
+                made.setdefault(one.picture, []).append((torch.cat([own_columns, places]).sort().values, read))
     answers = []
     for index, picture in enumerate(pictures):
         kept = torch.isin(picture.columns, concatenated(kept_columns[index]))
         if whole[index]:
             kept = torch.ones_like(kept)
-        elif pruner.newlines == "keep":
-            kept = kept | picture.separators_to_keep(kept)
+        elif method.newlines == "keep":
+            kept = kept | picture.separators_to_keep(kept & picture.attended)
         parts = made.get(index)
         joined = None if parts is None else tuple(torch.cat(part) for part in zip(*parts, strict=True))
-        answers.append(KeptPicture(picture, kept, joined))
+        answers.append(KeptPicture(picture, kept & picture.attended, joined))
     return answers
 
 
-def check_groups(pruner: Pruner, groups: dict[tuple[int, int], list[Candidates]]) -> None:
-    """Raise ValueError if a method compares views of a picture that cannot be compared here."""
-    if getattr(pruner, "scaling", "view") != "picture":
-        return
-    seen: dict[int, tuple[int, int]] = {}
-    for size, group in groups.items():
-        for one in group:
-            if seen.setdefault(one.picture, size) != size:
-                raise ValueError(
-                    f"pruner '{pruner.name}' with scaling=picture needs views of equal size, and this picture's have "
-                    f"{seen[one.picture][0]} and {size[0]} tokens: use scaling=view"
-                )
-
-
-def carriers(columns: Tensor, kept: Tensor, count: int) -> Tensor:
-    """Columns (count,), evenly spaced among those of a view (n,) that are not ``kept`` (m,): places of made tokens."""
-    free = columns[~torch.isin(columns, kept)]
-    return free[(2 * torch.arange(count) + 1) * len(free) // (2 * count)]
+def evenly_spaced(columns: Tensor, count: int) -> Tensor:
+    """``count`` of the columns (n,), evenly spaced: the places of made tokens."""
+    return columns[(2 * torch.arange(count) + 1) * len(columns) // max(2 * count, 1)]
 
 
 def with_made_tokens(inputs_embeds: Tensor, kept: Sequence[KeptPicture]) -> Tensor:

@@ -18,39 +18,51 @@ class Shortening:
     Args:
         source: (B, L') int64, column of the long prompt; at padding, that of the row's last token, whose embedding is
             an ordinary one and whose id no penalty has not seen.
-        valid: (B, L') bool, False at padding.
+        padding: (B, L') bool, True where no column of the long prompt stands.
+        valid: (B, L') bool, True where the attention mask shows something.
+        dropped: (B, L) bool, True at the visual tokens that are left out.
     """
 
     source: Tensor
+    padding: Tensor
     valid: Tensor
+    dropped: Tensor
 
     @property
     def length(self) -> int:
         return self.source.shape[1]
 
+    @property
+    def drops(self) -> bool:
+        """Whether any visual token is left out."""
+        return bool(self.dropped.any())
+
     def tokens(self, values: Tensor, padding: int | None = None) -> Tensor:
         """(B, L) -> (B, L'); ``padding`` stands at padded places, where given."""
-        source, valid = self.source.to(values.device), self.valid.to(values.device)
-        shorter = values.gather(1, source)
-        return shorter if padding is None else shorter.masked_fill(~valid, padding)
+        shorter = values.gather(1, self.source.to(values.device))
+        return shorter if padding is None else shorter.masked_fill(self.padding.to(values.device), padding)
 
     def embeddings(self, values: Tensor) -> Tensor:
         """(B, L, d) -> (B, L', d)."""
         source = self.source.to(values.device)
         return values.gather(1, source[:, :, None].expand(-1, -1, values.shape[-1]))
 
-    def attention_mask(self, like: Tensor) -> Tensor:
-        """(B, L') in the dtype and on the device of ``like``."""
-        return self.valid.to(like.device, like.dtype)
 
+def shorten(dropped: Tensor, attention_mask: Tensor, pad_left: bool, unchanged: bool = False) -> Shortening:
+    """Prompts (B, L) without their ``dropped`` columns, (B, L) bool, and without those that the mask hides.
 
-def shorten(kept: Tensor, pad_left: bool) -> Shortening:
-    """The shorter prompts that hold the True columns of ``kept`` (B, L), on the CPU.
+    Args:
+        attention_mask: (B, L), on the CPU as ``dropped``.
+        unchanged: leave the prompts as they are, hidden columns and padding among them; nothing must be dropped.
 
     Raises:
         ValueError: a row keeps nothing.
     """
-    rows = [row.nonzero().flatten() for row in kept]
+    shown = attention_mask.bool()
+    if unchanged:
+        everything = torch.arange(shown.shape[1]).expand(len(shown), -1)
+        return Shortening(everything, torch.zeros_like(shown), shown, dropped)
+    rows = [row.nonzero().flatten() for row in shown & ~dropped]
     if any(len(row) == 0 for row in rows):
         raise ValueError("a prompt of the batch has no token: its attention_mask is all zeros")
     length = max(len(row) for row in rows)
@@ -60,7 +72,7 @@ def shorten(kept: Tensor, pad_left: bool) -> Shortening:
         place = slice(length - len(row), length) if pad_left else slice(0, len(row))
         source[number, place] = row
         valid[number, place] = True
-    return Shortening(source, valid)
+    return Shortening(source, ~valid, valid, dropped)
 
 
 def counted_positions(attention_mask: Tensor) -> Tensor:
@@ -69,17 +81,27 @@ def counted_positions(attention_mask: Tensor) -> Tensor:
 
 
 def packed_positions(positions: Tensor, attention_mask: Tensor, shortening: Shortening) -> Tensor:
-    """Positions (B, L') without gaps, or (A, B, L') with the same in all A axes, from each row's first one on.
+    """Positions (B, L') without the steps that dropped tokens took, or (A, B, L') counted alike in all A axes.
+
+    Each row starts at its first position in the long prompt.
 
     Args:
         positions: (B, L) or (A, B, L) of the long prompts.
         attention_mask: (B, L) of the long prompts.
     """
-    first = attention_mask.to(positions.device).long().argmax(-1, keepdim=True)  # (B, 1)
-    axes = positions if positions.ndim == 3 else positions[None]
-    start = axes.gather(2, first.expand(len(axes), -1, -1))
-    counted = counted_positions(shortening.valid).to(positions.device) + start
-    return counted if positions.ndim == 3 else counted[0]
+    device = positions.device
+    valid, source = shortening.valid.to(device), shortening.source.to(device)
+    first = attention_mask.to(device).long().argmax(-1, keepdim=True)  # (B, 1)
+    if positions.ndim == 3:
+        return counted_positions(valid) + positions.gather(2, first.expand(len(positions), -1, -1))
+    if not shortening.drops:
+        return positions.gather(1, source)
+    steps = positions.diff(dim=1, prepend=positions[:, :1])
+    lost = (steps * shortening.dropped.to(device)).cumsum(-1)
+    packed = (positions - lost).gather(1, source)
+    begin = packed.gather(1, valid.long().argmax(-1, keepdim=True))
+    start = positions.gather(1, first)
+    return torch.where(valid, packed - begin + start, start)
 
 
 def original_positions(positions: Tensor, shortening: Shortening) -> Tensor:
@@ -89,7 +111,7 @@ def original_positions(positions: Tensor, shortening: Shortening) -> Tensor:
 
 
 def extended(positions: Tensor, length: int) -> Tensor:
-    """Positions (..., L') gone on with by one each up to ``length``."""
+    """Positions (..., L') continued by one each up to ``length``."""
     new = length - positions.shape[-1]
     if new <= 0:
         return positions
