@@ -1,0 +1,1 @@
+"""Time, work and memory of methods."""
