@@ -1,4 +1,4 @@
-"""Where the time of an answer goes: ``python -m llava.eval.efficiency``, from `llava.eval.measure.efficiency`."""
+"""Where the time of an answer goes: ``python -m llava.eval.efficiency``."""
 
 import sys
 

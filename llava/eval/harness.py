@@ -1,4 +1,4 @@
-"""Run a benchmark of lmms-eval: ``python -m llava.eval.harness``, from `llava.eval.lmms_eval.launcher`."""
+"""Run a benchmark of lmms-eval: ``python -m llava.eval.harness``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""How well estimators of redundancy agree: ``python -m llava.eval.redundancy``, from `llava.eval.measure.redundancy`."""
+"""How well estimators of redundancy agree: ``python -m llava.eval.redundancy``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The table of a study: ``python -m llava.eval.report``, from `llava.eval.tables.report`."""
+"""The table of a study: ``python -m llava.eval.report``."""
 
 import sys
 

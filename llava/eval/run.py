@@ -1,4 +1,4 @@
-"""Ask the questions of a benchmark: ``python -m llava.eval.run``, from `llava.eval.runner.run`."""
+"""Ask the questions of a benchmark: ``python -m llava.eval.run``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Score the answers of a run: ``python -m llava.eval.score``, from `llava.eval.runner.scoring`."""
+"""Score the answers of a run: ``python -m llava.eval.score``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""How the cost of a selection grows: ``python -m llava.eval.selection_scaling``, from `llava.eval.measure.selection_scaling`."""
+"""How the cost of a selection grows: ``python -m llava.eval.selection_scaling``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What a selection costs: ``python -m llava.eval.selection_speed``, from `llava.eval.measure.selection_speed`."""
+"""What a selection costs: ``python -m llava.eval.selection_speed``."""
 
 import sys
 

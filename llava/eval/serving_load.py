@@ -1,4 +1,4 @@
-"""Answers per second of a server under load: ``python -m llava.eval.serving_load``, from `llava.eval.measure.serving_load`."""
+"""Answers per second of a server under load: ``python -m llava.eval.serving_load``."""
 
 import sys
 

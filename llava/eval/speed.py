@@ -1,4 +1,4 @@
-"""How fast our own runner is: ``python -m llava.eval.speed``, from `llava.eval.measure.speed`."""
+"""How fast our own runner is: ``python -m llava.eval.speed``."""
 
 import sys
 

@@ -34,7 +34,7 @@ SAMPLE_BYTES = 2**20
 
 
 def code_of(pruner: Pruner | type[Pruner] | None) -> dict[str, str | None]:
-    """The code behind an answer: "code" of our host, the same for all methods, and "method_code" of the method alone."""
+    """The code behind an answer: "code" of our host, the same for all methods, and "method_code" of the method."""
     return {"code": _sources(answering_modules()), "method_code": None if pruner is None else method_code(pruner)}
 
 

@@ -90,8 +90,8 @@ def _first_failure(running: Sequence[subprocess.Popen]) -> int | None:
         if code is not None and code < 0:
             name = signal.Signals(-code).name
             print(
-                f"error: process {rank} of {len(running)} was ended by signal {-code} ({name}); its answers so far are "
-                "kept, run again to go on",
+                f"error: process {rank} of {len(running)} was ended by signal {-code} ({name}); its answers so far "
+                "are kept, run again to go on",
                 file=sys.stderr,
             )
             return 128 - code

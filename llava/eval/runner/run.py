@@ -227,25 +227,6 @@ def begin(run: Run, processes: int) -> bool:
     return True
 
 
-def begin(run: Run, processes: int) -> bool:
-    """Make the run's folder ready, under its lock; False if there is nothing left to do.
-
-    Raises:
-        RunRefused: old answers with other settings.
-    """
-    if run.options.overwrite:
-        journal.discard(run.answers_file, run.folder)
-    settings = run.settings()
-    going_on = journal.check_settings(run.folder, settings)
-    if run.answers_file.exists():
-        if not going_on:
-            raise journal.RunRefused(f"{run.answers_file} exists, but not by this runner: --overwrite deletes it")
-        return False
-    if not going_on:
-        journal.save_settings(run.folder, settings, run.record(processes))
-    return True
-
-
 def work(run: Run, answerer: Answerer, pending: Sequence[int], turns: journal.Turns, book: journal.Journal) -> None:
     """Answer questions at positions of ``pending`` as long as there are ``turns``, and journal them.
 

@@ -110,8 +110,8 @@ def cross_checks(runs: Sequence[StudyRun]) -> list[str]:
             lines.append(f"{title} of {run.name}: lmms-eval's score is not checked, {run.score['unchecked']}.")
         elif abs(harness - own) > TOLERANCE:
             lines.append(
-                f"{title} of {run.name}: lmms-eval's score is {harness:.3f}, ours of the answers it logged is {own:.3f}; "
-                "they should be the same."
+                f"{title} of {run.name}: lmms-eval's score is {harness:.3f}, ours of the answers it logged is "
+                f"{own:.3f}; they should be the same."
             )
         else:
             agreeing.append(f"{title} of {run.name}")

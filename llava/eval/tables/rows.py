@@ -56,7 +56,7 @@ class Row:
 def make_rows(runs: Iterable[StudyRun], values: Mapping[tuple[str, str], float]) -> list[Row]:
     """Rows from runs, by model and falling number of tokens; the unpruned one first.
 
-    Runs share a row if checkpoint, tag and the code of their answers are the same; code of other methods does not count.
+    Runs share a row if checkpoint, tag and the code of their answers are the same; other methods' code does not count.
 
     Args:
         values: (benchmark, tag) -> score that a server gave.

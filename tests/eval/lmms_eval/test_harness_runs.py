@@ -8,12 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from llava.eval import harness, report
+from llava.eval.benchmarks import COLUMNS, HARNESS_TASKS
 from llava.eval.files import write_json
-from llava.eval.harness_results import TASKS, item_score, metric, read_scores
+from llava.eval.lmms_eval import launcher as harness
+from llava.eval.lmms_eval.results import item_score, metric, read_scores
+from llava.eval.tables import report
+from llava.eval.tables.rows import average, make_rows
+from llava.eval.tables.runs import read_runs
 from records import GOLDEN
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FAMILIES = {"video": ("mlvu", "mvbench", "longvideobench", "videomme")}
 FAMILIES["more"] = ("ai2d", "chartqa", "ocrbench", "hallusionbench")
 
@@ -164,8 +168,8 @@ def test_columns_of_the_papers_video_table(tmp_path, capsys):
         write_run(
             tmp_path, "videomme", tag, own, {"videomme": VIDEOMME}, keep, tokens, [{"document": 3, "reason": "x"}]
         )
-    runs = [run for path in sorted(tmp_path.glob("*/*.run")) for run in report.read_runs(path)]
-    full, pruned = report.make_rows(runs, {})
+    runs = [run for path in sorted(tmp_path.glob("*/*.run")) for run in read_runs(path)]
+    full, pruned = make_rows(runs, {})
     assert full.scores == {
         "mlvu": 60.0,
         "mvbench": 50.0,
@@ -197,7 +201,7 @@ def test_image_benchmarks_come_in_the_tables_units(tmp_path):
         score.benchmark: score.scores[score.benchmark] for score in read_scores(write_results(tmp_path, results))
     }
     assert scores == pytest.approx({"ai2d": 50.0, "chartqa": 25.0, "ocrbench": 512.0, "hallusionbench": 40.0})
-    assert report.average(scores) == pytest.approx((50 + 25 + 51.2 + 40) / 4)
+    assert average(scores) == pytest.approx((50 + 25 + 51.2 + 40) / 4)
 
 
 def test_a_result_file_alone_tells_method_and_budget(tmp_path):
@@ -209,28 +213,28 @@ def test_a_result_file_alone_tells_method_and_budget(tmp_path):
         arguments=given,
         throughput=measured | {"total_elapsed_time": 3.0},
     )
-    [row] = report.make_rows(report.read_runs(path), {})
+    [row] = make_rows(read_runs(path), {})
     assert (row.model, row.method, row.tag, row.tokens) == ("llava-v1.5-7b", "divprune", "divprune_64", 64.0)
-    [run] = report.read_runs(path)
+    [run] = read_runs(path)
     assert run.settings["pruner"] == {"name": "divprune", "keep_tokens": "64"}
 
 
 def test_the_latest_result_file_counts(tmp_path):
     folder = write_run(tmp_path, "ai2d", "full", {"ai2d": {"exact_match,none": 0.5}})
     write_results(folder, {"ai2d": {"exact_match,none": 0.75}}, stamp="20260202_000000")
-    [run] = report.read_runs(folder)
+    [run] = read_runs(folder)
     assert run.score["score"] == 75.0
 
 
 def test_unknown_tasks_are_named(tmp_path):
     path = write_results(tmp_path, {"mmmu_val": {"mmmu_acc,none": 0.5}})
     with pytest.raises(ValueError, match="no benchmark of our tables; its tasks: mmmu_val"):
-        report.read_runs(path)
+        read_runs(path)
 
 
 def test_every_column_is_known_to_the_report():
-    columns = {name for benchmark, task in TASKS.items() for name in (benchmark, *dict(task.parts))}
-    assert columns <= report.COLUMNS.keys()
+    columns = {name for benchmark, task in HARNESS_TASKS.items() for name in (benchmark, *dict(task.parts))}
+    assert columns <= COLUMNS.keys()
 
 
 def test_records_of_samples():

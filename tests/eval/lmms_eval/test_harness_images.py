@@ -13,8 +13,8 @@ pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: scripts/tes
 from task_files import write_pictures, write_task
 
 from llava.eval.files import read_json
-from llava.eval.harness_results import newest_results, read_scores
-from llava.eval.harness_tasks import JUDGE_FREE, JUDGE_FREE_METRICS
+from llava.eval.lmms_eval.judge_free import JUDGE_FREE, JUDGE_FREE_METRICS
+from llava.eval.lmms_eval.results import newest_results, read_scores
 
 ROOT = Path(__file__).parents[3]
 TOY = ROOT / "playground/toy"

@@ -14,17 +14,18 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from llava.eval import journal, run
 from llava.eval.benchmarks import BENCHMARKS, load_questions, run_tag
-from llava.eval.cost import prefill_flops
 from llava.eval.files import read_json, read_whole_lines
+from llava.eval.measure.cost import prefill_flops
+from llava.eval.runner import journal, run
 from llava.pruning import get_pruner
 from records import GOLDEN
 
 CHECKPOINT = str(GOLDEN / "checkpoints" / "llava-v1.5-tiny")
 PICTURES = ("square336.png", "small97x61.png", "land640x480.png")
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(run.__file__).parents[2])}
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(run.__file__).parents[3])}
 
+RUN = "0123456789abcdef"
 COST = {"visual_tokens": 5.0, "average_tokens": 5.0, "newline_tokens": 0, "prefill_flops": 1.0}
 
 
@@ -105,7 +106,7 @@ def test_cut_short_and_gone_on_with(own, tmp_path, capsys):
     assert ask(own, cut, "--on-error", "stop") == 0
     entries = read_whole_lines(cut)
     cut.unlink()  # as if killed: five answers in the journal, the sixth cut off
-    book = journal.Journal(tmp_path / "cut.run" / "journal" / "000_0.jsonl")
+    book = journal.Journal(tmp_path / "cut.run" / "journal" / "000_0.jsonl", journal.identity_of(tmp_path / "cut.run"))
     book.append(
         [{"position": i, "answer": entries[i], "tokens": COST, "seconds": 0.1, "elapsed": 0.1} for i in range(5)]
     )
@@ -227,7 +228,7 @@ def test_started_by_a_launcher_on_two_machines(own, tmp_path):
 
 def test_turns_go_to_one_process_each(tmp_path):
     script = (
-        "import sys; from pathlib import Path; from llava.eval.journal import Turns\n"
+        "import sys; from pathlib import Path; from llava.eval.runner.journal import Turns\n"
         "for turn in Turns(Path(sys.argv[1]), 2001, 4): print(*turn)"
     )
     turns = journal.Turns(tmp_path / "000.next", 2001, 4)
@@ -247,7 +248,7 @@ def test_score_needs_a_benchmark(own, tmp_path, capsys):
 
 
 def test_full_disk_keeps_what_was_written(tmp_path, monkeypatch):
-    book = journal.Journal(tmp_path / "j.run" / "journal" / "000_0.jsonl")
+    book = journal.Journal(tmp_path / "j.run" / "journal" / "000_0.jsonl", RUN)
     book.append([{"position": 0}])
     write = os.write
     room = [7]
@@ -262,14 +263,14 @@ def test_full_disk_keeps_what_was_written(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="answers so far are kept") as raised:
         book.append([{"position": 1}])
     assert str(book.path) in str(raised.value)
-    assert journal.read_journals(tmp_path / "j.run") == {0: {"position": 0}}
+    assert list(journal.read_journals(tmp_path / "j.run", RUN)) == [{"position": 0}]
 
 
 def test_run_that_is_not_complete_does_not_finish(tmp_path):
-    book = journal.Journal(tmp_path / "a.run" / "journal" / "000_0.jsonl")
+    book = journal.Journal(tmp_path / "a.run" / "journal" / "000_0.jsonl", RUN)
     book.append([{"position": 1, "answer": {}, "tokens": None, "seconds": 1.0, "elapsed": 1.0}])
     with pytest.raises(journal.RunRefused, match="first number 0"):
-        journal.finish(tmp_path / "a.jsonl", tmp_path / "a.run", 2, None, {})
+        journal.finish(tmp_path / "a.jsonl", tmp_path / "a.run", RUN, 2, None, {})
     assert not (tmp_path / "a.jsonl").exists()
 
 
@@ -285,10 +286,10 @@ def test_empty_chunk_gets_an_empty_file(tmp_path):
     answers = tmp_path / "vtn_8" / "merge.jsonl"
     folder = journal.run_folder(answers)
     assert folder == tmp_path / "vtn_8.run"
-    book = journal.Journal(folder / "journal" / "000_0.jsonl")
+    book = journal.Journal(folder / "journal" / "000_0.jsonl", RUN)
     row = {"tokens": COST, "seconds": 1.0, "elapsed": 1.0}
     book.append([{"position": i, "answer": {"question_id": i}, **row} for i in (2, 0, 4, 1, 3)])
-    journal.finish(answers, folder, 5, 4, {})
+    journal.finish(answers, folder, RUN, 5, 4, {})
     sizes = [len(read_whole_lines(answers.parent / f"4_{i}.jsonl")) for i in range(4)]
     assert sizes == [2, 2, 1, 0]
     assert [line["question_id"] for line in read_whole_lines(answers)] == [0, 1, 2, 3, 4]
@@ -373,8 +374,8 @@ def test_recorded_prompts(bench, folder, file):
 
 def test_prompt_and_query(load):
     from llava.conversation import clean_question
-    from llava.eval.answering import Answerer
     from llava.eval.benchmarks import Question
+    from llava.eval.runner.answering import Answerer
 
     tokenizer, model, processor, _ = load("llava-v1.5-tiny")
     answerer = Answerer(tokenizer, model, processor, "vicuna_v1", None, 4)

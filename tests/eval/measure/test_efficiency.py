@@ -7,11 +7,11 @@ from functools import partial
 import pytest
 import torch
 
-from llava.eval import efficiency_subject, efficiency_transformers
-from llava.eval.cost import count_macs, prefill_flops
-from llava.eval.efficiency import Row, Subject, main, make_rows, measure, summary_of
-from llava.eval.efficiency_table import print_table
-from llava.eval.geometry import GEOMETRIES, build_random
+from llava.eval.measure import efficiency_subject, efficiency_transformers
+from llava.eval.measure.cost import count_macs, prefill_flops
+from llava.eval.measure.efficiency import Row, Subject, main, make_rows, measure, summary_of
+from llava.eval.measure.efficiency_table import print_table
+from llava.eval.measure.geometry import GEOMETRIES, build_random
 from llava.model.builder import DEFAULT_CHECKPOINT, TOY_FOLDER, load_pretrained_model
 from llava.pruning import PruningInputs, get_pruner
 

@@ -12,9 +12,10 @@ pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: scripts/tes
 
 from task_files import write_pictures, write_task
 
-from llava.eval import report
 from llava.eval.files import read_json
-from llava.eval.harness_results import newest_results, read_scores
+from llava.eval.lmms_eval.results import newest_results, read_scores
+from llava.eval.tables.rows import make_rows
+from llava.eval.tables.runs import read_runs
 
 ROOT = Path(__file__).parents[3]
 TOY = ROOT / "playground/toy"
@@ -58,7 +59,7 @@ def test_official_pope(root, keep, tokens):
     [score] = read_scores(newest_results(folder))
     assert score.scores["pope"] > 80
     assert read_json(newest_results(folder))["throughput"]["avg_visual_tokens"] == tokens
-    [row] = report.make_rows(report.read_runs(folder), {})
+    [row] = make_rows(read_runs(folder), {})
     assert (row.method, row.tokens) == ("unpruned" if keep == "full" else "script", tokens)
     ours = run(root, TOY / "llava-toy-v1.5", f"own_{keep}", "--keep-tokens", keep)
     assert texts(folder) == texts(ours)

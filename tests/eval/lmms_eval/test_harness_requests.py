@@ -5,9 +5,9 @@ import json
 import pytest
 from PIL import Image
 
-from llava.integrations.lmms_eval.answers import Answer, AnswerBook, summarise
-from llava.integrations.lmms_eval.arguments import ModelArguments, read_arguments
-from llava.integrations.lmms_eval.requests import (
+from llava.eval.lmms_eval.answers import Answer, AnswerBook, summarise
+from llava.eval.lmms_eval.arguments import ModelArguments, read_arguments
+from llava.eval.lmms_eval.requests import (
     Decoding,
     Message,
     UnreadableVisual,
@@ -121,7 +121,7 @@ def test_answers_survive_and_settings_may_not_change(tmp_path):
     assert again.answers == {"a": answer, "b": answer}  # what could not be read is tried again
     again.append([("d", "t", 4, answer)])
     assert set(AnswerBook(tmp_path, settings).answers) == {"a", "b", "d"}
-    with pytest.raises(ValueError, match=r"other settings \(seed: \[0, 1\], now \[0, 2\]\)"):
+    with pytest.raises(ValueError, match=r"other settings \(seed: \[0, 1\] then, \[0, 2\] now\)"):
         AnswerBook(tmp_path, settings | {"seed": (0, 2)})
 
 

@@ -6,10 +6,12 @@ import json
 
 import pytest
 
-from llava.eval import report, study_runs
-from llava.eval.cost import prefill_flops
 from llava.eval.files import read_json, write_json
-from llava.eval.paper import PAPER_ROWS
+from llava.eval.measure.cost import prefill_flops
+from llava.eval.tables import report
+from llava.eval.tables.paper import PAPER_ROWS
+from llava.eval.tables.rows import average, make_rows
+from llava.eval.tables.runs import read_run
 
 
 def make_run(folder, benchmark, tag, score, keep=None, seed=0, code="c", items=None, seconds=10.0):
@@ -34,7 +36,7 @@ def make_run(folder, benchmark, tag, score, keep=None, seed=0, code="c", items=N
 
 
 def test_average_is_the_papers_rule():
-    assert report.average({"pope": 80.0, "mme": 1500.0, "gqa": 60.0}) == pytest.approx((80 + 75 + 60) / 3)
+    assert average({"pope": 80.0, "mme": 1500.0, "gqa": 60.0}) == pytest.approx((80 + 75 + 60) / 3)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +84,7 @@ def test_the_papers_relative_follows_from_its_averages():
 def test_the_same_run_twice_is_refused(tmp_path):
     paths = [make_run(tmp_path / part, "sqa", "full", 60.0) for part in ("A", "I")]
     with pytest.raises(ValueError, match="same benchmark, tag and seed"):
-        report.make_rows([study_runs.read_run(path) for path in paths], {})
+        make_rows([read_run(path) for path in paths], {})
 
 
 def test_work_that_was_not_noted_is_a_dash(tmp_path):
@@ -90,7 +92,7 @@ def test_work_that_was_not_noted_is_a_dash(tmp_path):
     summary = json.loads((path / "summary.json").read_text())
     del summary["prefill_flops"]
     write_json(path / "summary.json", summary)
-    rows = report.make_rows([study_runs.read_run(path)], {})
+    rows = make_rows([read_run(path)], {})
     assert report.cells(rows[0], rows)[-3] == "–"
 
 
@@ -102,7 +104,7 @@ def test_methods_inside_the_decoder_are_shown_by_their_average(tmp_path):
     summary |= {"visual_tokens": 30.0, "average_tokens": sum(counts) / 32}
     write_json(place / "summary.json", summary | {"prefill_flops": prefill_flops(counts, 4096, 11008)})
     paths = [make_run(tmp_path, "gqa", "full", 60.0), make_run(tmp_path, "gqa", "vtn_40", 52.0, 40), place]
-    rows = report.make_rows([study_runs.read_run(path) for path in paths], {})
+    rows = make_rows([read_run(path) for path in paths], {})
     assert [row.tokens for row in rows] == [576.0, 30.0, 40.0]  # sorted by the average
     assert rows[1].average == 64.125
     by_layer = sum(prefill_flops([count], 4096, 11008) for count in counts)
@@ -116,8 +118,8 @@ def test_seeds_servers_and_gaps(tmp_path):
         for suffix, score, seed in (("", 40.0, 0), ("-seed1", 50.0, 1))
     ]
     paths += [make_run(tmp_path, "gqa", "full", 60.0, code="other"), make_run(tmp_path, "vqav2", "vtn_8", None, 8)]
-    runs = [study_runs.read_run(path) for path in paths]
-    full, pruned = report.make_rows(runs, dict([report.parse_value("vqav2:vtn_8=70.5")]))
+    runs = [read_run(path) for path in paths]
+    full, pruned = make_rows(runs, dict([report.parse_value("vqav2:vtn_8=70.5")]))
     assert (pruned.scores, pruned.seeds) == ({"vqav2": 70.5, "gqa": 45.0}, 2)
     assert pruned.acc == 45.0  # over GQA, which alone both rows have
     assert pruned.relative is None  # the unpruned run is of other code
@@ -137,7 +139,7 @@ def test_comparison(tmp_path):
     b = {str(i): float(i % 4 > 1) for i in range(30)}
     paths = [make_run(tmp_path, "gqa", f"vtn_8-seed{s}", 50.0 + s, 8, s, items=a) for s in (1, 2, 3)]
     paths += [make_run(tmp_path, "gqa", f"vtn_4-seed{s}", 40.0 + s * s, 4, s, items=b) for s in (1, 2, 3)]
-    text = report.comparison([study_runs.read_run(path) for path in paths], "vtn_8", "vtn_4")
+    text = report.comparison([read_run(path) for path in paths], "vtn_8", "vtn_4")
     expected = scipy.ttest_rel(list(a.values()), list(b.values())).pvalue
     assert f"30 pairs, difference +0.2000, p = {expected:.3g} (t-test)" in text
     assert "GQA, seeds: 3 pairs, difference +7.3333" in text

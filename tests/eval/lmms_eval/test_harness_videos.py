@@ -16,9 +16,10 @@ pytest.importorskip("av", reason="PyAV is not installed: scripts/test_lmms_eval.
 import av
 from task_files import write_lines, write_task
 
-from llava.eval import report
 from llava.eval.files import read_json
-from llava.eval.harness_results import newest_results, read_scores
+from llava.eval.lmms_eval.results import newest_results, read_scores
+from llava.eval.tables.rows import make_rows
+from llava.eval.tables.runs import read_runs
 
 ROOT = Path(__file__).parents[3]
 OPTIONS = ["A. red", "B. green", "C. blue", "D. white"]
@@ -108,7 +109,7 @@ def test_official_tasks_per_frame(run):
     for task in read_json(folder / "summary.json").values():
         assert (task["visual_tokens"], task["newline_tokens"]) == (4 * 32, 0)
         assert task["unreadable"] == []
-    rows = report.make_rows(report.read_runs(folder), {})
+    rows = make_rows(read_runs(folder), {})
     assert rows[0].tokens == 4 * 32
     assert {"videomme_short", "longvideobench_relation", "mvbench"} <= rows[0].scores.keys()
 

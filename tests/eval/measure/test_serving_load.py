@@ -8,8 +8,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from llava.eval import serving_load
-from llava.eval.serving_load import LoadRow, ask, make_picture, measure, percentile, server, server_arguments, table
+from llava.eval.measure import serving_load
+from llava.eval.measure.serving_load import (
+    LoadRow,
+    ask,
+    make_picture,
+    measure,
+    percentile,
+    server,
+    server_arguments,
+    table,
+)
 
 
 class Pretender(BaseHTTPRequestHandler):

@@ -16,7 +16,7 @@ from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.files import read_whole_lines
 from records import GOLDEN
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TOY = ROOT / "playground" / "toy"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
 KILLS = 50

@@ -13,7 +13,7 @@ from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.files import read_json
 from records import GOLDEN
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def bash(script, *arguments, **variables):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llava.eval import selection_scaling, selection_speed
+from llava.eval.measure import selection_scaling, selection_speed
 
 
 def test_an_exponent_is_the_power():

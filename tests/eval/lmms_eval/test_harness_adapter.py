@@ -12,9 +12,9 @@ pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: scripts/tes
 from lmms_eval.api.instance import Instance
 from lmms_eval.models import get_model
 
-from llava.eval.harness_model import SimpleLlava, system_like, with_placeholders
-from llava.integrations.lmms_eval import MODELS
-from llava.integrations.lmms_eval.requests import Message, UnreadableVisual, Visual
+from llava.eval.lmms_eval import MODELS
+from llava.eval.lmms_eval.llava_model import SimpleLlava, system_like, with_placeholders
+from llava.eval.lmms_eval.requests import Message, UnreadableVisual, Visual
 from records import GOLDEN, load_picture
 
 TINY = str(GOLDEN / "checkpoints" / "llava-v1.5-tiny")
