@@ -73,6 +73,11 @@ class Prepared:
     picture: dict[str, Any] | None = None
     fault: str | None = None
 
+    @property
+    def ids(self) -> Tensor:
+        """(L,) token ids of its prompt."""
+        return self.prompt.ids
+
 
 @dataclass
 class Answerer:
