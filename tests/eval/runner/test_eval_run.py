@@ -1,9 +1,7 @@
 """The runner: what it asks, where answers go, and that nothing is lost or doubled whatever happens to it."""
 
-import json
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,10 +17,9 @@ from llava.eval.files import read_json, read_whole_lines
 from llava.eval.measure.cost import prefill_flops
 from llava.eval.runner import journal, run
 from llava.pruning import get_pruner
+from own_questions import CHECKPOINT, PICTURES, write_questions
 from records import GOLDEN
 
-CHECKPOINT = str(GOLDEN / "checkpoints" / "llava-v1.5-tiny")
-PICTURES = ("square336.png", "small97x61.png", "land640x480.png")
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(run.__file__).parents[3])}
 
 RUN = "0123456789abcdef"
@@ -31,26 +28,7 @@ COST = {"visual_tokens": 5.0, "average_tokens": 5.0, "newline_tokens": 0, "prefi
 
 @pytest.fixture
 def own(tmp_path):
-    """Twelve questions of one's own, one of them without a picture: the arguments that ask them."""
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for name in PICTURES:
-        shutil.copy(GOLDEN / "images" / name, pictures)
-    lines = [
-        {
-            "question_id": i // 2,
-            "image": PICTURES[i % 3],
-            "text": "What is there? " + "Look. " * (i % 4),
-            "category": "x",
-        }
-        for i in range(12)
-    ]
-    del lines[5]["image"]
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return [
-        *("--question-file", str(tmp_path / "questions.jsonl"), "--image-folder", str(pictures)),
-        *("--model-path", CHECKPOINT, "--keep-tokens", "5", "--max-new-tokens", "6", "--device", "cpu"),
-    ]
+    return write_questions(tmp_path)
 
 
 def ask(own, answers, *more):
