@@ -105,16 +105,24 @@ def _row(key: tuple, runs: list[StudyRun], values: Mapping[tuple[str, str], floa
 
 
 def _fill_averages(rows: list[Row]) -> None:
-    """Acc. over the benchmarks that all rows of a checkpoint have; Relative to the unpruned row of the same code."""
+    """Acc. over the benchmarks that all rows of a checkpoint have; Relative to the unpruned row of the same code.
+
+    Where all rows have none in common, Acc. is empty and Relative is over what a row shares with the unpruned one.
+    """
     common = common_columns(rows)
-    if not common:
-        return
     for row in rows:
-        row.acc = average({name: row.scores[name] for name in common})
-    for row in rows:
+        if common:
+            row.acc = _average_over(row, common)
         whole = next((other for other in rows if other.method == UNPRUNED and other.code == row.code), None)
-        if whole is not None and whole.acc:
-            row.relative = 100.0 * row.acc / whole.acc
+        if whole is not None:
+            columns = common or common_columns([row, whole])
+            reference = _average_over(whole, columns) if columns else 0.0
+            if reference:
+                row.relative = 100.0 * _average_over(row, columns) / reference
+
+
+def _average_over(row: Row, columns: Sequence[str]) -> float:
+    return average({name: row.scores[name] for name in columns})
 
 
 def common_columns(rows: Sequence[Row]) -> list[str]:
@@ -161,7 +169,7 @@ def _empty_relatives(rows: Sequence[Row]) -> list[str]:
         elif all(other.code != row.code for other in whole if other.checkpoint == row.checkpoint):
             reason = "the unpruned run was answered by other code (of model, prompt or decoding)"
         else:
-            reason = "there is no benchmark that all rows of the checkpoint have, or the unpruned score is 0"
+            reason = "it has no benchmark of the unpruned run, or that one's score is 0"
         lines.append(f"Relative of {row.name} is empty: {reason}.")
     return lines
 
@@ -171,6 +179,12 @@ def _left_out(rows: Sequence[Row]) -> list[str]:
     lines = []
     for checkpoint in dict.fromkeys(row.checkpoint for row in rows):
         own = [row for row in rows if row.checkpoint == checkpoint]
+        if not common_columns(own):
+            lines.append(
+                f"Acc. is empty: no benchmark has a score in all rows of {own[0].model}. Relative is over the "
+                "benchmarks that a row shares with the unpruned one."
+            )
+            continue
         for name in COLUMNS:
             lacking = [row.name for row in own if name not in row.scores]
             if lacking and len(lacking) < len(own):

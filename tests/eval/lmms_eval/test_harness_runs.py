@@ -245,3 +245,136 @@ def test_records_of_samples():
     assert item_score({"pred_answer": "B", "answer": "B"}) == 1.0
     assert item_score({"parsed_pred": "", "answer": "B"}) == 0.0
     assert item_score({"question_type": "x"}) is None
+
+
+# --- the harness's scores by our own scorers -----------------------------------------------------------------------
+
+
+def logged(records, answers, targets=None, filtered=None):
+    """Samples as the harness logs them: the raw answer apart where a filter has changed it."""
+    rows = []
+    for number, (record, answer) in enumerate(zip(records, answers, strict=True)):
+        row = {"target": "" if targets is None else targets[number], "filtered_resps": answer, **record}
+        if filtered is not None and filtered[number] != answer:
+            row |= {"resps": [answer], "filtered_resps": filtered[number]}
+        rows.append(row)
+    return rows
+
+
+YES_NO = ("yes", "no", "yes", "no")
+CHECKED = {
+    "pope": (
+        {"pope": {"pope_f1_score,none": 0.8}},
+        logged([{"pope_f1_score": {"ground_truth": truth}} for truth in YES_NO], ["Yes", "yes", "Yes", "x"]),
+    ),
+    "mme": (
+        {"mme": {"mme_perception_score,none": 125.0}},
+        logged(
+            [{"mme_perception_score": {"question_id": q, "category": "count"}} for q in "aabb"],
+            *(["Yes.", "n", "yes", "Yes"], ["Yes", "No", "Yes", "No"]),
+        ),
+    ),
+    "gqa": (
+        {"gqa": {"exact_match,none": 0.5}},
+        logged([{"exact_match": 1.0}, {"exact_match": 0.0}], ["Red.", "blue"], ["red", "red"]),
+    ),
+    "mlvu": (
+        {"mlvu_dev": {"mlvu_percetion_score,none": 100 / 7}},
+        logged([{"mlvu_percetion_score": {"task_type": "ego", "answer": a}} for a in "A"], ["A. so"]),
+    ),
+    "videomme": (
+        {"videomme": {"videomme_perception_score,none": 50.0}},
+        logged(
+            [{"videomme_perception_score": {"duration": "short", "answer": "A", "score": s}} for s in (1, 0)],
+            ["A", "B"],
+        ),
+    ),
+    "mvbench": (
+        {"mvbench_a": {"mvbench_accuracy,none": 50.0}},
+        logged([{"mvbench_accuracy": {"gt_answer": "A", "score": s}} for s in (1, 0)], ["A. x", "(b)"]),
+    ),
+    "longvideobench": (
+        {"longvideobench_val_v": {"lvb_acc,none": 0.66667}},
+        logged(
+            [
+                {"lvb_acc": {"question_category": "S2E", "answer": "A", "parsed_pred": drawn}}
+                for drawn in ("A", "B", "A")  # the last answer has no letter: the harness drew one
+            ],
+            ["A", "B", "?"],
+        ),
+    ),
+    "ai2d": (
+        {"ai2d": {"exact_match,flexible-extract": 0.5}},
+        logged([{"exact_match": 1.0}, {"exact_match": 0.0}], ["B. two", "B two"], ["B", "B"], ["B", "B two"]),
+    ),
+    "chartqa": (
+        {"chartqa": {"relaxed_overall,none": 0.5}},
+        logged([{"relaxed_overall": 1.0}, {"relaxed_overall": 0.0}], ["104", "106"], ["100", "100"]),
+    ),
+    "ocrbench": (
+        {"ocrbench": {"ocrbench_accuracy,none": 0.002}},
+        logged(
+            [
+                {"ocrbench_accuracy": {"question_type": kind, "ground_truth": truth, "score": score}}
+                for kind, truth, score in (
+                    ("Regular Text Recognition", ["Exit"], 1),
+                    ("Handwritten Mathematical Expression Recognition", "x+Y", 1),
+                    ("Handwritten Mathematical Expression Recognition", "x+y", 0),
+                )
+            ],
+            ["the EXIT sign", "x + Y", "x + Y"],
+        ),
+    ),
+    "hallusionbench": (
+        {"hallusion_bench_image_judge_free": {"aAcc,none": 0.5, "qAcc,none": 0.5, "fAcc,none": 0.0}},
+        logged(
+            [
+                {
+                    "aAcc": {"category": "VD", "subcategory": "f", "set_id": "0", "figure_id": "1", "gt_answer": truth}
+                    | {"question_id": question}
+                }
+                for question, truth in (("0", "1"), ("1", "0"))
+            ],
+            ["Yes, it is", "Yes"],
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("benchmark", CHECKED)
+def test_our_scorer_agrees_with_a_score_worked_out_by_hand(benchmark, tmp_path):
+    results, samples = CHECKED[benchmark]
+    name = next(iter(results))
+    [score] = read_scores(write_results(tmp_path, results, {name: samples}))
+    assert score.benchmark == benchmark
+    assert score.unchecked == ""
+    assert score.own == pytest.approx(score.scores[benchmark], abs=0.001)
+
+
+def test_every_task_is_checked_or_says_why_not():
+    unchecked = {name for name, task in HARNESS_TASKS.items() if task.rescore is None}
+    assert HARNESS_TASKS.keys() - CHECKED.keys() == unchecked == {"textvqa"}
+
+
+def test_the_report_says_where_scores_differ(tmp_path, capsys):
+    samples = CHECKED["gqa"][1]
+    paths = [
+        write_run(tmp_path, "gqa", "full", {"gqa": {"exact_match,none": 0.5}}, {"gqa": samples}),
+        write_run(tmp_path, "gqa", "vtn_8", {"gqa": {"exact_match,none": 0.75}}, {"gqa": samples}, 8),
+        write_run(tmp_path, "textvqa", "full", {"textvqa_val": {"exact_match,none": 0.5}}, {"textvqa_val": samples}),
+        write_run(tmp_path, "chartqa", "full", {"chartqa": {"relaxed_overall,none": 0.5}}),
+        write_run(
+            tmp_path,
+            "mlvu",
+            "full",
+            {"mlvu_dev": {"mlvu_percetion_score,none": 0.5}},
+            {"mlvu_dev": [{"mlvu_percetion_score": {}}]},
+        ),
+    ]
+    assert report.main(list(map(str, paths))) == 0
+    printed = capsys.readouterr().out
+    assert "lmms-eval's scores are also those of our own scorers on its samples: GQA of full." in printed
+    assert "GQA of vtn_8: lmms-eval's score is 75.000, ours of the answers it logged is 50.000" in printed
+    assert "TextVQA of full: lmms-eval's score is not checked, the harness's samples do not hold" in printed
+    assert "ChartQA of full: lmms-eval's score is not checked, no samples were logged" in printed
+    assert "MLVU of full: lmms-eval's score is not checked, its samples are of another form" in printed

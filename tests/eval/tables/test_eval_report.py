@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,11 +11,11 @@ from llava.eval.files import read_json, write_json
 from llava.eval.measure.cost import prefill_flops
 from llava.eval.tables import report
 from llava.eval.tables.paper import PAPER_ROWS
-from llava.eval.tables.rows import average, make_rows
+from llava.eval.tables.rows import average, explanations, make_rows
 from llava.eval.tables.runs import read_run
 
 
-def make_run(folder, benchmark, tag, score, keep=None, seed=0, code="c", items=None, seconds=10.0):
+def make_run(folder, benchmark, tag, score, keep=None, seed=0, code="c", items=None, seconds=10.0, **more):
     pruner = None if keep is None else {"name": "script", "keep_tokens": keep}
     settings = {
         "benchmark": benchmark,
@@ -23,6 +24,7 @@ def make_run(folder, benchmark, tag, score, keep=None, seed=0, code="c", items=N
         "pruner": pruner,
         "seed": seed,
         "code": code,
+        **more,
     }
     place = folder / benchmark / f"{tag}.run"
     write_json(place / "config.json", {"settings": settings, "record": {}})
@@ -124,6 +126,12 @@ def test_seeds_servers_and_gaps(tmp_path):
     assert pruned.acc == 45.0  # over GQA, which alone both rows have
     assert pruned.relative is None  # the unpruned run is of other code
     assert full.relative == 100.0
+    [why, left_out] = explanations(runs, [full, pruned])
+    assert why == (
+        "Relative of vtn_8 (script) is empty: the unpruned run was answered by other code (of model, prompt or "
+        "decoding)."
+    )
+    assert left_out == "VQAv2 is no part of Acc.: full (unpruned) has no score of it."
     with pytest.raises(ValueError, match="benchmark:tag=score"):
         report.parse_value("nonsense")
 
@@ -158,3 +166,87 @@ def test_missing_extras_say_how_to_install(tmp_path, monkeypatch, capsys):
     path = make_run(tmp_path, "gqa", "full", 60.0)
     assert report.main([str(path), "--plot", str(tmp_path / "plot.png")]) == 2
     assert "script-llava[eval]" in capsys.readouterr().err
+
+
+# --- why rows cannot be compared -----------------------------------------------------------------------------------
+
+
+def notes_of(paths):
+    runs = [read_run(path) for path in paths]
+    return explanations(runs, make_rows(runs, {}))
+
+
+def test_comparable_runs_need_no_word(tmp_path):
+    shared = {"libraries": {"torch": "2"}, "device": "cpu", "dtype": "auto"}
+    paths = [make_run(tmp_path, "gqa", "full", 60.0, **shared)]
+    paths += [make_run(tmp_path, "gqa", "vtn_8", 50.0, 8, method_code="m", **shared)]
+    assert notes_of(paths) == []
+
+
+def test_a_row_that_falls_apart_says_what_differs(tmp_path):
+    paths = [make_run(tmp_path, name, "full", 60.0) for name in ("gqa", "pope")]
+    paths += [make_run(tmp_path, "gqa", "vtn_8", 50.0, 8, method_code="old")]
+    paths += [make_run(tmp_path, "pope", "vtn_8", 50.0, 8, method_code="new")]
+    [split, empty] = notes_of(paths)
+    assert split == (
+        "vtn_8 (script) has two rows, because its runs (GQA; POPE) differ in method code: answer the older ones again "
+        "to join them."
+    )
+    assert empty.startswith("Acc. is empty: no benchmark has a score in all rows of m-7b")
+    full, *pruned = make_rows([read_run(path) for path in paths], {})
+    assert [(row.acc, row.relative) for row in pruned] == [(None, pytest.approx(100 * 50 / 60))] * 2
+    assert full.relative == 100.0
+
+
+def test_another_checkpoint_and_no_unpruned_run_are_told_apart(tmp_path):
+    pruned = make_run(tmp_path, "gqa", "vtn_8", 50.0, 8)
+    assert notes_of([pruned]) == ["Relative of vtn_8 (script) is empty: no unpruned run of m-7b was given."]
+    other = make_run(tmp_path, "gqa", "full", 50.0, checkpoint="other")
+    assert notes_of([pruned, other]) == [
+        "Relative of vtn_8 (script) is empty: the unpruned run has another checkpoint."
+    ]
+
+
+def test_other_libraries_devices_and_decoding_are_said_and_compared_nevertheless(tmp_path, capsys):
+    now = {
+        "libraries": {"torch": "2.13", "numpy": "2"},
+        "device": "cpu (x86_64)",
+        "dtype": "auto",
+        "conversation": "v1",
+    }
+    then = {"libraries": {"torch": "2.12", "numpy": "2"}, "device": "H200", "dtype": "float16", "conversation": "v1"}
+    paths = [make_run(tmp_path, "gqa", "full", 60.0, **then), make_run(tmp_path, "gqa", "vtn_8", 30.0, 8, **now)]
+    assert notes_of(paths) == [
+        "gqa full and gqa vtn_8 differ in libraries (torch 2.12 and 2.13): compare them with care.",
+        "gqa full and gqa vtn_8 differ in device (H200 and cpu (x86_64)): compare them with care.",
+        "gqa full and gqa vtn_8 differ in decoding (float16 and auto): compare them with care.",
+    ]
+    assert report.main([str(path) for path in paths]) == 0
+    printed = capsys.readouterr().out
+    assert "| 50.00 |" in printed
+    assert "* gqa full and gqa vtn_8 differ in libraries" in printed
+
+
+# --- what stands in cells and where tables go ----------------------------------------------------------------------
+
+
+def test_names_do_not_break_tables(tmp_path, capsys):
+    path = make_run(tmp_path, "gqa", "=1+1|x", 60.0)
+    out = tmp_path / "out.csv"
+    assert report.main([str(path), "--csv", str(out)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert r"=1+1\|x" in lines[2]
+    assert len({line.replace(r"\|", "").count("|") for line in lines}) == 1
+    [row] = csv.DictReader(io.StringIO(out.read_text()))
+    assert row["Run"] == "'=1+1|x"
+
+
+def test_a_device_is_not_replaced_and_a_run_not_overwritten(tmp_path, capsys):
+    path = make_run(tmp_path, "gqa", "full", 60.0)
+    before = (path / "summary.json").read_bytes()
+    assert report.main([str(path), "--csv", "/dev/full"]) == 2
+    assert "/dev/full" in capsys.readouterr().err
+    assert Path("/dev/full").is_char_device()
+    assert report.main([str(path), "--json", str(path / "summary.json")]) == 2
+    assert "lies in a run that the table is made from" in capsys.readouterr().err
+    assert (path / "summary.json").read_bytes() == before
