@@ -1,4 +1,4 @@
-"""Long checks of the evaluation, by ``pytest -k nightly``: fifty kills, full disks, all twenty scripts on the toy."""
+"""Long checks of the evaluation, by ``pytest -m nightly``: fifty kills, full disks, all twenty scripts on the toy."""
 
 import json
 import os
@@ -16,18 +16,14 @@ from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.files import read_whole_lines
 from records import GOLDEN
 
+pytestmark = pytest.mark.nightly
+
 ROOT = Path(__file__).parents[3]
 TOY = ROOT / "playground" / "toy"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
 KILLS = 50
 QUESTIONS = 300
 PICTURES = ("square336.png", "small97x61.png", "land640x480.png")
-
-
-@pytest.fixture(autouse=True)
-def _only_when_asked(request):
-    if "nightly" not in request.config.getoption("keyword"):
-        pytest.skip("long: run with -k nightly")
 
 
 def command_for(folder, answers, *more):
@@ -54,7 +50,7 @@ def victims(process):
     return [process.pid, *map(int, children)]
 
 
-def test_nightly_fifty_kills(tmp_path):
+def test_fifty_kills(tmp_path):
     """Killed at random moments, launcher or worker: the end is byte for byte that of an undisturbed run."""
     calm = tmp_path / "calm" / "a.jsonl"
     assert run(command_for(tmp_path, calm)).returncode == 0
@@ -88,8 +84,8 @@ def test_nightly_fifty_kills(tmp_path):
     print(f"journal lines after each kill: {completed}")
 
 
-@pytest.mark.parametrize("size, written", [("40k", range(1, QUESTIONS)), ("100k", [QUESTIONS])])
-def test_nightly_full_disk(size, written, tmp_path):
+@pytest.mark.parametrize("size, written", [("40k", range(1, QUESTIONS)), ("190k", [QUESTIONS])])
+def test_full_disk(size, written, tmp_path):
     """On a disk too small for the journal, or for the answers beside it: an error names the file, nothing is lost.
 
     Needs the right to mount.
@@ -116,7 +112,7 @@ def test_nightly_full_disk(size, written, tmp_path):
 
 @pytest.mark.parametrize("family, checkpoint", [("v1_5", "llava-toy-v1.5"), ("v1_6", "llava-toy-v1.6")])
 @pytest.mark.parametrize("benchmark", sorted(BENCHMARKS))
-def test_nightly_scripts_on_the_toy(family, checkpoint, benchmark, tmp_path):
+def test_scripts_on_the_toy(family, checkpoint, benchmark, tmp_path):
     """All questions with the toy; where there is no toy of a family, six with random weights in its format."""
     folder, limit = TOY, []
     if not (TOY / checkpoint).is_dir():
