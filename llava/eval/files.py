@@ -124,7 +124,7 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str | 
     Raises:
         ValueError: one of ``columns`` is missing, or the file is no UTF-8; names it.
     """
-    csv.field_size_limit(2**31 - 1)  # pictures stand in the cells
+    csv.field_size_limit(2**31 - 1)  # pictures are in the cells
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t")
     missing = [name for name in columns if name not in (reader.fieldnames or ())]
     if missing:

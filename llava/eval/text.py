@@ -8,7 +8,7 @@ FORMULA_MARKS = ("=", "+", "-", "@", "\t", "\r")
 
 
 def printable(text: str) -> str:
-    """A text for a terminal: control characters, which may steer one, as their escapes; line breaks stay."""
+    """A text for a terminal: control characters, which may steer one, as their escapes; line breaks are kept."""
     return "".join(
         character
         if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cf", "Cs")

@@ -61,7 +61,7 @@ class Benchmark(ABC):
     Class attributes:
         name: on the command line, and of its main column.
         columns: name -> title, its main column first.
-        place: where its columns stand among those of others.
+        place: of its columns among those of others.
         scale: what its score is divided by in averages, to bring it to 0..100.
         harness: its task in lmms-eval, if it has one.
     """

@@ -16,7 +16,7 @@ def score(rows: Sequence[dict], release: str = "0.7") -> dict:
 
     Args:
         rows: ``prediction``, ``answer`` (a letter), ``task_type``.
-        release: of lmms-eval, whose reading of letters is taken; "0.5" stands for all before 0.7.
+        release: of lmms-eval, whose reading of letters is taken; "0.5" means all before 0.7.
     """
     read = letter_before_parenthesis if release == "0.5" else general_letter
     letters = [read(row["prediction"]) for row in rows]

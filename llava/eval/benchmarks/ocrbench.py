@@ -50,7 +50,7 @@ def _one_line(text: str) -> str:
 
 
 def _half_width(text: str) -> str:
-    """Full-width ASCII and the wide space to their ordinary forms; other compatibility characters stay."""
+    """Full-width ASCII and the wide space to their ordinary forms; other compatibility characters are kept."""
     return "".join(unicodedata.normalize("NFKC", c) if "！" <= c <= "～" or c == "\u3000" else c for c in text)
 
 

@@ -19,7 +19,7 @@ def score(rows: Sequence[dict], release: str = "0.7") -> dict:
 
     Args:
         rows: ``prediction``, ``answer`` (a letter), ``duration``.
-        release: of lmms-eval, whose reading of letters is taken; "0.5" stands for all before 0.7.
+        release: of lmms-eval, whose reading of letters is taken; "0.5" means all before 0.7.
     """
     texts = [row["prediction"] for row in rows]
     if release == "0.5":

@@ -9,7 +9,7 @@ Two models, each in the harness's simple and chat form:
     adapter.py       what both models share: the harness's interface, batches, accounting
     arguments.py     the model arguments, typed and checked
     requests.py      both forms of request, as conversations
-    answers.py       answers kept on disk as they come: a killed run goes on where it was
+    answers.py       answers kept on disk as they come: a killed run continues where it was
     llava_model.py, transformers_model.py   the two models
     judge_free.py    a task file of our own
     results.py, finished_runs.py   the harness's result files, for our tables

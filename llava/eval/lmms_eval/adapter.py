@@ -1,4 +1,4 @@
-"""What our models of the harness share: its interface, batches, answers that survive a kill, accounting.
+"""What our models of the harness share: its interface, batches, answers kept through a kill, accounting.
 
 A model's room says how a checkpoint is loaded and a batch of conversations answered (`PrunedModel.load`, `respond`);
 everything else is here. The harness's own names (``lmms``, ``rank``, ``device``) are met where it looks for them.
@@ -179,7 +179,7 @@ class PrunedModel(lmms):
                 if missing:
                     raise UnreadableVisual(f"{_place(question)}: there is no file or folder {missing[0]}")
                 if not files:
-                    break  # pictures stand in the data set itself: decoding all of them twice would be dear
+                    break  # pictures are in the data set itself: decoding all of them twice would be dear
 
     def _open(self, question: Asked) -> list[Visual]:
         try:

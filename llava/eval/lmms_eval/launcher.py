@@ -1,4 +1,4 @@
-"""Run a benchmark of lmms-eval on a model with a pruner inside; a killed run goes on where it was.
+"""Run a benchmark of lmms-eval on a model with a pruner inside; a killed run continues where it was.
 
 The harness asks, scores and writes its result file; this names the model's arguments, checks them and the files
 before anything heavy starts, and gives every run a folder of its own. EVAL.md tells what each benchmark needs.
@@ -126,7 +126,7 @@ class HarnessRun:
         require_harness()
 
     def model_arguments(self) -> str:
-        """As the harness takes them; they stand in its result file, the method and the budget among them."""
+        """As the harness takes them; its result file holds them, the method and the budget among them."""
         options = self.options
         given = {
             "pretrained": options.model_path,

@@ -154,7 +154,7 @@ class LlavaModel(PrunedModel):
         return process_images([visual], self.answerer.image_processor, self.model.config)[0]
 
     def prompt(self, messages: Sequence[Message], visuals: Sequence[Image.Image | Video]) -> str:
-        """The whole prompt, a placeholder where each of the ``visuals`` stands."""
+        """The whole prompt, a placeholder at the place of each of the ``visuals``."""
         conversation = conv_templates[self.template].copy()
         coming = iter(visuals)
         for message in messages:

@@ -207,7 +207,7 @@ def _random_joint_space(geometry: Geometry, generator: torch.Generator) -> ClipJ
 
 @torch.no_grad()
 def randomise(model: nn.Module, generator: torch.Generator) -> None:
-    """Fill matrices and embeddings with normal numbers that keep the size of what passes through; norms stay ones."""
+    """Fill matrices and embeddings with normal numbers that keep the size of what passes through; norms are ones."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             continue

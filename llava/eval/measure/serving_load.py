@@ -1,4 +1,4 @@
-"""How a vLLM server stands up to many clients at once, unpruned and pruned in one run.
+"""How a vLLM server serves many clients at once, unpruned and pruned in one run.
 
     python -m llava.eval.serving_load --model /tmp/random-llava --keep-tokens 64
 

@@ -137,7 +137,7 @@ class Answerer:
 
         Args:
             decoding: keyword arguments of `generate`.
-            until: strings that end an answer beside the template's own; answers may go on a little after them.
+            until: strings that end an answer beside the template's own; the text may have a little more after them.
             truncate: see `embed_prompts`.
         """
         ids, mask = padded([prompt.ids for prompt in prompts])

@@ -57,7 +57,7 @@ def transformers_code(module: str) -> str:
 
 
 def surface_code(module: str) -> str:
-    """Hash of who asks, beyond what answers: compared before a run goes on, and no matter for a table."""
+    """Hash of who asks, beyond what answers: compared before a run continues, and no matter for a table."""
     return _sources(reached([module], OTHER_HOSTS) - answering_modules())
 
 

@@ -1,6 +1,6 @@
 """Which files of the package a module runs: its imports, followed through the sources without running them.
 
-A package's ``__init__`` that only gathers names stands for what each name comes from, so that importing one name out
+A package's ``__init__`` that only gathers names counts as what each name comes from, so that importing one name out
 of `llava.pruning` does not bring all methods.
 """
 

@@ -3,7 +3,7 @@
 Both runners keep their journal here: our own beside the answers, lmms-eval's in the folder of its results. Beside the
 answers ``<name>.jsonl`` of our own lies the folder ``<name>.run`` (for ``<tag>/merge.jsonl``: ``<tag>.run``) with
 
-    config.json           the run's identity; what can change an answer, compared before a run goes on; the rest
+    config.json           the run's identity; what can change an answer, compared before a run continues; the rest
     journal/*.jsonl       one file per process and session: a line per question, appended whole; until completion
     journal/*.next        how far a session's processes have taken questions to answer
     skipped.jsonl         questions that could not be asked, with the reason
@@ -39,7 +39,7 @@ LOCK_PATIENCE_SECONDS = 5.0  # processes of a killed run may need a moment to go
 
 
 class RunRefused(RuntimeError):
-    """The run cannot go on as asked; the message says why and what to do."""
+    """The run cannot continue as asked; the message says why and what to do."""
 
 
 def run_folder(answers_file: Path) -> Path:

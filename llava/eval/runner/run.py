@@ -1,6 +1,6 @@
 """Ask a LLaVA checkpoint the questions of a benchmark, with N visual tokens kept per view, and write the answers.
 
-A killed run goes on where it was when the same command is given again. EVAL.md tells what each benchmark needs.
+A killed run continues where it was when the same command is given again. EVAL.md tells what each benchmark needs.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 python -m llava.eval.report playground/data/eval/*/answers/*/llava-v1.5-7b/*.run
 
-Runs of this evaluation and of lmms-eval (`llava.eval.harness`) stand in one table.
+Runs of this evaluation and of lmms-eval (`llava.eval.harness`) share one table.
 """
 
 from __future__ import annotations

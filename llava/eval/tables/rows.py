@@ -193,7 +193,7 @@ def _left_out(rows: Sequence[Row]) -> list[str]:
 
 
 def _unlike_runs(runs: Sequence[StudyRun]) -> list[str]:
-    """Runs of one checkpoint that stand in one table and should not be compared without thought."""
+    """Runs of one checkpoint in one table that should not be compared without thought."""
     lines = []
     for what, names in SHARED.items():
         for first, second in _pairs(runs, lambda run: run.checkpoint):

@@ -27,7 +27,7 @@ class StudyRun:
     def name(self) -> str:
         if self.folder.suffix == ".run":
             return self.folder.name.removesuffix(".run")
-        pruner = self.settings["pruner"]  # a result file of lmms-eval that stands alone
+        pruner = self.settings["pruner"]  # a result file of lmms-eval without a run's folder
         return "full" if pruner is None else f"{pruner['name']}_{pruner['keep_tokens']}"
 
     @property

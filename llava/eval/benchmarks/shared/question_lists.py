@@ -71,7 +71,7 @@ def picture_path(image: Any, images: Path | None, where: str) -> Path:
 def questions_of_table(file: Path, instruction: str) -> list[Question]:
     """A tab-separated table with a row per question: options in A to D, the picture as base64 text in ``image``.
 
-    A cell that holds the index of another row stands for that row's picture.
+    A cell that holds the index of another row means that row's picture.
 
     Raises:
         ValueError: a column is missing, or an index is none; names it.
