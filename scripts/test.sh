@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# On a bare machine: environment, installation, style, tests. The environment stays in .venv for the next time.
+# On a bare machine: environment, installation, style, tests. The environment is kept in .venv for the next time.
+# Arguments go to pytest: "-m nightly" runs the long tests, which are left out otherwise, "-m 'not slow'" leaves out more.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

@@ -20,6 +20,14 @@ for sharded in (GOLDEN / "checkpoints").glob("*-sharded"):
     write_shards(sharded)
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leave the tests out that take many minutes, unless ``-m`` names them."""
+    if "nightly" not in config.option.markexpr:
+        nightly = [item for item in items if item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=nightly)
+        items[:] = [item for item in items if item not in nightly]
+
+
 @cache
 def load_checkpoint(name):
     tokenizer, model, processor, context = load_pretrained_model(str(GOLDEN / "checkpoints" / name), device="cpu")

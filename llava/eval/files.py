@@ -1,16 +1,15 @@
-"""Reading what benchmarks ship and writing what runs leave behind: JSON, JSON lines, tables, spreadsheets."""
+"""Reading what benchmarks ship and writing what runs leave behind: JSON, JSON lines, tables."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
 import os
-import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
 
 # What table readers take for a missing value, beside the empty cell.
 MISSING_CELLS = frozenset(
@@ -35,60 +34,79 @@ def require(path: Path, section: str, kind: str = "file") -> Path:
     return path
 
 
+def read_text(path: Path) -> str:
+    """Contents of a text file, without a byte order mark. Raises ValueError naming the line that is not UTF-8."""
+    data = Path(path).read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}, is not UTF-8 ({error.reason}): save the file as UTF-8") from error
+
+
 def read_json(path: Path) -> Any:
     """Contents of a JSON file. Raises ValueError naming the path where it is damaged."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no valid JSON: {error}") from error
 
 
 def read_lines(path: Path) -> tuple[list[dict], int]:
     """Objects of a JSON-lines file, and how many lines hold none: broken ones, and blank ones amid the file."""
-    rows, broken = [], 0
-    for line in _lines(path):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            broken += 1
-    return rows, broken
-
-
-def _lines(path: Path) -> list[str]:
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
-    return text.removesuffix("\n").split("\n") if text else []
+    found = [_object(line) for line in _lines(path)]
+    return [row for row in found if row is not None], sum(row is None for row in found)
 
 
 def read_whole_lines(path: Path) -> list[dict]:
-    """Objects of a JSON-lines file. Raises ValueError if a line is broken; blank lines are none."""
-    rows, broken = read_lines(path)
-    broken -= sum(not line.strip() for line in _lines(path)) if broken else 0
+    """Objects of a JSON-lines file; blank lines are none. Raises ValueError if a line is broken; names the first."""
+    lines = [(number, line) for number, line in enumerate(_lines(path), start=1) if line.strip()]
+    rows = [_object(line) for _, line in lines]
+    broken = [number for (number, _), row in zip(lines, rows, strict=True) if row is None]
     if broken:
-        raise ValueError(f"{path} has {broken} broken lines: it is damaged, or not JSON lines")
+        raise ValueError(
+            f"{path} has {len(broken)} broken lines, first line {broken[0]}: it is damaged, or not JSON lines in UTF-8"
+        )
     return rows
+
+
+def _lines(path: Path) -> list[bytes]:
+    data = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+    return data.removesuffix(b"\n").split(b"\n") if data else []
+
+
+def _object(line: bytes) -> dict | None:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old contents or the new ones and nothing between.
 
+    A link is followed, and what is no file (a device, a pipe) is written to, not replaced.
+
     Raises:
         OSError: it cannot be written (disk full, ...); names the path.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    content = data.encode() if isinstance(data, str) else data
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")  # of one name, so that kills leave no more than one behind
+    replaced = not path.exists() or path.is_file()
+    target = path.with_name(f".{path.name}.partial") if replaced else path  # one name: kills leave no more than one
     try:
-        with partial.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+        with target.open("wb") as file:
+            file.write(content)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+            if replaced:
+                os.fsync(file.fileno())
+        if replaced:
+            os.replace(target, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        if replaced:
+            target.unlink(missing_ok=True)
         raise OSError(error.errno, f"{error.strerror}; run again when that is mended", str(path)) from error
 
 
@@ -100,56 +118,19 @@ def json_lines(rows: Iterable[dict]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def read_table(path: Path) -> list[dict[str, str | None]]:
-    """Rows of a tab-separated table with a header; cells that table readers take for missing become None."""
-    csv.field_size_limit(2**31 - 1)  # pictures stand in the cells
-    with Path(path).open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t")
-        return [
-            {name: None if not cell or cell in MISSING_CELLS else cell for name, cell in row.items()} for row in reader
-        ]
+def read_table(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str | None]]:
+    """Rows of a tab-separated table with a header; cells that table readers take for missing become None.
 
-
-# --- spreadsheets --------------------------------------------------------------------------------------------------
-
-_SHEET_NAMESPACE = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
-_OFFICE = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
-_PACKAGE = "http://schemas.openxmlformats.org/package/2006"
-_HEAD = '<?xml version="1.0" encoding="UTF-8" standalone="yes"?>\n'
-_TYPES = "application/vnd.openxmlformats-officedocument.spreadsheetml"
-
-
-def spreadsheet(header: Sequence[str], rows: Iterable[Sequence[str | int | None]]) -> bytes:
-    """An .xlsx file of one sheet: texts, whole numbers, and nothing where a cell is None."""
-    lines = [_sheet_row(1, header)] + [_sheet_row(number, row) for number, row in enumerate(rows, start=2)]
-    sheet = f'<worksheet xmlns="{_SHEET_NAMESPACE}"><sheetData>{"".join(lines)}</sheetData></worksheet>'
-    parts = {
-        "[Content_Types].xml": f'<Types xmlns="{_PACKAGE}/content-types">'
-        '<Default Extension="rels" ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'
-        f'<Override PartName="/xl/workbook.xml" ContentType="{_TYPES}.sheet.main+xml"/>'
-        f'<Override PartName="/xl/worksheets/sheet1.xml" ContentType="{_TYPES}.worksheet+xml"/></Types>',
-        "_rels/.rels": f'<Relationships xmlns="{_PACKAGE}/relationships"><Relationship Id="r1" '
-        f'Type="{_OFFICE}/officeDocument" Target="xl/workbook.xml"/></Relationships>',
-        "xl/workbook.xml": f'<workbook xmlns="{_SHEET_NAMESPACE}" xmlns:r="{_OFFICE}"><sheets>'
-        '<sheet name="Sheet1" sheetId="1" r:id="r1"/></sheets></workbook>',
-        "xl/_rels/workbook.xml.rels": f'<Relationships xmlns="{_PACKAGE}/relationships"><Relationship Id="r1" '
-        f'Type="{_OFFICE}/worksheet" Target="worksheets/sheet1.xml"/></Relationships>',
-        "xl/worksheets/sheet1.xml": sheet,
-    }
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, text in parts.items():
-            archive.writestr(name, _HEAD + text)
-    return buffer.getvalue()
-
-
-def _sheet_row(number: int, cells: Sequence[str | int | None]) -> str:
-    written = []
-    for column, value in enumerate(cells):
-        place = f"{chr(ord('A') + column)}{number}"
-        if isinstance(value, int):
-            written.append(f'<c r="{place}"><v>{value}</v></c>')
-        elif value is not None and value != "":
-            text = escape("".join(c for c in value if c in "\t\n" or ord(c) >= 32))
-            written.append(f'<c r="{place}" t="inlineStr"><is><t xml:space="preserve">{text}</t></is></c>')
-    return f'<row r="{number}">{"".join(written)}</row>'
+    Raises:
+        ValueError: one of ``columns`` is missing, or the file is no UTF-8; names it.
+    """
+    csv.field_size_limit(2**31 - 1)  # pictures are in the cells
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t")
+    missing = [name for name in columns if name not in (reader.fieldnames or ())]
+    if missing:
+        there = ", ".join(reader.fieldnames or ()) or "none"
+        raise ValueError(f"the table {path} has no column {' and no column '.join(missing)}; its columns: {there}")
+    return [
+        {name: None if not cell or cell in MISSING_CELLS else cell for name, cell in row.items() if name is not None}
+        for row in reader
+    ]

@@ -17,10 +17,12 @@ from llava.conversation import Conversation, conv_templates, template_for
 from llava.layout.pooling import POOL_MODES
 from llava.layout.visuals import IMAGE, VIDEO, Reading
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
-from llava.model.builder import DEFAULT_CHECKPOINT, load_pretrained_model
+from llava.model.builder import load_pretrained_model
 from llava.model.encoded_images import EncodedImages
-from llava.pruning import Pruner, get_pruner, list_pruners, parse_budget, parse_options
+from llava.pruning import Pruner
 from llava.relevance.policy import settle
+from llava.serve import flags
+from llava.serve.flags import make_pruner
 from llava.serve.status import TimedStreamer, status_line
 from llava.serve.token_picture import draw_kept_tokens, drawn_cell, join_panels, with_caption
 from llava.serve.transformers_session import TransformersSession, check_options
@@ -31,14 +33,12 @@ COMMANDS = "/image PATH ...   /video PATH   /keep N|full   /pruner NAME [key=val
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m llava.serve.cli", description=__doc__)
-    parser.add_argument(
-        "--model-path", default=DEFAULT_CHECKPOINT, help="LLaVA checkpoint: folder or hub name; default: the toy"
-    )
+    flags.add_checkpoint(parser)
     parser.add_argument(
         "--hf", action="store_true", help="--model-path is a model of the Transformers library's own classes"
     )
     parser.add_argument("--clip-path", metavar="PATH", help="with --hf: the CLIP that the model's tower comes from")
-    parser.add_argument("--model-base", help="language model that a projector-only --model-path belongs to")
+    flags.add_base(parser)
     parser.add_argument("--image-file", nargs="+", default=[], metavar="FILE", help="pictures: files or addresses")
     parser.add_argument("--video-file", metavar="FILE", help="a video: a file, or a folder with a picture per frame")
     parser.add_argument("--num-frames", type=int, default=64, metavar="N", help="frames of the video, spread evenly")
@@ -47,24 +47,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument(
         "--query", nargs="+", metavar="TEXT", help="answer these, each on its own, and exit; without it: chat"
     )
-    parser.add_argument(
-        "--keep-tokens",
-        default="full",
-        metavar="N",
-        help="visual tokens kept per view or frame: a count, a share, or full",
-    )
-    parser.add_argument("--pruner", default="script", metavar="NAME", help=f"one of {', '.join(list_pruners())}")
-    parser.add_argument("--pruner-args", nargs="+", default=[], metavar="KEY=VALUE", help="options of the pruner")
+    flags.add_method(parser)
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--repetition-penalty", type=float, metavar="P", help="default: the checkpoint's; 1 is none")
-    parser.add_argument("--conv-mode", choices=sorted(conv_templates), help="template; default: by the model's name")
+    flags.add_template(parser)
     parser.add_argument("--image-grid", metavar="WxH", help="cut every picture for this resolution, such as 672x672")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    flags.add_device(parser)
     parser.add_argument("--device-map", help="spread the language model over GPUs: auto, balanced, ...")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, float16 or bfloat16")
-    parser.add_argument("--attn-implementation", help="sdpa, eager, flash_attention_2, ...")
+    flags.add_dtype(parser)
+    flags.add_attention(parser)
     parser.add_argument(
         "--compile-tower", action="store_true", help="torch.compile the vision tower: the first picture is slow"
     )
@@ -74,15 +67,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--show-tokens", type=Path, metavar="OUT.png", help="write a picture of the kept tokens, a panel per --query"
     )
     return parser.parse_args(arguments)
-
-
-def make_pruner(name: str, keep_tokens: str, options: Sequence[str]) -> Pruner | None:
-    """The pruner that the command line asks for; ``None`` for "full", after checking name and options all the same."""
-    keywords = parse_options(name, options)
-    if keep_tokens == "full":
-        get_pruner(name, **keywords)
-        return None
-    return get_pruner(name, **{"keep_tokens": parse_budget(keep_tokens), **keywords})
 
 
 @dataclass

@@ -31,12 +31,11 @@ from results import describe_commit
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from llava.conversation import clean_question
-from llava.eval import identity, run
-from llava.eval.benchmarks import BENCHMARKS, find_questions
+from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.files import write_whole
-from llava.eval.selection_speed import time_rows
-from llava.eval.study_runs import UNPRUNED, read_run
+from llava.eval.measure.selection_speed import time_rows
+from llava.eval.runner import identity, run
+from llava.eval.tables.runs import UNPRUNED, read_run
 from llava.model.builder import DEFAULT_CHECKPOINT, TOY_FOLDER
 from llava.model.encoded_images import EncodedImages
 from llava.model.token_selection import select_tokens
@@ -64,7 +63,7 @@ def draw_questions(benchmark: str, options: argparse.Namespace) -> Path:
 
     Not the first ones: POPE's categories follow one another.
     """
-    whole = find_questions(BENCHMARKS[benchmark], options.data_root, options.output_root)
+    whole = BENCHMARKS[benchmark].find_questions(options.data_root, options.output_root)
     lines = whole.read_text(encoding="utf-8").splitlines()
     if options.limit is None or options.limit >= len(lines):
         return whole
@@ -132,19 +131,23 @@ def time_methods(arguments: Sequence[str], methods: Sequence[str], budget: int, 
     distinct = list({question.image: question for question in asked.questions}.values())[:pictures]
     shown = [answerer.prepare(number, question) for number, question in enumerate(distinct)]
     with torch.inference_mode():
-        encoded = EncodedImages.join([model.encode_pictures(item.pixels[None], [item.size]) for item in shown])
+        encoded = EncodedImages.join(
+            [model.encode_pictures(item.prompt.pixels[0][None], item.prompt.sizes) for item in shown]
+        )
 
     def select(pruner: Pruner | None, turns: Iterator[int]) -> None:
         number = next(turns)
         picked = encoded.pick([number])
-        plan = model.asked(model.plan(picked, pruner), [clean_question(shown[number].question.text)])
+        plan = model.asked(model.plan(picked, pruner), [shown[number].prompt.query])
         select_tokens(model.vision, plan, picked)
 
     def prefill(pruner: Pruner | None, turns: Iterator[int]) -> None:
         number = next(turns)
-        query = clean_question(shown[number].question.text)
+        query = shown[number].prompt.query
         picked = encoded.pick([number])
-        model(shown[number].ids[None], images=picked, pruner=pruner, query=query, use_cache=True, logits_to_keep=1)
+        model(
+            shown[number].prompt.ids[None], images=picked, pruner=pruner, query=query, use_cache=True, logits_to_keep=1
+        )
 
     rows = {}
     for name in (UNPRUNED, *methods):

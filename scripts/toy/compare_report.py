@@ -11,7 +11,8 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from llava.eval.report import COLUMNS, UNPRUNED
+from llava.eval.benchmarks import COLUMNS
+from llava.eval.tables.runs import UNPRUNED
 from llava.pruning import DecoderPruner, pruner_class
 from llava.pruning.method_table import paper
 

@@ -26,11 +26,11 @@ from scenes import make_scene, scene_rng
 from tqdm import tqdm
 
 from llava.conversation import conv_templates
-from llava.eval.identity import code_version
+from llava.eval.runner.identity import code_of
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.model.encoded_images import EncodedImages
-from llava.pruning import Pruner, get_pruner
+from llava.pruning import Pruner, get_pruner, list_pruners, pruner_class
 from llava.pruning.functional import relevance_scores
 
 FIRST_SCENE = 100_000  # of the test split; the committed test sets use the first few hundred
@@ -343,7 +343,7 @@ def main() -> None:
         "questions": len(world.asked),
         "seeds": options.seeds,
         "budgets": options.budgets,
-        "code": code_version(),
+        "code": {name: code_of(pruner_class(name)) for name in list_pruners()},
         "weights": str(round(sum(float(p.double().abs().sum()) for p in model.parameters()), 3)),
     }
     store = options.out.with_suffix(".json")

@@ -20,7 +20,7 @@ from transformers import (
 
 from llava.decoder.attachment import DecoderPruning, find_pruning, pruning_decoder
 from llava.decoder.stages import PictureSpan, PromptRow
-from llava.eval.cost import prefill_flops
+from llava.eval.measure.cost import prefill_flops
 from llava.mm_utils import process_images
 from llava.pruning import get_pruner
 from llava.pruning.decoder_pruner import Cut

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import CLIPVisionModelWithProjection
 
-from llava.eval.answering import Answerer
 from llava.eval.benchmarks import Question
+from llava.eval.runner.answering import Answerer
 from llava.layout.plan import plan_picture
 from llava.layout.views import NEWLINE, flat_layout, kept_places, with_made_tokens
 from llava.mm_utils import process_images, tokenizer_image_token

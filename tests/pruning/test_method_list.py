@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import llava.pruning
-from llava.eval import redundancy
+from llava.eval.measure import redundancy
 from llava.pruning import Pruner, PruningInputs, list_pruners, pruner_class
 from llava.pruning.method_table import END, START, main, method_table, paper
 from llava.pruning.redundancy import compared_pairs, intersection_over_union, least_redundant

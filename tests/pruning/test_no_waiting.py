@@ -14,6 +14,7 @@ from method_inputs import BEFORE_DECODER, TOKENS, make_inputs
 from records import GOLDEN
 
 pytestmark = [
+    pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="whether the CPU waits for a GPU takes a GPU to see"),
     pytest.mark.filterwarnings("ignore:.* tokens per view; with"),
 ]

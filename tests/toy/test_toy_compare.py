@@ -8,7 +8,7 @@ import torch
 from compare_report import Measured, Task, document, make_cells, plot, ranked
 
 from llava.eval.files import read_whole_lines
-from llava.eval.report import UNPRUNED
+from llava.eval.tables.runs import UNPRUNED
 from llava.model.builder import TOY_FOLDER
 from llava.pruning import list_pruners
 

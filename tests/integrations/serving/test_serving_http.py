@@ -14,7 +14,7 @@ pytest.importorskip(
 )
 openai = pytest.importorskip("openai")
 
-from llava.eval.serving_load import server  # noqa: E402
+from llava.eval.measure.serving_load import server  # noqa: E402
 
 KEEP = 64
 

@@ -1,0 +1,1 @@
+"""What several benchmarks read, write or compute alike."""

@@ -1,0 +1,67 @@
+"""A checkpoint for asking: checked before anything is loaded, then loaded as a model that answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from llava.checkpoint import find_folder
+from llava.conversation import template_for
+from llava.eval.runner.answering import Answerer
+from llava.mm_utils import get_model_name_from_path
+from llava.model.builder import check_files, load_pretrained_model, read_config
+from llava.pruning import Pruner
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in LLaVA's original format, by its path or hub name.
+
+    Args:
+        base: language model that a projector-only ``path`` belongs to.
+        joint_space: folder of the full SigLIP, see `load_pretrained_model`.
+    """
+
+    path: str
+    base: str | None = None
+    joint_space: str | None = None
+
+    @property
+    def name(self) -> str:
+        return get_model_name_from_path(self.path)
+
+    def check(self, pruner: Pruner | None) -> Any:
+        """Its configuration, after looking for all files that loading will need.
+
+        Raises:
+            CheckpointError, ValueError: one is missing, or it is no LLaVA checkpoint.
+        """
+        folder = find_folder(self.path)
+        base = folder if self.base is None else find_folder(self.base)
+        config = read_config(folder, base)
+        joint = None if self.joint_space is None else find_folder(self.joint_space)
+        check_files(folder, base, config, pruner, joint)
+        return config
+
+    def load(
+        self,
+        pruner: Pruner | None,
+        conversation: str | None = None,
+        *,
+        device: str,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        device_map: str | None = None,
+    ) -> Answerer:
+        """Load it, with its template or the one named."""
+        tokenizer, model, processor, _ = load_pretrained_model(
+            self.path,
+            self.base,
+            device=device,
+            device_map=device_map,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            pruner=pruner,
+            joint_space_path=self.joint_space,
+        )
+        return Answerer(tokenizer, model, processor, conversation or template_for(self.name), pruner)
