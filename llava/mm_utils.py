@@ -3,92 +3,30 @@
 from __future__ import annotations
 
 import ast
-import base64
-import io
 import math
 import re
-import urllib.error
-import urllib.request
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from llava.pictures import (  # LLaVA's code has the readers here
+    TooLarge,
+    check_canvas,
+    to_rgb,
+)
+from llava.pictures import decode_image as decode_image
+from llava.pictures import load_image as load_image
+from llava.pictures import load_image_from_base64 as load_image_from_base64
 
-URL_TIMEOUT_SECONDS = 10
-URL_MAX_BYTES = 32 * 1024 * 1024
-MAX_PIXELS = 128 * 1024 * 1024  # beyond this a file is taken for a decompression bomb
-SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
+MAX_GRIDS = 4096  # resolutions that a checkpoint may offer for tiles
+MAX_CANVAS_SIDE = 16 * 1024  # pixels along one side of such a resolution
 
 
 # --- pictures ------------------------------------------------------------------------------------------------------
-
-
-def load_image(source: str | Path) -> Image.Image:
-    """Open a picture from a file or an http(s) address as upright RGB.
-
-    Raises:
-        ValueError: not an image, truncated, or more than `MAX_PIXELS` pixels; names the source and the reason.
-        FileNotFoundError: no such file.
-        OSError: the address cannot be reached in `URL_TIMEOUT_SECONDS` or holds more than `URL_MAX_BYTES`.
-    """
-    if str(source).startswith(("http://", "https://")):
-        return decode_image(_download(str(source)), str(source))
-    path = Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"no image file at {path}")
-    return decode_image(path.read_bytes(), str(path))
-
-
-def load_image_from_base64(text: str) -> Image.Image:
-    """Decode a picture stored as base64 text, as MMBench's tables do."""
-    return decode_image(base64.b64decode(text), "base64 text")
-
-
-def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode an encoded picture; ``name`` stands in the error message. See `load_image`."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{name} has {image.width} x {image.height} pixels, more than the limit of {MAX_PIXELS}")
-        image.load()
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is larger than the limit of {MAX_PIXELS} pixels") from error
-    except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not an image that Pillow can read") from error
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{name} is a damaged or truncated image: {error}") from error
-    return to_rgb(image)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn a picture of any mode upright and into 8-bit RGB; the first frame of an animation, colours under alpha."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in (*SIXTEEN_BIT_MODES, "I", "F"):
-        values = np.asarray(image, dtype=np.float32)
-        if image.mode in SIXTEEN_BIT_MODES or values.max(initial=0.0) > 255:
-            values = values / 257.0  # 0..65535 to 0..255
-        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-    return image.convert("RGB")
-
-
-def _download(address: str) -> bytes:
-    try:
-        with urllib.request.urlopen(address, timeout=URL_TIMEOUT_SECONDS) as response:
-            data = response.read(URL_MAX_BYTES + 1)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise OSError(f"cannot fetch {address} within {URL_TIMEOUT_SECONDS} s: {error}") from error
-    if len(data) > URL_MAX_BYTES:
-        raise OSError(f"{address} holds more than {URL_MAX_BYTES // 2**20} MiB")
-    return data
 
 
 def process_images(images: Sequence[Image.Image], image_processor: Any, model_cfg: Any) -> Tensor | list[Tensor]:
@@ -101,22 +39,52 @@ def process_images(images: Sequence[Image.Image], image_processor: Any, model_cf
     Returns:
         float32 (images, 3, s, s), with a views axis after the first for "anyres"; a list of (views, 3, s, s) where
         the numbers of views differ.
+
+    Raises:
+        ValueError: a picture that would take more memory than it may once it is padded or resized, or than there is;
+            or a checkpoint whose pinpoints cannot be read.
     """
     aspect_ratio = getattr(model_cfg, "image_aspect_ratio", None)
-    images = [to_rgb(image) for image in images]
+    pinpoints = None
     if str(aspect_ratio).startswith("anyres"):
         pinpoints = parse_pinpoints(model_cfg.image_grid_pinpoints, view_side(image_processor))
-        pixels = [process_anyres_image(image, image_processor, pinpoints) for image in images]
-    else:
-        if aspect_ratio == "pad":
-            background = tuple(int(channel * 255) for channel in image_processor.image_mean)
-            images = [expand_to_square(image, background) for image in images]
-        pixels = [_preprocess([image], image_processor)[0] for image in images]
+    pixels = []
+    for image in images:
+        try:
+            pixels.append(_process_image(to_rgb(image), image_processor, aspect_ratio, pinpoints))
+        except MemoryError as error:
+            width, height = image.size
+            raise TooLarge(f"a picture of {width} x {height} pixels needs more memory than there is") from error
     return torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
 
 
-def _preprocess(images: Sequence[Image.Image], image_processor: Any) -> Tensor:
+def _process_image(
+    image: Image.Image, image_processor: Any, aspect_ratio: str | None, pinpoints: Sequence[Sequence[int]] | None
+) -> Tensor:
+    """One RGB picture -> (3, s, s), or with pinpoints (views, 3, s, s)."""
+    if pinpoints is not None:
+        return process_anyres_image(image, image_processor, pinpoints)
+    if aspect_ratio == "pad":
+        background = tuple(int(channel * 255) for channel in image_processor.image_mean)
+        square = expand_to_square(image, background)
+        side = image_processor.size.get("shortest_edge") or image_processor.size["height"]
+        image = square.resize((side, side), image_processor.resample)  # as the processor does, from a smaller copy
+    return preprocess([image], image_processor)[0]
+
+
+def preprocess(images: Sequence[Image.Image], image_processor: Any) -> Tensor:
+    """Pictures as the tower takes them: float32 (images, 3, s, s). Raises TooLarge before a resize that is."""
+    for image in images:
+        check_resized(image.size, image_processor)
     return image_processor(images=list(images), return_tensors="pt")["pixel_values"]
+
+
+def check_resized(size: tuple[int, int], image_processor: Any) -> None:
+    """Raise TooLarge if a processor that resizes the shorter side makes too long a strip of ``size`` (w, h)."""
+    shorter = (getattr(image_processor, "size", None) or {}).get("shortest_edge")
+    if shorter:
+        width, height = (math.ceil(side * shorter / min(size)) for side in size)
+        check_canvas(size, width, height, "its shorter side is resized for the vision tower")
 
 
 def view_side(image_processor: Any) -> int:
@@ -140,26 +108,39 @@ def parse_pinpoints(pinpoints: str | Sequence[Sequence[int]], side: int) -> list
         side: pixels along one side of a tile.
 
     Raises:
-        ValueError: a string that is neither.
+        ValueError: a string that is neither, no pair at all, more than `MAX_GRIDS`, or sides beyond
+            `MAX_CANVAS_SIDE`.
     """
-    if not isinstance(pinpoints, str):
-        return [list(pair) for pair in pinpoints]
-    counts = [tuple(map(int, pair)) for pair in re.findall(r"\((\d+)x(\d+)\)", pinpoints)]
+    message = f"image_grid_pinpoints must be pairs or a range like (1x1),...,(6x6), got {pinpoints!r:.200}"
+    counts: list[tuple[int, ...]] = []
+    if isinstance(pinpoints, str):
+        counts = [tuple(map(int, pair)) for pair in re.findall(r"\((\d{1,9})x(\d{1,9})\)", pinpoints)]
     if counts:
-        first, last = counts[0], counts[-1]
-        columns, rows = (range(first[i], last[i] + 1) for i in (0, 1))
-        return [[side * column, side * row] for column in columns for row in rows]
-    try:
-        return [list(map(int, pair)) for pair in ast.literal_eval(pinpoints)]
-    except (ValueError, SyntaxError, TypeError):
-        raise ValueError(
-            f"image_grid_pinpoints must be pairs or a range like (1x1),...,(6x6), got {pinpoints!r}"
-        ) from None
+        spans = [range(counts[0][i], counts[-1][i] + 1) for i in (0, 1)]
+        _check_grids(len(spans[0]) * len(spans[1]), pinpoints)
+        pairs = [[side * column, side * row] for column in spans[0] for row in spans[1]]
+    else:
+        try:
+            read = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
+            pairs = [[int(width), int(height)] for width, height in read]
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            raise ValueError(message) from None
+    _check_grids(len(pairs), pinpoints)
+    for pair in pairs:
+        if not all(0 < length <= MAX_CANVAS_SIDE for length in pair):
+            raise ValueError(f"{message}: sides are 1 to {MAX_CANVAS_SIDE} pixels, not {pair[0]} x {pair[1]}")
+    return pairs
+
+
+def _check_grids(count: int, pinpoints: Any) -> None:
+    if not 0 < count <= MAX_GRIDS:
+        raise ValueError(f"image_grid_pinpoints offers {count} resolutions, not 1 to {MAX_GRIDS}: {pinpoints!r:.200}")
 
 
 def expand_to_square(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """Centre the picture on a square canvas; an odd border is one pixel wider below or on the right."""
     side = max(image.size)
+    check_canvas(image.size, side, side, "padded to a square")
     canvas = Image.new("RGB", (side, side), background)
     canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return canvas
@@ -180,7 +161,7 @@ def process_anyres_image(image: Image.Image, image_processor: Any, pinpoints: Se
         for left in range(0, canvas.width, side)
     ]
     overview_side = image_processor.size.get("shortest_edge") or side
-    return _preprocess([image.resize((overview_side, overview_side)), *tiles], image_processor)
+    return preprocess([image.resize((overview_side, overview_side)), *tiles], image_processor)
 
 
 def select_best_resolution(size: tuple[int, int], resolutions: Sequence[Sequence[int]]) -> tuple[int, int]:
