@@ -204,22 +204,34 @@ def tokenizer_image_token(
     image_token_index: int = IMAGE_TOKEN_INDEX,
     return_tensors: str | None = None,
 ) -> list[int] | Tensor:
-    """Token ids of a prompt, ``<image>`` replaced by ``image_token_index``; one BOS in front.
+    """Token ids of a prompt, ``<image>`` replaced by ``image_token_index``.
 
-    The text between placeholders is tokenised piece by piece, as in training.
+    The text between placeholders is tokenised piece by piece, as in training. A BOS stands in front where the
+    tokenizer itself puts one. Where the loader has given it ``image_marks``, for checkpoints with
+    ``mm_use_im_start_end``, these two ids stand around every placeholder that has none.
 
     Returns:
         list of ids, or with ``return_tensors="pt"`` int64 (length,).
     """
+    begin, end = getattr(tokenizer, "image_marks", None) or (None, None)
     pieces = [encode_text(piece, tokenizer) for piece in prompt.split(DEFAULT_IMAGE_TOKEN)]
-    ids = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    ids = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
     for i, piece in enumerate(pieces):
-        ids += [image_token_index] * (i > 0) + piece
+        if i:
+            marked = begin is None or ids[-1:] == [begin]
+            ids += [image_token_index] if marked else [begin, image_token_index, end]
+        ids += piece
     if return_tensors is None:
         return ids
     if return_tensors != "pt":
         raise ValueError(f"return_tensors must be 'pt' or None, got {return_tensors!r}")
     return torch.tensor(ids, dtype=torch.long)
+
+
+def begins_with_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts a BOS before texts (``add_bos_token``)."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a").input_ids[:1] == [bos]
 
 
 def encode_text(text: str, tokenizer: Any) -> list[int]:
@@ -237,6 +249,12 @@ def encode_text(text: str, tokenizer: Any) -> list[int]:
 
 
 def get_model_name_from_path(model_path: str) -> str:
-    """Last part of a path or hub name; for a training checkpoint, the folder above it as well."""
+    """Last part of a path or hub name; for a training checkpoint, the folder above it as well.
+
+    A snapshot in the hub's cache (``models--owner--name/snapshots/<commit>``) has the model's name, not the commit's.
+    """
+    cached = re.search(r"models--(?:[^/]+?--)?([^/]+)/snapshots/[^/]+/?$", model_path)
+    if cached:
+        return cached[1]
     parts = model_path.rstrip("/").split("/")
     return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") and len(parts) > 1 else parts[-1]

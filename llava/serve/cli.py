@@ -13,11 +13,11 @@ import torch
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import Conversation, conv_templates, template_for
+from llava.conversation import Conversation, conv_templates
 from llava.layout.pooling import POOL_MODES
 from llava.layout.visuals import IMAGE, VIDEO
 from llava.mm_utils import load_image, most_tiles, process_images, tokenizer_image_token
-from llava.model.builder import DEFAULT_CHECKPOINT, load_pretrained_model
+from llava.model.builder import DEFAULT_CHECKPOINT, find_template, load_pretrained_model
 from llava.model.encoded_images import EncodedImages
 from llava.model.questions import suited
 from llava.pruning import Pruner, get_pruner, list_pruners, parse_budget, parse_options
@@ -92,6 +92,7 @@ class Session:
 
     def __post_init__(self) -> None:
         options = self.arguments
+        self.template = conv_templates[options.conv_mode or find_template(options.model_path, options.model_base)]
         self.tokenizer, self.model, self.image_processor, _ = load_pretrained_model(
             options.model_path,
             options.model_base,
@@ -110,7 +111,6 @@ class Session:
         self.aspect_ratio = getattr(self.model.config, "image_aspect_ratio", None)
         if options.image_grid:
             self.model.config.image_grid_pinpoints = [parse_grid(options.image_grid)]
-        self.template = conv_templates[options.conv_mode or template_for(self.model.model_name)]
         self.pictures: EncodedImages | None = None
         self.vision_seconds = 0.0
         self.use_pruner(self.pruner)

@@ -148,10 +148,14 @@ def test_nothing_there():
         find_folder("/nowhere/llava-v1.5-7b")
 
 
-def test_missing_toy_says_how_to_rebuild_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(builder, "TOY_FOLDER", tmp_path)
+def test_missing_toy_says_how_to_rebuild_it_or_where_it_is(monkeypatch, tmp_path):
+    toy = tmp_path / "playground" / "toy"
+    monkeypatch.setattr(builder, "TOY_FOLDER", toy)
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .* comes with a checkout of the repository"):
+        load_cpu(toy / "llava-toy-v1.5")
+    (tmp_path / "scripts" / "toy").mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"no checkpoint at .*`python scripts/toy/train\.py` rebuilds the toy"):
-        load_cpu(tmp_path / "llava-toy-v1.5")
+        load_cpu(toy / "llava-toy-v1.5")
 
 
 @pytest.mark.parametrize("values", [{"model_type": "llava_mpt"}, {"model_type": "llama"}])
