@@ -57,6 +57,7 @@ PROJECTOR_FILE = "mm_projector.bin"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt")
 ASPECT_RATIOS = re.compile(r"square|pad|anyres(_max_\d{1,4})?")
 FLAGS = ("mm_use_im_start_end", "mm_use_im_patch_token", "add_faster_video", "tie_word_embeddings")
+BLOCK_OF_4_BITS = 64
 UNKNOWN_PARTS = {  # of LLaVA's and its descendants' configurations: what is not built here
     "s2": "several scales of a picture (S2)",
     "mm_resampler_type": "a resampler between tower and projector",
@@ -121,7 +122,11 @@ def load_pretrained_model(
     if quantization is not None and has_adapter(folder):
         raise ValueError("a LoRA adapter cannot be merged into quantised weights: merge it first, save, and load that")
     device = pick_device(device)
+    if quantization is not None and dtype == "auto" and device == "cpu":
+        dtype = torch.float16  # what bitsandbytes casts to at every product otherwise, with a warning each time
     dtype = _pick_dtype(dtype, device, config)
+    if load_4bit and device == "cpu" and device_map is None:
+        _check_blocks(config)
     if quantization is not None and device_map is None:
         device_map = {"": device}
 
@@ -139,15 +144,8 @@ def load_pretrained_model(
     )
     inside = {name: added.pop(name) for name in list(added) if name.startswith(TOWER_PREFIX)}
     model.load_state_dict({name: tensor.to(dtype) for name, tensor in added.items()}, strict=False)
-    if has_adapter(folder):
-        merge_adapter(model, *read_adapter(folder), folder)
-    check_finite(model, base_folder)
     if device_map is None:
         model.to(device)
-    _add_image_tokens(tokenizer, model)
-    if model.cut_to_tokenizer and len(tokenizer) < model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
-
     tower = model.get_vision_tower()
     if joint_folder is not None:
         tower.joint_folder = joint_folder
@@ -155,6 +153,12 @@ def load_pretrained_model(
     weights = {name.removeprefix(TOWER_PREFIX): tensor for name, tensor in inside.items()}
     placement = next((p.device for p in model.get_model().mm_projector.parameters()), model.device)
     tower.load_model(near=folder, weights=weights, dtype=dtype, device=placement)
+    if has_adapter(folder):
+        merge_adapter(model, *read_adapter(folder), folder)
+    check_finite(model, base_folder)
+    _add_image_tokens(tokenizer, model)
+    if model.cut_to_tokenizer and len(tokenizer) < model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
     if compile_tower:
         tower.compile_layers()
     _greedy_by_default(model)
@@ -435,6 +439,17 @@ def _quantization(load_8bit: bool, load_4bit: bool) -> BitsAndBytesConfig | None
         bnb_4bit_quant_type="nf4",
         llm_int8_skip_modules=skipped,
     )
+
+
+def _check_blocks(config: AnyLlavaConfig) -> None:
+    """Raise ValueError for widths that bitsandbytes' 4 bits cannot cut into blocks on a CPU."""
+    widths = {name: getattr(config, name) for name in ("hidden_size", "intermediate_size")}
+    for name, width in widths.items():
+        if width % BLOCK_OF_4_BITS:
+            raise ValueError(
+                f"bitsandbytes' 4 bits on a CPU need widths that are multiples of {BLOCK_OF_4_BITS}, and this model "
+                f"has {name}={width}: take 8 bits, or a GPU"
+            )
 
 
 def _add_image_tokens(tokenizer: PreTrainedTokenizerBase, model: LlavaCausalLM) -> None:
