@@ -50,10 +50,10 @@ def draw_kept_tokens(
         drawn = [draw_view(view, mask, image_processor, cell) for view, mask in zip(views, masks, strict=True)]
         if tokens.layout.grid is None:
             rows = [drawn[i : i + SHEET_COLUMNS] for i in range(0, len(drawn), SHEET_COLUMNS)]
-            pictures.append(_join([_join(row, axis=1) for row in rows], axis=0))
+            pictures.append(join([join(row, axis=1) for row in rows], axis=0))
         else:
-            pictures.append(_join([drawn[0], _tiles(drawn[1:], tokens.layout.grid)], axis=1))
-    return Image.fromarray(_join(pictures, axis=0))
+            pictures.append(join([drawn[0], tiles_side_by_side(drawn[1:], tokens.layout.grid)], axis=1))
+    return Image.fromarray(join(pictures, axis=0))
 
 
 def draw_view(pixels: Tensor, mask: Tensor, image_processor: Any, cell: float) -> np.ndarray:
@@ -68,13 +68,13 @@ def draw_view(pixels: Tensor, mask: Tensor, image_processor: Any, cell: float) -
     return (colours * (DIMMED + (1 - DIMMED) * lit) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
-def _tiles(views: list[np.ndarray], grid: tuple[int, int]) -> np.ndarray:
+def tiles_side_by_side(views: list[np.ndarray], grid: tuple[int, int]) -> np.ndarray:
     columns, rows = grid
     lines = [np.concatenate(views[row * columns : (row + 1) * columns], axis=1) for row in range(rows)]
     return np.concatenate(lines, axis=0)
 
 
-def _join(parts: list[np.ndarray], axis: int) -> np.ndarray:
+def join(parts: list[np.ndarray], axis: int) -> np.ndarray:
     """Put arrays side by side (axis 1) or below each other (axis 0) on white, with a gap between them."""
     across = 1 - axis
     extent = max(part.shape[across] for part in parts)

@@ -6,6 +6,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -16,32 +17,12 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.integrations.transformers import KeptPicture
 from llava.integrations.transformers.host import find_host
 from llava.integrations.transformers.loading import load_transformers_model
+from llava.integrations.transformers.picture_sizes import check_picture_size
 from llava.model.builder import pick_device
 from llava.pruning import Pruner
-from llava.serve.status import TimedStreamer
-
-OURS_ALONE = {  # options that speak of LLaVA's original format or code
-    "model_base": "--model-base",
-    "video_file": "--video-file",
-    "pool_mode": "--pool-mode",
-    "conv_mode": "--conv-mode",
-    "image_grid": "--image-grid",
-    "show_tokens": "--show-tokens",
-    "load_4bit": "--load-4bit",
-    "load_8bit": "--load-8bit",
-    "compile_tower": "--compile-tower",
-}
-
-
-def check_options(options: argparse.Namespace) -> None:
-    """Raise ValueError for options that do not go together with ``--hf`` or without it."""
-    if not options.hf:
-        if options.clip_path:
-            raise ValueError("--clip-path goes with --hf: a checkpoint of LLaVA's own format names its CLIP itself")
-        return
-    given = [flag for name, flag in OURS_ALONE.items() if getattr(options, name, None)]
-    if given:
-        raise ValueError(f"{', '.join(given)} goes with LLaVA's own code, not with --hf")
+from llava.serve.status import TimedStreamer, stoppable
+from llava.serve.transformers_picture import check_drawable, draw_kept
+from llava.terminal import printable
 
 
 class TransformersSession:
@@ -62,6 +43,7 @@ class TransformersSession:
         if getattr(self.processor, "chat_template", None) is None:
             raise ValueError(f"the processor of {arguments.model_path} has no chat template to write a prompt with")
         self.tokenizer = self.processor.tokenizer
+        self.stopped = False
         self.use_pruner(pruner)
         self.pixels: Sequence[Image.Image] = []
         self.clear()
@@ -83,11 +65,34 @@ class TransformersSession:
         """Put pictures on the table and start a new conversation."""
         if video is not None:
             raise ValueError("/video goes with LLaVA's own code, not with --hf")
+        for picture in pictures:
+            check_picture_size(picture.size, self.processor)
         self.clear()
         self.pixels = list(pictures)
 
+    def has_pictures(self) -> bool:
+        return bool(self.pixels)
+
+    def shown(self) -> str:
+        """The pictures' sizes: what they become in tokens is the processor's matter."""
+        return ", ".join(f"{picture.width} x {picture.height} pixels" for picture in self.pixels)
+
+    def model_line(self) -> str:
+        """The model's name, class, device and type of numbers."""
+        name, kind = str(self.arguments.model_path).rstrip("/").split("/")[-1], str(self.model.dtype)
+        return f"{name} ({type(self.model).__name__}, {self.model.device}, {kind.removeprefix('torch.')})"
+
+    def save_picture(self, path: Path) -> None:
+        """Write the picture of the tokens kept for the last question."""
+        draw_kept(self.model, self.processor, self.last_inputs, self.pixels, self.last_kept).save(path)
+        print(f"[kept tokens drawn in {printable(path)}]")
+
     def ask(self, question: str) -> str:
-        """Answer a question in the conversation so far, printing the answer and a line about the work done."""
+        """Answer a question in the conversation so far, printing the answer and a line about the work done.
+
+        Ctrl-C while the answer is written ends it there (``stopped``); what was written is in the conversation.
+        """
+        self.stopped = False
         content: list[dict[str, str]] = [{"type": "text", "text": question.replace(DEFAULT_IMAGE_TOKEN, "").strip()}]
         if not self.messages:
             content = [{"type": "image"}] * len(self.pixels) + content
@@ -95,6 +100,8 @@ class TransformersSession:
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         inputs = self.processor(images=list(self.pixels) or None, text=text, return_tensors="pt")
         inputs = inputs.to(self.model.device, dtype=self.model.dtype)
+        if self.pixels and self.arguments.show_tokens:
+            check_drawable(self.model, inputs, self.pruner)
         options = self.arguments
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
         if options.temperature <= 0:
@@ -106,10 +113,14 @@ class TransformersSession:
             if handle is not None:
                 handle.query = question
             start = time.perf_counter()
-            output = self.model.generate(
-                **inputs, max_new_tokens=options.max_new_tokens, streamer=streamer, **sampling
-            )
-        answer = self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+            with stoppable(streamer):
+                output = self.model.generate(
+                    **inputs, max_new_tokens=options.max_new_tokens, streamer=streamer, num_beams=1, **sampling
+                )
+        self.stopped, answer = streamer.stopped, streamer.written.strip()
+        if not self.stopped:
+            answer = self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        self.last_inputs, self.last_kept = inputs, None if handle is None else handle.kept
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         placeholder = find_host(self.model).placeholders["image"]
         total = int((inputs["input_ids"] == placeholder).sum())
