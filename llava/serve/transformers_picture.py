@@ -62,7 +62,9 @@ def draw_kept(
     else:
         if kept is not None:  # view by view; row breaks stand between
             masks = torch.cat([one.kept[one.picture.views != SEPARATOR] for one in kept])
-        drawn = _draw_squares(processor, inputs, masks)
+        drawn = _draw_squares(
+            processor, inputs, masks, SHEET_COLUMNS if len(_square_views(inputs)) > len(pictures) else 1
+        )
     return Image.fromarray(join(drawn, axis=0))
 
 
@@ -92,13 +94,13 @@ def _placeholders(model: Any, inputs: dict[str, Any]) -> int:
     return int((inputs["input_ids"] == find_host(model).placeholders["image"]).sum())
 
 
-def _draw_squares(processor: Any, inputs: dict[str, Any], kept: Tensor | None) -> list[np.ndarray]:
+def _draw_squares(processor: Any, inputs: dict[str, Any], kept: Tensor | None, columns: int) -> list[np.ndarray]:
     views = _square_views(inputs)
     colours = [_colours(view, processor) for view in views]
     if kept is not None:
         side = math.isqrt(len(kept) // len(views))
         colours = [dim(c, lit) for c, lit in zip(colours, kept.reshape(-1, side, side), strict=True)]
-    return [join(colours[i : i + SHEET_COLUMNS], axis=1) for i in range(0, len(colours), SHEET_COLUMNS)]
+    return [join(colours[i : i + columns], axis=1) for i in range(0, len(colours), columns)]
 
 
 def _draw_grids(
@@ -129,11 +131,9 @@ def _draw_tiled(
     for number, picture in enumerate(pictures):
         grid = anyres_grid(picture.size, pinpoints, vision.image_size)
         sequence = tiled_layout(picture.size, grid, side, "spatial_unpad").sequence
-        lit = torch.ones(1 + grid[0] * grid[1], side * side, dtype=torch.bool)
-        if masks is not None:
-            lit = torch.zeros_like(lit)
-            shown = sequence[masks[number] & (sequence != NEWLINE)]
-            lit.view(-1)[shown] = True
+        kept = sequence != NEWLINE
+        lit = torch.zeros(1 + grid[0] * grid[1], side * side, dtype=torch.bool)
+        lit.view(-1)[sequence[kept if masks is None else kept & masks[number]]] = True
         views = inputs["pixel_values"][number, : len(lit)]
         parts = [
             dim(_colours(view, processor), cells.reshape(side, side)) for view, cells in zip(views, lit, strict=True)
