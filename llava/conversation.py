@@ -5,6 +5,8 @@ The wording of every template is part of the checkpoints: a changed character is
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -22,6 +24,7 @@ class SeparatorStyle(Enum):
     PLAIN = "no roles"
     LLAMA_2 = "instruction brackets, the system text inside the first"
     CHATML = "roles carry their own markers, each turn ends its line; an empty message is still to be answered"
+    LLAMA_3 = "headers carry the roles, an end-of-turn token ends every turn"
 
 
 @dataclass
@@ -88,6 +91,9 @@ class Conversation:
             case SeparatorStyle.PLAIN:
                 ends = (self.sep, self.sep2 or self.sep)
                 return self.system + "".join(t + ends[i % 2] for i, (_, t) in enumerate(turns) if t is not None)
+            case SeparatorStyle.LLAMA_3:
+                system = [("system", self.system)] if self.system else []
+                return "".join(_headed(role, text, self.sep) for role, text in system + turns)
             case SeparatorStyle.LLAMA_2:
                 return self._llama_2_prompt([text for _, text in turns])
 
@@ -122,6 +128,11 @@ def _text(message: str | tuple | None) -> str | None:
 
 def _labelled(role: str, text: str | None, end: str) -> str:
     return f"{role}:" if text is None else f"{role}: {text}{end}"
+
+
+def _headed(role: str, text: str | None, end: str) -> str:
+    head = f"<|start_header_id|>{role}<|end_header_id|>\n\n"
+    return head if text is None else f"{head}{text.strip()}{end}"
 
 
 CURIOUS_USER = (
@@ -178,7 +189,7 @@ ENERGY_ANSWER = (
 USER_ASSISTANT = ("USER", "ASSISTANT")
 HUMAN_ASSISTANT = ("Human", "Assistant")
 CHATML = ("<|im_start|>user\n", "<|im_start|>assistant\n")
-SINGLE, TWO, MPT, PLAIN, LLAMA_2, CHATML_LINES = SeparatorStyle
+SINGLE, TWO, MPT, PLAIN, LLAMA_2, CHATML_LINES, LLAMA_3 = SeparatorStyle
 
 _V0 = Conversation(
     CURIOUS_HUMAN,
@@ -215,12 +226,57 @@ conv_templates: dict[str, Conversation] = {
     "qwen_1_5": _QWEN,
     "qwen_2": _QWEN,
     "qwen_2_5": Conversation(QWEN_2_5_SYSTEM, CHATML, CHATML_LINES, "<|im_end|>", version="qwen"),
+    # The start token is the tokenizer's, once, as in training (LLaVA-NeXT's own scripts write it twice).
+    "llava_llama_3": Conversation(
+        LLAVA_LLAMA_2_SYSTEM, ("user", "assistant"), LLAMA_3, "<|eot_id|>", version="llama_v3"
+    ),
+}
+MARKS = {  # tokens that a template is written with: a tokenizer that lacks them was trained with another
+    "llava_llama_3": "<|eot_id|>",
+    "chatml_direct": "<|im_end|>",
+    "mpt": "<|im_end|>",
+    "qwen_1_5": "<|im_end|>",
 }
 
 
-def template_for(model_name: str) -> str:
-    """Name of the template that a checkpoint of this name was trained with (LLaVA's own naming rules)."""
+def template_for(
+    model_name: str, model_type: str | None = None, tokens: Collection[str] | None = None, chat_template: str = ""
+) -> str:
+    """Name of the template that a checkpoint was trained with.
+
+    What its files say comes first; LLaVA's own naming rules decide among those that fit them.
+
+    Args:
+        model_type: of its configuration, as our classes call it ("llava_llama", "llava_mistral", "llava_qwen").
+        tokens: those that its tokenizer's files add to the vocabulary; ``None`` if they are not known.
+        chat_template: its tokenizer's, where that has one.
+
+    Raises:
+        ValueError: the name stands for a template whose marks the tokenizer does not know.
+    """
+    if model_type == "llava_qwen":
+        return "qwen_1_5"
+    if model_type == "llava_mistral":
+        return "mistral_instruct"
+    named = _template_by_name(model_name)
+    if tokens is None:
+        return named
+    if MARKS["llava_llama_3"] in tokens:
+        return "llava_llama_3"
+    if MARKS["chatml_direct"] in tokens:
+        return named if MARKS.get(named) in tokens else "chatml_direct"
+    if named in MARKS:
+        raise ValueError(
+            f"the name {model_name} stands for the conversation template {named}, but the checkpoint's tokenizer does "
+            f"not know its {MARKS[named]}: say which template it was trained with (--conv-mode)"
+        )
+    return "llava_llama_2" if named == "vicuna_v1" and "[INST]" in chat_template else named
+
+
+def _template_by_name(model_name: str) -> str:
     name = model_name.lower()
+    if re.search(r"llama-?3", name):
+        return "llava_llama_3"
     if "llama-2" in name:
         return "llava_llama_2"
     if "mistral" in name:

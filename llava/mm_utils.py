@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
-import urllib.error
-import urllib.request
-import warnings
+import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
@@ -22,75 +16,16 @@ from llava.layout.tiles import anyres_grid as anyres_grid  # geometry, also know
 from llava.layout.tiles import most_tiles as most_tiles
 from llava.layout.tiles import parse_pinpoints, select_best_resolution
 from llava.layout.visuals import Reading
-
-URL_TIMEOUT_SECONDS = 10
-URL_MAX_BYTES = 32 * 1024 * 1024
-MAX_PIXELS = 128 * 1024 * 1024  # beyond this a file is taken for a decompression bomb
-SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
-
+from llava.pictures import (  # LLaVA's code has the readers here
+    TooLarge,
+    check_canvas,
+    to_rgb,
+)
+from llava.pictures import decode_image as decode_image
+from llava.pictures import load_image as load_image
+from llava.pictures import load_image_from_base64 as load_image_from_base64
 
 # --- pictures ------------------------------------------------------------------------------------------------------
-
-
-def load_image(source: str | Path) -> Image.Image:
-    """Open a picture from a file or an http(s) address as upright RGB.
-
-    Raises:
-        ValueError: not an image, truncated, or more than `MAX_PIXELS` pixels; names the source and the reason.
-        FileNotFoundError: no such file.
-        OSError: the address cannot be reached in `URL_TIMEOUT_SECONDS` or holds more than `URL_MAX_BYTES`.
-    """
-    if str(source).startswith(("http://", "https://")):
-        return decode_image(_download(str(source)), str(source))
-    path = Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"no image file at {path}")
-    return decode_image(path.read_bytes(), str(path))
-
-
-def load_image_from_base64(text: str) -> Image.Image:
-    """Decode a picture stored as base64 text, as MMBench's tables do."""
-    return decode_image(base64.b64decode(text), "base64 text")
-
-
-def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode an encoded picture; ``name`` stands in the error message. See `load_image`."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise ValueError(f"{name} has {image.width} x {image.height} pixels, more than the limit of {MAX_PIXELS}")
-        image.load()
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is larger than the limit of {MAX_PIXELS} pixels") from error
-    except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not an image that Pillow can read") from error
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{name} is a damaged or truncated image: {error}") from error
-    return to_rgb(image)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Turn a picture of any mode upright and into 8-bit RGB; the first frame of an animation, colours under alpha."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in (*SIXTEEN_BIT_MODES, "I", "F"):
-        values = np.asarray(image, dtype=np.float32)
-        if image.mode in SIXTEEN_BIT_MODES or values.max(initial=0.0) > 255:
-            values = values / 257.0  # 0..65535 to 0..255
-        image = Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
-    return image.convert("RGB")
-
-
-def _download(address: str) -> bytes:
-    try:
-        with urllib.request.urlopen(address, timeout=URL_TIMEOUT_SECONDS) as response:
-            data = response.read(URL_MAX_BYTES + 1)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise OSError(f"cannot fetch {address} within {URL_TIMEOUT_SECONDS} s: {error}") from error
-    if len(data) > URL_MAX_BYTES:
-        raise OSError(f"{address} holds more than {URL_MAX_BYTES // 2**20} MiB")
-    return data
 
 
 def process_images(images: Sequence[Image.Image], image_processor: Any, model_cfg: Any) -> Tensor | list[Tensor]:
@@ -108,23 +43,53 @@ def process_images(images: Sequence[Image.Image], image_processor: Any, model_cf
     Returns:
         float32 (images, 3, s, s), with a views axis after the first for "anyres"; a list of (views, 3, s, s) where
         the numbers of views differ.
+
+    Raises:
+        ValueError: a picture that would take more memory than it may once it is padded or resized, or than there is;
+            or a checkpoint whose pinpoints cannot be read.
     """
     reading = Reading.of(model_cfg).for_pictures(len(images))
     aspect_ratio = reading.image_aspect_ratio
-    images = [to_rgb(image) for image in images]
+    pinpoints = None
     if str(aspect_ratio).startswith("anyres"):
         pinpoints = parse_pinpoints(reading.image_grid_pinpoints, view_side(image_processor))
-        pixels = [process_anyres_image(image, image_processor, pinpoints) for image in images]
-    else:
-        if aspect_ratio == "pad":
-            background = tuple(int(channel * 255) for channel in image_processor.image_mean)
-            images = [expand_to_square(image, background) for image in images]
-        pixels = [_preprocess([image], image_processor)[0] for image in images]
+    pixels = []
+    for image in images:
+        try:
+            pixels.append(_process_image(to_rgb(image), image_processor, aspect_ratio, pinpoints))
+        except MemoryError as error:
+            width, height = image.size
+            raise TooLarge(f"a picture of {width} x {height} pixels needs more memory than there is") from error
     return torch.stack(pixels) if len({p.shape for p in pixels}) == 1 else pixels
 
 
-def _preprocess(images: Sequence[Image.Image], image_processor: Any) -> Tensor:
+def _process_image(
+    image: Image.Image, image_processor: Any, aspect_ratio: str | None, pinpoints: Sequence[Sequence[int]] | None
+) -> Tensor:
+    """One RGB picture -> (3, s, s), or with pinpoints (views, 3, s, s)."""
+    if pinpoints is not None:
+        return process_anyres_image(image, image_processor, pinpoints)
+    if aspect_ratio == "pad":
+        background = tuple(int(channel * 255) for channel in image_processor.image_mean)
+        square = expand_to_square(image, background)
+        side = image_processor.size.get("shortest_edge") or image_processor.size["height"]
+        image = square.resize((side, side), image_processor.resample)  # as the processor does, from a smaller copy
+    return preprocess([image], image_processor)[0]
+
+
+def preprocess(images: Sequence[Image.Image], image_processor: Any) -> Tensor:
+    """Pictures as the tower takes them: float32 (images, 3, s, s). Raises TooLarge before a resize that is."""
+    for image in images:
+        check_resized(image.size, image_processor)
     return image_processor(images=list(images), return_tensors="pt")["pixel_values"]
+
+
+def check_resized(size: tuple[int, int], image_processor: Any) -> None:
+    """Raise TooLarge if a processor that resizes the shorter side makes too long a strip of ``size`` (w, h)."""
+    shorter = (getattr(image_processor, "size", None) or {}).get("shortest_edge")
+    if shorter:
+        width, height = (math.ceil(side * shorter / min(size)) for side in size)
+        check_canvas(size, width, height, "its shorter side is resized for the vision tower")
 
 
 def view_side(image_processor: Any) -> int:
@@ -136,6 +101,7 @@ def view_side(image_processor: Any) -> int:
 def expand_to_square(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
     """Centre the picture on a square canvas; an odd border is one pixel wider below or on the right."""
     side = max(image.size)
+    check_canvas(image.size, side, side, "padded to a square")
     canvas = Image.new("RGB", (side, side), background)
     canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return canvas
@@ -156,7 +122,7 @@ def process_anyres_image(image: Image.Image, image_processor: Any, pinpoints: Se
         for left in range(0, canvas.width, side)
     ]
     overview_side = image_processor.size.get("shortest_edge") or side
-    return _preprocess([image.resize((overview_side, overview_side)), *tiles], image_processor)
+    return preprocess([image.resize((overview_side, overview_side)), *tiles], image_processor)
 
 
 def resize_and_pad(image: Image.Image, resolution: tuple[int, int]) -> Image.Image:
@@ -181,22 +147,34 @@ def tokenizer_image_token(
     image_token_index: int = IMAGE_TOKEN_INDEX,
     return_tensors: str | None = None,
 ) -> list[int] | Tensor:
-    """Token ids of a prompt, ``<image>`` replaced by ``image_token_index``; one BOS in front.
+    """Token ids of a prompt, ``<image>`` replaced by ``image_token_index``.
 
-    The text between placeholders is tokenised piece by piece, as in training.
+    The text between placeholders is tokenised piece by piece, as in training. A BOS stands in front where the
+    tokenizer itself puts one. Where the loader has given it ``image_marks``, for checkpoints with
+    ``mm_use_im_start_end``, these two ids stand around every placeholder that has none.
 
     Returns:
         list of ids, or with ``return_tensors="pt"`` int64 (length,).
     """
+    begin, end = getattr(tokenizer, "image_marks", None) or (None, None)
     pieces = [encode_text(piece, tokenizer) for piece in prompt.split(DEFAULT_IMAGE_TOKEN)]
-    ids = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    ids = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
     for i, piece in enumerate(pieces):
-        ids += [image_token_index] * (i > 0) + piece
+        if i:
+            marked = begin is None or ids[-1:] == [begin]
+            ids += [image_token_index] if marked else [begin, image_token_index, end]
+        ids += piece
     if return_tensors is None:
         return ids
     if return_tensors != "pt":
         raise ValueError(f"return_tensors must be 'pt' or None, got {return_tensors!r}")
     return torch.tensor(ids, dtype=torch.long)
+
+
+def begins_with_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts a BOS before texts (``add_bos_token``)."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a").input_ids[:1] == [bos]
 
 
 def encode_text(text: str, tokenizer: Any) -> list[int]:
@@ -214,6 +192,12 @@ def encode_text(text: str, tokenizer: Any) -> list[int]:
 
 
 def get_model_name_from_path(model_path: str) -> str:
-    """Last part of a path or hub name; for a training checkpoint, the folder above it as well."""
+    """Last part of a path or hub name; for a training checkpoint, the folder above it as well.
+
+    A snapshot in the hub's cache (``models--owner--name/snapshots/<commit>``) has the model's name, not the commit's.
+    """
+    cached = re.search(r"models--(?:[^/]+?--)?([^/]+)/snapshots/[^/]+/?$", model_path)
+    if cached:
+        return cached[1]
     parts = model_path.rstrip("/").split("/")
     return "_".join(parts[-2:]) if parts[-1].startswith("checkpoint-") and len(parts) > 1 else parts[-1]

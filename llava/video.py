@@ -17,7 +17,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from llava.mm_utils import load_image
+from llava.mm_utils import preprocess
+from llava.pictures import MAX_PIXELS, load_image
+from llava.terminal import printable
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+CONTAINERS = ("mov", "matroska", "avi", "flv", "mpeg", "mpegts", "asf", "ogg", "gif", "ivf", "h264", "hevc", "wav")
+MAX_CLIP_PIXELS = 8 * MAX_PIXELS  # of all frames together, which are held at once
 UNEVEN = 1.5  # a step in time that is so many times another is one of a variable frame rate
 
 
@@ -119,8 +123,7 @@ def load_video(path: str | Path, most: int, rate: float = 1.0, force: bool = Tru
 
 def process_video(video: Video | Sequence[Image.Image], image_processor: Any) -> Tensor:
     """Frames as the model takes them: (T, 3, s, s) float32."""
-    frames = video.frames if isinstance(video, Video) else list(video)
-    return image_processor(images=frames, return_tensors="pt")["pixel_values"]
+    return preprocess(video.frames if isinstance(video, Video) else list(video), image_processor)
 
 
 def _load_folder(folder: Path, most: int, force: bool) -> Video:
@@ -135,13 +138,26 @@ def _load_folder(folder: Path, most: int, force: bool) -> Video:
         _tell_few(folder, len(files), most, force)
     count = most if force else min(most, len(files))
     indices = np.linspace(0, len(files) - 1, count, dtype=int).tolist()
-    pictures = {index: load_image(files[index]) for index in dict.fromkeys(indices)}
+    pictures: dict[int, Image.Image] = {}
+    for index in dict.fromkeys(indices):
+        pictures[index] = load_image(files[index])
+        if not index:
+            _check_clip(folder, pictures[index].size, len(set(indices)))
     return Video([pictures[index] for index in indices], indices)
 
 
 def _tell_few(path: Path, found: int, most: int, force: bool) -> None:
     what = "frames are repeated" if force else "all of them are taken"
-    logger.warning("%s has only %d frames, %d were asked for: %s", path, found, most, what)
+    logger.warning("%s has only %d frames, %d were asked for: %s", printable(path), found, most, what)
+
+
+def _check_clip(path: Path, size: tuple[int, int], frames: int) -> None:
+    """Raise ValueError if frames of ``size`` (width, height) would take more memory than they may."""
+    if size[0] * size[1] * frames > MAX_CLIP_PIXELS:
+        raise ValueError(
+            f"{path}: {frames} frames of {size[0]} x {size[1]} pixels are more than the limit of {MAX_CLIP_PIXELS} "
+            "pixels together: take fewer frames, or a smaller video"
+        )
 
 
 def _load_file(path: Path, most: int, rate: float, force: bool) -> Video:
@@ -151,18 +167,23 @@ def _load_file(path: Path, most: int, rate: float, force: bool) -> Video:
         raise ImportError(
             'reading video files needs PyAV: pip install "script-llava[video]" (a folder of frames needs nothing)'
         ) from error
+    # Only containers that hold their video themselves, told by their content: a playlist would read other files.
+    place, options = f"file:{path}", {"protocol_whitelist": "file", "format_whitelist": ",".join(CONTAINERS)}
     try:
-        with av.open(str(path)) as container:
+        with av.open(place, options=options, metadata_errors="replace") as container:
             total, fps = _measure(container, path)
         for _ in range(2):  # again if there turn out to be fewer frames than packets
             indices, times = sample_frames(total, fps, most, rate, force)
-            with av.open(str(path)) as container:
-                pictures, decoded = _decode(container, set(indices))
+            with av.open(place, options=options, metadata_errors="replace") as container:
+                pictures, decoded = _decode(container, set(indices), path)
             if indices[-1] in pictures:
                 break
             total = decoded
     except av.error.FFmpegError as error:
-        raise ValueError(f"{path} is not a video that can be read, or a damaged one: {error}") from error
+        raise ValueError(
+            f"{path} is not a video that can be read, or a damaged one: {error.strerror} "
+            f"(containers: {', '.join(CONTAINERS)})"
+        ) from error
     if indices[-1] not in pictures:
         raise ValueError(f"{path} is damaged: frame {indices[-1]} of {total} cannot be decoded")
     if total < most:
@@ -181,14 +202,16 @@ def _measure(container: InputContainer, path: Path) -> tuple[int, float]:
     steps = np.diff(stamps)
     steps = steps[steps > 0]
     if len(steps) and steps.max() > UNEVEN * steps.min():
-        logger.warning("%s has a variable frame rate: frames are counted, times are those of the average rate", path)
+        logger.warning(
+            "%s has a variable frame rate: frames are counted, times are those of the average rate", printable(path)
+        )
     rate = stream.average_rate
     if not rate and len(steps):
         rate = Fraction(1) / (Fraction(float(steps.mean())) * stream.time_base)
     return len(stamps), float(rate or 1)
 
 
-def _decode(container: InputContainer, wanted: set[int]) -> tuple[dict[int, Image.Image], int]:
+def _decode(container: InputContainer, wanted: set[int], path: Path) -> tuple[dict[int, Image.Image], int]:
     """Decode up to the last wanted frame: the wanted ones by index, and how many frames there were on the way."""
     stream = container.streams.video[0]
     stream.thread_type = "AUTO"
@@ -197,6 +220,7 @@ def _decode(container: InputContainer, wanted: set[int]) -> tuple[dict[int, Imag
     frames: Iterator[Any] = container.decode(stream)
     for count, frame in enumerate(frames, start=1):
         if count - 1 in wanted:
+            _check_clip(path, (frame.width, frame.height), len(wanted))
             pictures[count - 1] = frame.to_image()
         if count - 1 == last:
             break

@@ -34,9 +34,8 @@ from transformers import (
 
 from llava.checkpoint import CheckpointError, find_folder, read_json, read_tensors, read_weight_file, weight_files
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import Conversation, SeparatorStyle, conv_templates, template_for
-from llava.mm_utils import get_model_name_from_path
-from llava.model.builder import TOWER_PREFIX, check_files, read_config
+from llava.conversation import Conversation, SeparatorStyle, conv_templates
+from llava.model.builder import TOWER_PREFIX, check_files, find_checkpoint, find_template
 
 ROW_MULTIPLE = 64  # rows of the vocabulary: what tensor parallelism and matrix kernels like
 PROJECTOR_LAYERS = {"0": "linear_1", "2": "linear_2"}
@@ -57,13 +56,12 @@ def convert(source: str, target: Path) -> None:
         CheckpointError: a file of the checkpoint is missing or damaged.
         ValueError: a checkpoint that the library has no class for, or a target that is not empty.
     """
-    folder = find_folder(source)
-    values = read_config(folder)
+    folder, _, values = find_checkpoint(source)
     check_convertible(folder, values)
     check_files(folder, folder, values)
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty: choose a folder that does not exist yet")
-    template = conv_templates[template_for(get_model_name_from_path(str(source)))]
+    template = conv_templates[find_template(str(source))]
     chat_template = chat_template_of(template)
     tower_folder = find_folder(values.mm_vision_tower, near=folder)
     tokenizer = convert_tokenizer(folder, values)
@@ -83,6 +81,7 @@ def convert(source: str, target: Path) -> None:
 def check_convertible(folder: Path, values: Any) -> None:
     """Raise ValueError for a checkpoint that the library's two classes cannot express."""
     expected = {
+        "model_type": ("llava_llama",),
         "mm_projector_type": ("mlp2x_gelu",),
         "mm_use_im_start_end": (False, None),
         "mm_use_im_patch_token": (False, None),

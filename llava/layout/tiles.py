@@ -5,6 +5,10 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Sequence
+from typing import Any
+
+MAX_GRIDS = 4096  # resolutions that a checkpoint may offer for tiles
+MAX_CANVAS_SIDE = 16 * 1024  # pixels along one side of such a resolution
 
 
 def most_tiles(aspect_ratio: str | None) -> int | None:
@@ -27,21 +31,33 @@ def parse_pinpoints(pinpoints: str | Sequence[Sequence[int]], side: int) -> list
         side: pixels along one side of a tile.
 
     Raises:
-        ValueError: something that is neither.
+        ValueError: a string that is neither, no pair at all, more than `MAX_GRIDS`, or sides beyond
+            `MAX_CANVAS_SIDE`.
     """
+    message = f"image_grid_pinpoints must be pairs or a range like (1x1),...,(6x6), got {pinpoints!r:.200}"
+    counts: list[tuple[int, ...]] = []
     if isinstance(pinpoints, str):
-        counts = [tuple(map(int, pair)) for pair in re.findall(r"\((\d+)x(\d+)\)", pinpoints)]
-        if counts:
-            first, last = counts[0], counts[-1]
-            columns, rows = (range(first[i], last[i] + 1) for i in (0, 1))
-            return [[side * column, side * row] for column in columns for row in rows]
-    try:
-        pairs = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
-        return [list(map(int, pair)) for pair in pairs]
-    except (ValueError, SyntaxError, TypeError):
-        raise ValueError(
-            f"image_grid_pinpoints must be pairs or a range like (1x1),...,(6x6), got {pinpoints!r}"
-        ) from None
+        counts = [tuple(map(int, pair)) for pair in re.findall(r"\((\d{1,9})x(\d{1,9})\)", pinpoints)]
+    if counts:
+        spans = [range(counts[0][i], counts[-1][i] + 1) for i in (0, 1)]
+        _check_grids(len(spans[0]) * len(spans[1]), pinpoints)
+        pairs = [[side * column, side * row] for column in spans[0] for row in spans[1]]
+    else:
+        try:
+            read = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
+            pairs = [[int(width), int(height)] for width, height in read]
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            raise ValueError(message) from None
+    _check_grids(len(pairs), pinpoints)
+    for pair in pairs:
+        if not all(0 < length <= MAX_CANVAS_SIDE for length in pair):
+            raise ValueError(f"{message}: sides are 1 to {MAX_CANVAS_SIDE} pixels, not {pair[0]} x {pair[1]}")
+    return pairs
+
+
+def _check_grids(count: int, pinpoints: Any) -> None:
+    if not 0 < count <= MAX_GRIDS:
+        raise ValueError(f"image_grid_pinpoints offers {count} resolutions, not 1 to {MAX_GRIDS}: {pinpoints!r:.200}")
 
 
 def select_best_resolution(size: tuple[int, int], resolutions: Sequence[Sequence[int]]) -> tuple[int, int]:

@@ -3,31 +3,65 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from llava.checkpoint import CheckpointError, find_folder, read_json, read_tensors, tensor_names, weight_files
+from llava.checkpoint import (
+    CheckpointError,
+    check_finite,
+    check_shapes,
+    check_sizes,
+    find_folder,
+    has_weights,
+    pointer_or_page,
+    read_json,
+    read_pickle,
+    read_tensors,
+    special_tokens,
+    tensor_shapes,
+    weight_files,
+)
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-from llava.mm_utils import get_model_name_from_path
+from llava.conversation import template_for
+from llava.mm_utils import get_model_name_from_path, parse_pinpoints
 from llava.model.language_model.llava_causal_lm import LlavaCausalLM
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
 from llava.model.language_model.llava_qwen import LlavaQwenConfig, LlavaQwenForCausalLM
+from llava.model.lora import ADAPTER_CONFIG, has_adapter, merge_adapter, read_adapter, read_trainables
 from llava.model.multimodal_encoder.builder import tower_type
 from llava.model.multimodal_encoder.siglip_encoder import folder_at_hand
+from llava.model.multimodal_projector.builder import projector_depth
 from llava.pruning import Pruner
 from llava.relevance.clip import check_joint_space
 from llava.relevance.siglip import check_siglip_folder
 
+AnyLlavaConfig = LlavaConfig | LlavaMistralConfig | LlavaQwenConfig
+
 # By `architectures`: OneVision's checkpoints call their model_type "llava", which is also what those of 2023 say.
-FAMILIES = {LlavaConfig: LlavaLlamaForCausalLM, LlavaQwenConfig: LlavaQwenForCausalLM}
+FAMILIES = {
+    LlavaConfig: LlavaLlamaForCausalLM,
+    LlavaMistralConfig: LlavaMistralForCausalLM,
+    LlavaQwenConfig: LlavaQwenForCausalLM,
+}
 CONFIG_OF = {model.__name__: config for config, model in FAMILIES.items()}
-MODEL_TYPES = {"llava": LlavaConfig, "llava_llama": LlavaConfig, "llava_qwen": LlavaQwenConfig}
+MODEL_TYPES = {"llava": LlavaConfig} | {config.model_type: config for config in FAMILIES}
 TOWER_PREFIX = "model.vision_tower.vision_tower."
+NOT_LOADED_HERE = re.compile(r"model\.vision_tower\.|.*rotary_emb\.inv_freq$")  # the tower is loaded apart
 PROJECTOR_FILE = "mm_projector.bin"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt")
+ASPECT_RATIOS = re.compile(r"square|pad|anyres(_max_\d{1,4})?")
+FLAGS = ("mm_use_im_start_end", "mm_use_im_patch_token", "add_faster_video", "tie_word_embeddings")
+BLOCK_OF_4_BITS = 64
+UNKNOWN_PARTS = {  # of LLaVA's and its descendants' configurations: what is not built here
+    "s2": "several scales of a picture (S2)",
+    "mm_resampler_type": "a resampler between tower and projector",
+}
 TOY_FOLDER = Path(__file__).resolve().parents[2] / "playground" / "toy"
 DEFAULT_CHECKPOINT = str(TOY_FOLDER / "llava-toy-v1.5")  # small and trained: answers on a laptop in seconds
 
@@ -49,9 +83,11 @@ def load_pretrained_model(
     """Load tokenizer, model and image processor, ready for inference.
 
     Args:
-        model_path: folder or hub name of a LLaVA-1.5 or LLaVA-NeXT checkpoint (Llama or Vicuna), or of LLaVA-Video or
-            LLaVA-OneVision (Qwen2), .bin or safetensors, sharded or not, with or without the vision tower's weights.
-        model_base: language model that ``model_path``, then a projector alone (``mm_projector.bin``), belongs to.
+        model_path: folder or hub name of a LLaVA-1.5 or LLaVA-NeXT checkpoint (Llama, Vicuna, Mistral, Yi), or of
+            LLaVA-Video or LLaVA-OneVision (Qwen2), .bin or safetensors, sharded or not, with or without the vision
+            tower's weights.
+        model_base: language model that ``model_path`` belongs to where that is a projector alone
+            (``mm_projector.bin``) or a LoRA adapter (``adapter_config.json``), which is merged into it.
         model_name: the name by which the conversation template is chosen; by default from the path.
         load_8bit, load_4bit: quantise the language model with bitsandbytes.
         device_map: spread the language model over devices with accelerate ("auto"); overrides ``device``.
@@ -73,53 +109,56 @@ def load_pretrained_model(
         ImportError: bitsandbytes is needed and not installed; says how to install it.
     """
     try:
-        folder = find_folder(model_path)
-        base_folder = folder if model_base is None else find_folder(model_base)
-        config = read_config(folder, base_folder)
+        folder, base_folder, config = find_checkpoint(model_path, model_base)
         joint_folder = None if joint_space_path is None else find_folder(joint_space_path)
         if joint_folder is not None and config.mm_vision_tower_type != "siglip":
             raise ValueError(f"joint_space_path goes with towers of SigLIP; {config.mm_vision_tower} is its own")
         check_files(folder, base_folder, config, pruner, joint_folder)
     except CheckpointError as error:
         if TOY_FOLDER in Path(model_path).resolve().parents:
-            raise CheckpointError(
-                f"{error}. `python scripts/toy/train.py` rebuilds the toy in {TOY_FOLDER}"
-            ) from error
+            raise CheckpointError(f"{error}. {_where_the_toy_is()}") from error
         raise
     quantization = _quantization(load_8bit, load_4bit)
+    if quantization is not None and has_adapter(folder):
+        raise ValueError("a LoRA adapter cannot be merged into quantised weights: merge it first, save, and load that")
     device = pick_device(device)
+    if quantization is not None and dtype == "auto" and device == "cpu":
+        dtype = torch.float16  # what bitsandbytes casts to at every product otherwise, with a warning each time
     dtype = _pick_dtype(dtype, device, config)
+    if load_4bit and device == "cpu" and device_map is None:
+        _check_blocks(config)
     if quantization is not None and device_map is None:
         device_map = {"": device}
 
+    added = read_added(folder, base_folder)
+    check_weights(base_folder, config, added)
     # With our config the tokenizer's own files decide: "llava" in config.json would choose the library's LLaVA's.
     tokenizer = AutoTokenizer.from_pretrained(base_folder, config=config)
-    model, report = FAMILIES[type(config)].from_pretrained(
+    model = FAMILIES[type(config)].from_pretrained(
         base_folder,
         config=config,
         dtype=dtype,
         device_map=device_map,
         attn_implementation=attn_implementation,
         quantization_config=quantization,
-        output_loading_info=True,
     )
-    missing = set(report["missing_keys"])
-    if model_base is not None:
-        missing -= load_projector(model, folder, dtype)
-    if missing:
-        raise CheckpointError(f"{base_folder} lacks {len(missing)} tensors of the model, first {min(missing)}")
+    inside = {name: added.pop(name) for name in list(added) if name.startswith(TOWER_PREFIX)}
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in added.items()}, strict=False)
     if device_map is None:
         model.to(device)
-    _add_image_tokens(tokenizer, model)
-    if model.cut_to_tokenizer and len(tokenizer) < model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(len(tokenizer))
-
     tower = model.get_vision_tower()
     if joint_folder is not None:
         tower.joint_folder = joint_folder
-    inside = {name.removeprefix(TOWER_PREFIX): t for name, t in read_tensors(base_folder, (TOWER_PREFIX,)).items()}
+    inside = read_tensors(base_folder, (TOWER_PREFIX,)) | inside
+    weights = {name.removeprefix(TOWER_PREFIX): tensor for name, tensor in inside.items()}
     placement = next((p.device for p in model.get_model().mm_projector.parameters()), model.device)
-    tower.load_model(near=folder, weights=inside, dtype=dtype, device=placement)
+    tower.load_model(near=folder, weights=weights, dtype=dtype, device=placement)
+    if has_adapter(folder):
+        merge_adapter(model, *read_adapter(folder), folder)
+    check_finite(model, base_folder)
+    _add_image_tokens(tokenizer, model)
+    if model.cut_to_tokenizer and len(tokenizer) < model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer))
     if compile_tower:
         tower.compile_layers()
     _greedy_by_default(model)
@@ -129,41 +168,146 @@ def load_pretrained_model(
     return tokenizer, model, tower.image_processor, context_length(config)
 
 
-def context_length(config: LlavaConfig | LlavaQwenConfig) -> int:
+def _where_the_toy_is() -> str:
+    if (TOY_FOLDER.parents[1] / "scripts" / "toy").is_dir():
+        return f"`python scripts/toy/train.py` rebuilds the toy in {TOY_FOLDER}"
+    return (
+        "The toy is no part of the installed package: it comes with a checkout of the repository, in playground/toy; "
+        "give that or another checkpoint (--model-path)"
+    )
+
+
+def find_checkpoint(model_path: str, model_base: str | None = None) -> tuple[Path, Path, AnyLlavaConfig]:
+    """Folder of a checkpoint, folder of its language model's weights, and configuration; see `load_pretrained_model`.
+
+    Raises:
+        CheckpointError: a folder or file is missing; or weights, base and adapter do not go together.
+        ValueError: a checkpoint of another kind.
+    """
+    folder = find_folder(model_path)
+    if model_base is None and has_adapter(folder):
+        whole = ""
+        if has_weights(folder):
+            whole = f", or remove {ADAPTER_CONFIG} and the adapter if they are merged into the weights beside them"
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{folder} holds a LoRA adapter: give the language model that it was trained on as model_base "
+            f"(--model-base; the adapter names {base}){whole}"
+        )
+    if model_base is not None and has_weights(folder):
+        raise CheckpointError(
+            f"{folder} holds whole weights, which need no model_base (--model-base): that is for a folder with only "
+            f"{PROJECTOR_FILE} or a LoRA adapter"
+        )
+    base_folder = folder if model_base is None else find_folder(model_base)
+    if base_folder != folder and has_adapter(base_folder):
+        raise CheckpointError(f"{base_folder}, given as model_base, is itself a LoRA adapter or holds one: merge that")
+    return folder, base_folder, read_config(folder, base_folder)
+
+
+def find_template(model_path: str, model_base: str | None = None, model_name: str | None = None) -> str:
+    """Name of the conversation template of a checkpoint, by its family and its tokenizer's files before its name.
+
+    Raises:
+        CheckpointError, ValueError: as `find_checkpoint`; or a name that the files contradict.
+    """
+    _, base_folder, config = find_checkpoint(model_path, model_base)
+    settings = base_folder / "tokenizer_config.json"
+    chat = read_json(settings).get("chat_template") if settings.is_file() else None
+    name = model_name or get_model_name_from_path(str(model_path))
+    return template_for(name, config.model_type, special_tokens(base_folder), chat if isinstance(chat, str) else "")
+
+
+def context_length(config: AnyLlavaConfig) -> int:
     """What LLaVA's loaders of the two families tell of a checkpoint that does not say ``max_sequence_length``."""
     fallback = config.max_position_embeddings if isinstance(config, LlavaQwenConfig) else 2048
     return getattr(config, "max_sequence_length", fallback)
 
 
-def read_config(folder: Path, base_folder: Path | None = None) -> LlavaConfig | LlavaQwenConfig:
+def read_config(folder: Path, base_folder: Path | None = None) -> AnyLlavaConfig:
     """Configuration of a checkpoint, by its ``architectures`` or else its ``model_type``.
 
     Args:
         base_folder: where the weights are, if not in ``folder``: they tell the kind of the vision tower.
 
     Raises:
-        ValueError: a model of another family.
+        ValueError: a model of another family or with parts that are not built here, or a value that none has.
     """
-    values = read_json(folder / "config.json")
-    model_type, architecture = values.get("model_type"), next(iter(values.get("architectures") or []), None)
-    family = CONFIG_OF.get(architecture, MODEL_TYPES.get(model_type))
+    path = folder / "config.json"
+    values = read_json(path)
+    model_type, architecture = values.get("model_type"), _first(values.get("architectures"))
+    family = CONFIG_OF.get(architecture, MODEL_TYPES.get(model_type) if isinstance(model_type, str) else None)
     if family is None or model_type not in MODEL_TYPES or "mm_vision_tower" not in values:
+        hint = ""
+        if "vision_config" in values or "text_config" in values:
+            hint = f"; it is a model of the Transformers library's own format ({architecture}): add --hf"
         raise ValueError(
             f"{folder} is no LLaVA checkpoint in the original format: model_type {model_type!r}, expected one of "
-            f"{', '.join(MODEL_TYPES)} with mm_vision_tower (llava-hf conversions are models of Transformers itself)"
+            f"{', '.join(MODEL_TYPES)} with mm_vision_tower{hint}"
         )
+    check_sizes(values, path)
+    check_parts(values, path)
     values["model_type"] = family.model_type
-    weights = [name for name in tensor_names(base_folder or folder) if name.startswith(TOWER_PREFIX)]
+    base_folder = base_folder or folder
+    weights = []
+    if has_weights(base_folder):  # not so of a projector alone, before its base is known
+        weights = [name for name in tensor_shapes(base_folder) if name.startswith(TOWER_PREFIX)]
+    if base_folder != folder:
+        weights += [name for name in read_trainables(folder) if name.startswith(TOWER_PREFIX)]
+    if not weights:
+        check_sizes(*_tower_config(values["mm_vision_tower"], folder))
     values["mm_vision_tower_type"] = tower_type(values["mm_vision_tower"], folder, weights)
     if family is LlavaQwenConfig:
         values["rope_scaling"] = None  # as the published loader does
-    return family.from_dict(values)
+    try:
+        return family.from_dict(values)
+    except Exception as error:  # the library has a class of its own for each kind of bad value
+        raise ValueError(f"{path} is no configuration of {family.__name__}: {error}") from error
+
+
+def _first(names: Any) -> str | None:
+    return str(names[0]) if isinstance(names, list) and names else None
+
+
+def _tower_config(name: str, near: Path) -> tuple[dict[str, Any], Path]:
+    path = find_folder(name, near) / "config.json"
+    return read_json(path), path
+
+
+def check_parts(values: dict[str, Any], path: Path) -> None:
+    """Refuse what a configuration asks for and this code does not build, by the name of its key.
+
+    Raises:
+        ValueError: names key and value, and what is possible.
+    """
+    for name, what in UNKNOWN_PARTS.items():
+        if values.get(name):
+            raise ValueError(f"{path} says {name}={values[name]!r:.80}: {what} is not built here")
+    for name in FLAGS:
+        if not isinstance(values.get(name, False), bool | None):
+            raise ValueError(f"{path} says {name}={values[name]!r:.80}, expected true or false")
+    if not isinstance(values["mm_vision_tower"], str):
+        raise ValueError(f"{path} says mm_vision_tower={values['mm_vision_tower']!r:.80}, expected a name")
+    aspect_ratio = values.get("image_aspect_ratio")
+    if aspect_ratio is not None and not (isinstance(aspect_ratio, str) and ASPECT_RATIOS.fullmatch(aspect_ratio)):
+        raise ValueError(
+            f"{path} says image_aspect_ratio={aspect_ratio!r:.80}, which is not built here; known are square, pad, "
+            "anyres and anyres_max_<tiles>"
+        )
+    if str(aspect_ratio).startswith("anyres"):
+        if values.get("image_grid_pinpoints") is None:
+            raise ValueError(f"{path} says image_aspect_ratio={aspect_ratio!r} and lacks image_grid_pinpoints")
+        parse_pinpoints(values["image_grid_pinpoints"], side=336)
+    layer = values.get("mm_vision_select_layer", -2)
+    if isinstance(layer, bool) or not isinstance(layer, int):
+        raise ValueError(f"{path} says mm_vision_select_layer={layer!r:.80}, expected a whole number")
+    projector_depth(values.get("mm_projector_type", "linear"))
 
 
 def check_files(
     folder: Path,
     base_folder: Path,
-    config: LlavaConfig | LlavaQwenConfig,
+    config: AnyLlavaConfig,
     pruner: Pruner | None = None,
     joint_folder: Path | None = None,
 ) -> None:
@@ -171,8 +315,12 @@ def check_files(
     has = {name for name in TOKENIZER_FILES if (base_folder / name).is_file()}
     if not has & {"tokenizer.model", "tokenizer.json"} and not {"vocab.json", "merges.txt"} <= has:
         raise CheckpointError(f"missing file {base_folder / TOKENIZER_FILES[isinstance(config, LlavaQwenConfig)]}")
+    for name in sorted(has):
+        what = pointer_or_page(base_folder / name)
+        if what is not None:
+            raise CheckpointError(f"damaged file {base_folder / name}: {what}")
     weight_files(base_folder)
-    if base_folder != folder and not (folder / PROJECTOR_FILE).is_file():
+    if base_folder != folder and not has_adapter(folder) and not (folder / PROJECTOR_FILE).is_file():
         raise CheckpointError(f"missing file {folder / PROJECTOR_FILE}")
     if config.mm_vision_tower_type == "siglip":
         joint_folder = joint_folder or folder_at_hand(config.mm_vision_tower, near=folder)
@@ -186,16 +334,81 @@ def check_files(
         check_joint_space(tower_folder)
 
 
+def read_added(folder: Path, base_folder: Path) -> dict[str, Tensor]:
+    """Tensors that a folder beside its language model adds to it or replaces: projector, newline, perhaps a tower.
+
+    Raises:
+        CheckpointError: a file is damaged, or the two that may hold a projector disagree.
+    """
+    if base_folder == folder:
+        return {}
+    added = read_trainables(folder) if has_adapter(folder) else {}
+    if (folder / PROJECTOR_FILE).is_file():
+        for name, tensor in read_pickle(folder / PROJECTOR_FILE).items():
+            if name in added and not torch.equal(added[name], tensor):
+                raise CheckpointError(
+                    f"{folder} holds two different tensors {name}: one in {PROJECTOR_FILE}, one beside the LoRA "
+                    f"adapter; remove {PROJECTOR_FILE} if that is of an earlier stage of training"
+                )
+            added[name] = tensor
+    return added
+
+
+def check_weights(base_folder: Path, config: AnyLlavaConfig, added: dict[str, Tensor]) -> None:
+    """Compare what weights there are with what the configuration builds, before anything large is read.
+
+    Args:
+        added: tensors from elsewhere, which replace those of ``base_folder``.
+
+    Raises:
+        CheckpointError: tensors are missing, of another shape, or of layers that the configuration does not have.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        return  # stored under the names and shapes of the library that quantised them
+    with torch.device("meta"):
+        model = FAMILIES[type(config)](config)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        expected.pop("lm_head.weight", None)
+    foreign = sorted(name for name in added if name not in expected and not name.startswith(TOWER_PREFIX))
+    if foreign:
+        raise CheckpointError(f"{PROJECTOR_FILE} or trainables hold {foreign[0]}, which this model does not have")
+    found = tensor_shapes(base_folder) | {name: tuple(tensor.shape) for name, tensor in added.items()}
+    check_shapes(expected, found, base_folder, "the model")
+    surplus = [name for name in found if name not in expected and not NOT_LOADED_HERE.match(name)]
+    surplus = sorted(name for name in surplus if name.startswith(("model.layers.", "model.mm_projector.")))
+    if surplus:
+        raise CheckpointError(
+            f"{base_folder} holds {surplus[0]} and {len(surplus) - 1} more tensors that config.json "
+            f"(num_hidden_layers={config.num_hidden_layers}, mm_projector_type="
+            f"{getattr(config, 'mm_projector_type', 'linear')}) has no place for"
+        )
+
+
 def pick_device(device: str) -> str:
-    """Resolve "auto". Raises ValueError for CUDA without a GPU."""
+    """Resolve "auto" and check every other name.
+
+    Raises:
+        ValueError: no name of a device, or one that this machine does not have.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device} was asked for, but torch sees no GPU")
-    return device
+    try:
+        kind, index = torch.device(device).type, torch.device(device).index or 0
+    except (RuntimeError, TypeError):
+        kind, index = None, 0
+    if kind == "cpu":
+        return device
+    if kind == "cuda":
+        count = torch.cuda.device_count()
+        if index >= count:
+            sees = f"{count} GPUs, cuda:0 to cuda:{count - 1}" if count else "no GPU"
+            raise ValueError(f"device {device} was asked for, but torch sees {sees}")
+        return device
+    raise ValueError(f"device must be auto, cpu, cuda or cuda:<number>, got {device!r}")
 
 
-def _pick_dtype(dtype: str | torch.dtype, device: str, config: LlavaConfig | LlavaQwenConfig) -> torch.dtype:
+def _pick_dtype(dtype: str | torch.dtype, device: str, config: AnyLlavaConfig) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
@@ -216,7 +429,7 @@ def _quantization(load_8bit: bool, load_4bit: bool) -> BitsAndBytesConfig | None
         raise ValueError("load_8bit and load_4bit exclude each other")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError("loading in 4 or 8 bits needs bitsandbytes: pip install bitsandbytes")
-    skipped = ["mm_projector", "lm_head"]
+    skipped = ["model.mm_projector", "model.vision_tower", "lm_head"]  # matched from the start of a module's name
     if load_8bit:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return BitsAndBytesConfig(
@@ -228,36 +441,42 @@ def _quantization(load_8bit: bool, load_4bit: bool) -> BitsAndBytesConfig | None
     )
 
 
-def load_projector(model: LlavaCausalLM, folder: Path, dtype: torch.dtype) -> set[str]:
-    """Put the tensors of ``mm_projector.bin`` into the model; returns their names."""
-    try:
-        state = torch.load(folder / PROJECTOR_FILE, map_location="cpu", weights_only=True)
-    except Exception as error:  # truncated archives and foreign pickles raise classes of their own
-        raise CheckpointError(f"damaged file {folder / PROJECTOR_FILE}: {error}") from error
-    names = set(model.state_dict())
-    foreign = sorted(set(state) - names)
-    if foreign:
-        raise CheckpointError(f"{folder / PROJECTOR_FILE} holds {foreign[0]}, which this model does not have")
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, strict=False)
-    return set(state)
+def _check_blocks(config: AnyLlavaConfig) -> None:
+    """Raise ValueError for widths that bitsandbytes' 4 bits cannot cut into blocks on a CPU."""
+    widths = {name: getattr(config, name) for name in ("hidden_size", "intermediate_size")}
+    for name, width in widths.items():
+        if width % BLOCK_OF_4_BITS:
+            raise ValueError(
+                f"bitsandbytes' 4 bits on a CPU need widths that are multiples of {BLOCK_OF_4_BITS}, and this model "
+                f"has {name}={width}: take 8 bits, or a GPU"
+            )
 
 
 def _add_image_tokens(tokenizer: PreTrainedTokenizerBase, model: LlavaCausalLM) -> None:
-    """Checkpoints trained with marks around or inside images have them in their vocabulary."""
-    tokens = []
+    """Checkpoints trained with marks around or inside images have them in their vocabulary.
+
+    Raises:
+        CheckpointError: the marks around images have no rows in it, so that they were never trained.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
     if getattr(model.config, "mm_use_im_patch_token", True):
-        tokens.append(DEFAULT_IMAGE_PATCH_TOKEN)
+        tokenizer.add_tokens([DEFAULT_IMAGE_PATCH_TOKEN], special_tokens=True)
     if getattr(model.config, "mm_use_im_start_end", False):
-        tokens += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
-    if tokens:
-        tokenizer.add_tokens(tokens, special_tokens=True)
-        if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
-            model.resize_token_embeddings(len(tokenizer))
+        marks = [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
+        tokenizer.add_tokens(marks, special_tokens=True)
+        tokenizer.image_marks = tuple(tokenizer.convert_tokens_to_ids(marks))  # see tokenizer_image_token
+        if max(tokenizer.image_marks) >= rows:
+            raise CheckpointError(
+                f"config.json says mm_use_im_start_end, but the vocabulary of {rows} rows has none for {marks}"
+            )
+    if len(tokenizer) > rows:
+        model.resize_token_embeddings(len(tokenizer))
 
 
 def _greedy_by_default(model: LlavaCausalLM) -> None:
-    """Greedy unless asked otherwise; the library warns at every call of a temperature without sampling.
+    """Greedy, one answer, unless asked otherwise; the library warns at every call of a temperature without sampling.
 
     A repetition penalty stays, as in the published loaders: "greedy" is penalised greedy where the checkpoint says so.
     """
-    model.generation_config.update(temperature=None, top_p=None, top_k=None, do_sample=False, max_length=None)
+    one = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+    model.generation_config.update(temperature=None, top_p=None, top_k=None, max_length=None, **one)

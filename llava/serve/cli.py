@@ -1,4 +1,4 @@
-"""Ask a LLaVA checkpoint about pictures or a video, with N visual tokens of each view or frame."""
+"""Ask a LLaVA checkpoint about pictures or a video: a session with a loaded model, and the command line's entrance."""
 
 from __future__ import annotations
 
@@ -7,66 +7,29 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from os.path import expanduser
 
 import torch
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import Conversation, conv_templates, template_for
-from llava.layout.pooling import POOL_MODES
+from llava.conversation import Conversation, conv_templates
 from llava.layout.visuals import IMAGE, VIDEO, Reading
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
-from llava.model.builder import load_pretrained_model
+from llava.model.builder import find_template, load_pretrained_model
 from llava.model.encoded_images import EncodedImages
-from llava.pruning import Pruner
+from llava.pruning import Method
 from llava.relevance.policy import settle
-from llava.serve import flags
+from llava.serve.chat import AnySession, Chat
 from llava.serve.flags import make_pruner
-from llava.serve.status import TimedStreamer, status_line
-from llava.serve.token_picture import draw_kept_tokens, drawn_cell, join_panels, with_caption
-from llava.serve.transformers_session import TransformersSession, check_options
+from llava.serve.options import check_options, parse_arguments, parse_grid, without_budget
+from llava.serve.status import TimedStreamer, status_line, stoppable
+from llava.serve.token_picture import draw_kept_tokens, drawn_cell, join_panels, save_drawing, with_caption
+from llava.serve.transformers_session import TransformersSession
+from llava.terminal import printable
 from llava.video import Video, load_video, process_video
 
-COMMANDS = "/image PATH ...   /video PATH   /keep N|full   /pruner NAME [key=value ...]   /clear   /quit"
-
-
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m llava.serve.cli", description=__doc__)
-    flags.add_checkpoint(parser)
-    parser.add_argument(
-        "--hf", action="store_true", help="--model-path is a model of the Transformers library's own classes"
-    )
-    parser.add_argument("--clip-path", metavar="PATH", help="with --hf: the CLIP that the model's tower comes from")
-    flags.add_base(parser)
-    parser.add_argument("--image-file", nargs="+", default=[], metavar="FILE", help="pictures: files or addresses")
-    parser.add_argument("--video-file", metavar="FILE", help="a video: a file, or a folder with a picture per frame")
-    parser.add_argument("--num-frames", type=int, default=64, metavar="N", help="frames of the video, spread evenly")
-    parser.add_argument("--pool-mode", choices=POOL_MODES, help="of videos; default: the checkpoint's")
-    parser.add_argument("--siglip-path", metavar="PATH", help="folder of the full SigLIP, for relevance in its space")
-    parser.add_argument(
-        "--query", nargs="+", metavar="TEXT", help="answer these, each on its own, and exit; without it: chat"
-    )
-    flags.add_method(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=512)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--repetition-penalty", type=float, metavar="P", help="default: the checkpoint's; 1 is none")
-    flags.add_template(parser)
-    parser.add_argument("--image-grid", metavar="WxH", help="cut every picture for this resolution, such as 672x672")
-    flags.add_device(parser)
-    parser.add_argument("--device-map", help="spread the language model over GPUs: auto, balanced, ...")
-    flags.add_dtype(parser)
-    flags.add_attention(parser)
-    parser.add_argument(
-        "--compile-tower", action="store_true", help="torch.compile the vision tower: the first picture is slow"
-    )
-    parser.add_argument("--load-4bit", action="store_true")
-    parser.add_argument("--load-8bit", action="store_true")
-    parser.add_argument(
-        "--show-tokens", type=Path, metavar="OUT.png", help="write a picture of the kept tokens, a panel per --query"
-    )
-    return parser.parse_args(arguments)
+STOPPED = 130  # exit status of a program that Ctrl-C ended
 
 
 @dataclass
@@ -74,10 +37,12 @@ class Session:
     """A loaded model, the pictures on the table, and the conversation about them."""
 
     arguments: argparse.Namespace
-    pruner: Pruner | None
+    pruner: Method | None
 
     def __post_init__(self) -> None:
         options = self.arguments
+        self.template_name = options.conv_mode or find_template(options.model_path, options.model_base)
+        self.template = conv_templates[self.template_name]
         self.tokenizer, self.model, self.image_processor, _ = load_pretrained_model(
             options.model_path,
             options.model_base,
@@ -95,13 +60,13 @@ class Session:
         if options.image_grid:
             changes["image_grid_pinpoints"] = [parse_grid(options.image_grid)]
         self.reading = Reading.of(self.model.config, **changes)
-        self.template = conv_templates[options.conv_mode or template_for(self.model.model_name)]
         self.pictures: EncodedImages | None = None
         self.vision_seconds = 0.0
+        self.stopped = False
         self.use_pruner(self.pruner)
         self.clear()
 
-    def use_pruner(self, pruner: Pruner | None) -> None:
+    def use_pruner(self, pruner: Method | None) -> None:
         """Select with this method from now on; loads the text tower at once, so that no answer waits for it."""
         if pruner is not None:
             pruner, choice = settle(pruner, self.model.relevance_offer())
@@ -128,6 +93,22 @@ class Session:
         if getattr(self.model.config, "add_time_instruction", False) and video.time_instruction:
             self.preface = video.time_instruction + "\n"
 
+    def has_pictures(self) -> bool:
+        return len(self.pixels) > 0
+
+    def shown(self) -> str:
+        """How many visual tokens the pictures or the video have before pruning."""
+        layouts = [layout for layout, _ in self.model.vision.layouts(self.visuals)]
+        views = sum(layout.views for layout in layouts)
+        unit = "frame" if any(visual.modality == VIDEO for visual in self.visuals.each) else "view"
+        total = sum(layout.eligible.numel() for layout in layouts)
+        return f"{total} visual tokens in {views} {unit}{'s' * (views != 1)}"
+
+    def model_line(self) -> str:
+        """The model's name, template, device and type of numbers."""
+        kind = str(self.model.dtype).removeprefix("torch.")
+        return f"{self.model.model_name} (template {self.template_name}, {self.model.device}, {kind})"
+
     def encode(self) -> None:
         """Run the tower: once, whatever is asked about the pictures."""
         start = self._now()
@@ -135,7 +116,11 @@ class Session:
         self.vision_seconds = self._now() - start
 
     def ask(self, question: str) -> str:
-        """Answer a question in the conversation so far, printing the answer and a line about the work done."""
+        """Answer a question in the conversation so far, printing the answer and a line about the work done.
+
+        Ctrl-C while the answer is written ends it there (``stopped``); what was written is in the conversation.
+        """
+        self.stopped = False
         conversation = self.conversation.copy()
         expected = len(self.pixels)
         asked_before = len(conversation.messages) > conversation.offset
@@ -166,13 +151,16 @@ class Session:
                 sampling["repetition_penalty"] = options.repetition_penalty
             if options.temperature <= 0:
                 sampling |= {"do_sample": False, "temperature": None, "top_p": None}
-            answer_ids = self.model.generate(
-                prompt,
-                max_new_tokens=options.max_new_tokens,
-                streamer=streamer,
-                **sampling,
-            )
-        answer = self.tokenizer.decode(answer_ids[0], skip_special_tokens=True).split(conversation.stop_string)[0]
+            with stoppable(streamer):
+                answer_ids = self.model.generate(
+                    prompt,
+                    max_new_tokens=options.max_new_tokens,
+                    streamer=streamer,
+                    **sampling,
+                )
+        self.stopped, answer = streamer.stopped, streamer.written
+        if not self.stopped:
+            answer = self.tokenizer.decode(answer_ids[0], skip_special_tokens=True).split(conversation.stop_string)[0]
         conversation.messages[-1] = (conversation.roles[1], answer.strip())
         self.conversation = conversation
         print(status_line(prompt, self.pictures, self.pruner, self.vision_seconds, start, selected, streamer.times))
@@ -182,10 +170,10 @@ class Session:
         return answer.strip()
 
     def panel(self) -> Image.Image:
-        """The tokens kept for the last question, with it and its answer below."""
+        """The tokens kept for the last question; with ``--captions`` it and its answer stand below."""
         cell = drawn_cell(self.model.get_vision_tower(), self.pictures.pool_mode)
         drawn = draw_kept_tokens(self.pixels, self.last_prompt.kept, self.image_processor, cell)
-        return with_caption(drawn, *self.last_turn)
+        return with_caption(drawn, *self.last_turn) if self.arguments.captions else drawn
 
     def _now(self) -> float:
         if self.model.device.type == "cuda":
@@ -203,95 +191,54 @@ def place_images(question: str, images: int) -> str:
     return question if written else f"{DEFAULT_IMAGE_TOKEN}\n" * images + question
 
 
-def parse_grid(text: str) -> list[int]:
-    """Read "672x672". Raises ValueError."""
-    try:
-        width, height = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise ValueError(f"--image-grid is written WIDTHxHEIGHT, got {text!r}") from None
-    return [width, height]
-
-
-def chat(session: Session | TransformersSession) -> None:
-    """Read questions and commands until /quit or the end of the input."""
-    print(COMMANDS)
-    keep, name, options = session.arguments.keep_tokens, session.arguments.pruner, session.arguments.pruner_args
-    while True:
-        try:
-            line = input("you: ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        command, _, rest = line.partition(" ")
-        try:
-            match command:
-                case "":
-                    continue
-                case "/quit":
-                    return
-                case "/clear":
-                    session.clear()
-                case "/image":
-                    session.show([load_image(path) for path in rest.split()])
-                case "/video":
-                    session.show(video=load_video(rest, session.arguments.num_frames))
-                case "/keep":
-                    session.use_pruner(make_pruner(name, rest, options))
-                    keep = rest
-                case "/pruner":
-                    new_name, *new_options = rest.split() or [""]
-                    session.use_pruner(make_pruner(new_name, keep, new_options))
-                    name, options = new_name, new_options
-                case _ if command.startswith("/"):
-                    print(f"unknown command {command}; commands: {COMMANDS}")
-                case _:
-                    session.ask(line)
-                    if session.arguments.show_tokens and len(session.pixels):
-                        save_panels([session.panel()], session.arguments.show_tokens)
-        except (ValueError, OSError) as error:
-            print(f"error: {error}")
-
-
-def answer_queries(session: Session | TransformersSession) -> None:
-    """Answer every --query on its own; one picture shows the tokens kept for all of them."""
+def answer_queries(session: AnySession) -> None:
+    """Answer every --query on its own, until Ctrl-C."""
     out = session.arguments.show_tokens
-    panels = []
-    for query in session.arguments.query:
+    panels: list[Image.Image] = []
+    for number, query in enumerate(session.arguments.query, start=1):
         session.clear()
         session.ask(query)
-        if out and len(session.pixels):
-            panels.append(session.panel())
+        if session.stopped:
+            break
+        if out and session.has_pictures():
+            if session.arguments.captions:
+                panels.append(session.panel())
+            else:
+                save_drawing(session.panel(), out if number == 1 else out.with_stem(f"{out.stem}-{number}"))
     if panels:
-        save_panels(panels, out)
-
-
-def save_panels(panels: Sequence[Image.Image], path: Path) -> None:
-    join_panels(panels).save(path)
-    print(f"[kept tokens drawn in {path}]")
+        save_drawing(join_panels(panels), out)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 if all went well, 2 with one line on standard error if the input was bad."""
+    """Run the command line.
+
+    Returns:
+        0 if all went well; 2 with one line on standard error if the input was bad; 130 if Ctrl-C ended it.
+    """
     options = parse_arguments(arguments)
     try:
         pruner = make_pruner(options.pruner, options.keep_tokens, options.pruner_args)
         check_options(options)
-        if options.image_grid:
-            parse_grid(options.image_grid)
         for query in options.query or []:
             place_images(query, len(options.image_file) + (options.video_file is not None))
-        if options.video_file and options.image_file:
-            raise ValueError("--image-file and --video-file exclude each other")
-        pictures = [load_image(path) for path in options.image_file]
-        video = load_video(options.video_file, options.num_frames) if options.video_file else None
+        pictures = [load_image(expanduser(path)) for path in options.image_file]
+        video = load_video(expanduser(options.video_file), options.num_frames) if options.video_file else None
+        if pruner is None and options.pruner_named:
+            print(without_budget(options.pruner), file=sys.stderr)
         session = TransformersSession(options, pruner) if options.hf else Session(options, pruner)
         session.show(pictures, video)
         if options.query:
             answer_queries(session)
-        else:
-            chat(session)
+            return STOPPED if session.stopped else 0
+        Chat(session).run()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return STOPPED
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory: {printable(error).splitlines()[0]}", file=sys.stderr)
+        return 2
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 2
     return 0
 

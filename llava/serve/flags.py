@@ -11,9 +11,10 @@ from typing import Any
 
 from llava.conversation import conv_templates
 from llava.model.builder import DEFAULT_CHECKPOINT
-from llava.pruning import Pruner, get_pruner, list_pruners, parse_budget, parse_options
+from llava.pruning import Method, get_pruner, list_pruners, parse_budget, parse_options
 
 FULL = "full"  # a budget: nothing is pruned
+DEFAULT_METHOD = "script"
 
 
 def add_checkpoint(parser: Any, default: Any = DEFAULT_CHECKPOINT, help: str | None = None) -> None:
@@ -24,22 +25,31 @@ def add_checkpoint(parser: Any, default: Any = DEFAULT_CHECKPOINT, help: str | N
 
 
 def add_base(parser: Any) -> None:
-    parser.add_argument("--model-base", help="language model that a projector-only --model-path belongs to")
+    parser.add_argument(
+        "--model-base", help="language model that --model-path, a projector alone or a LoRA adapter, belongs to"
+    )
 
 
 def add_template(parser: Any) -> None:
-    parser.add_argument("--conv-mode", choices=sorted(conv_templates), help="template; default: by the model's name")
+    parser.add_argument("--conv-mode", choices=sorted(conv_templates), help="template; default: by the model's files")
 
 
-def add_method(parser: Any) -> None:
-    """``--keep-tokens``, ``--pruner`` and ``--pruner-args``, which `make_pruner` reads."""
+def add_method(parser: Any, default: str | None = DEFAULT_METHOD) -> None:
+    """``--keep-tokens``, ``--pruner`` and ``--pruner-args``, which `make_pruner` reads.
+
+    Args:
+        default: of ``--pruner``; ``None`` where a command must know whether one was named.
+    """
     parser.add_argument(
         "--keep-tokens",
         default=FULL,
         metavar="N",
         help="visual tokens kept per view or frame: a count, a share, or full",
     )
-    parser.add_argument("--pruner", default="script", metavar="NAME", help=f"one of {', '.join(list_pruners())}")
+    methods = ", ".join(list_pruners())
+    parser.add_argument(
+        "--pruner", default=default, metavar="NAME", help=f"one of {methods}; default: {DEFAULT_METHOD}"
+    )
     parser.add_argument("--pruner-args", nargs="+", default=[], metavar="KEY=VALUE", help="options of the pruner")
 
 
@@ -55,7 +65,7 @@ def add_attention(parser: Any) -> None:
     parser.add_argument("--attn-implementation", help="sdpa, eager, flash_attention_2, ...")
 
 
-def make_pruner(name: str, keep_tokens: str, options: Sequence[str], seed: int | None = None) -> Pruner | None:
+def make_pruner(name: str, keep_tokens: str, options: Sequence[str], seed: int | None = None) -> Method | None:
     """The method asked for; ``None`` for "full", after checking name and options all the same.
 
     Args:

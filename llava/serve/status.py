@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,15 +13,24 @@ from transformers import TextStreamer
 from llava.model.encoded_images import EncodedImages
 from llava.model.prompt_splicing import EmbeddedPrompts
 from llava.pruning import Pruner
+from llava.terminal import printable
 
 
 class TimedStreamer(TextStreamer):
-    """Prints the answer as it comes, and notes when each token came."""
+    """Prints the answer as it comes, and notes when each token came.
+
+    Attributes:
+        times: when each token came.
+        written: the answer so far.
+        stopped: whether Ctrl-C ended it, see `stoppable`.
+    """
 
     def __init__(self, tokenizer: Any, stop_string: str) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.stop_string = stop_string
         self.times: list[float] = []
+        self.written = ""
+        self.stopped = False
 
     def put(self, value: torch.Tensor) -> None:
         if not self.next_tokens_are_prompt:
@@ -27,7 +38,20 @@ class TimedStreamer(TextStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        print(text.split(self.stop_string)[0], flush=True, end="\n" if stream_end else "")
+        text = text.split(self.stop_string)[0]
+        self.written += text
+        print(printable(text), flush=True, end="\n" if stream_end else "")
+
+
+@contextmanager
+def stoppable(streamer: TimedStreamer) -> Iterator[None]:
+    """A block that Ctrl-C leaves early, with what is written so far said to be all; sets ``streamer.stopped``."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        streamer.end()
+        streamer.stopped = True
+        print("[stopped]")
 
 
 def status_line(

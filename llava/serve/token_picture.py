@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from llava.layout.pooling import pooled_side
 from llava.model.kept_tokens import KeptTokens
 from llava.model.multimodal_encoder.vision_tower import VisionTower
+from llava.terminal import printable
 
 DIMMED = 0.3  # share of the original brightness that a dropped patch keeps
 GAP = 8  # pixels between views and between pictures
@@ -53,10 +55,10 @@ def draw_kept_tokens(
         drawn = [draw_view(view, mask, image_processor, cell) for view, mask in zip(views, masks, strict=True)]
         if tokens.layout.grid is None:
             rows = [drawn[i : i + SHEET_COLUMNS] for i in range(0, len(drawn), SHEET_COLUMNS)]
-            pictures.append(_join([_join(row, axis=1) for row in rows], axis=0))
+            pictures.append(join([join(row, axis=1) for row in rows], axis=0))
         else:
-            pictures.append(_join([drawn[0], _tiles(drawn[1:], tokens.layout.grid)], axis=1))
-    return Image.fromarray(_join(pictures, axis=0))
+            pictures.append(join([drawn[0], tiles_side_by_side(drawn[1:], tokens.layout.grid)], axis=1))
+    return Image.fromarray(join(pictures, axis=0))
 
 
 def draw_view(pixels: Tensor, mask: Tensor, image_processor: Any, cell: float) -> np.ndarray:
@@ -90,7 +92,13 @@ def with_caption(picture: Image.Image, question: str, answer: str) -> Image.Imag
 def join_panels(panels: Sequence[Image.Image]) -> Image.Image:
     """One picture of the panels of several questions: side by side if they are upright, else below each other."""
     axis = int(all(panel.height > panel.width for panel in panels))
-    return Image.fromarray(_join([np.asarray(panel) for panel in panels], axis=axis))
+    return Image.fromarray(join([np.asarray(panel) for panel in panels], axis=axis))
+
+
+def save_drawing(drawing: Image.Image, path: Path) -> None:
+    """Write a picture of kept tokens, and say where it is."""
+    drawing.save(path)
+    print(f"[kept tokens drawn in {printable(path)}]")
 
 
 def _broken(text: str, font: Any, width: int) -> list[str]:
@@ -105,13 +113,13 @@ def _broken(text: str, font: Any, width: int) -> list[str]:
     return lines
 
 
-def _tiles(views: list[np.ndarray], grid: tuple[int, int]) -> np.ndarray:
+def tiles_side_by_side(views: list[np.ndarray], grid: tuple[int, int]) -> np.ndarray:
     columns, rows = grid
     lines = [np.concatenate(views[row * columns : (row + 1) * columns], axis=1) for row in range(rows)]
     return np.concatenate(lines, axis=0)
 
 
-def _join(parts: list[np.ndarray], axis: int) -> np.ndarray:
+def join(parts: list[np.ndarray], axis: int) -> np.ndarray:
     """Put arrays side by side (axis 1) or below each other (axis 0) on white, with a gap between them."""
     across = 1 - axis
     extent = max(part.shape[across] for part in parts)

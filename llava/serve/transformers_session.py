@@ -16,32 +16,12 @@ from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.integrations.transformers import KeptPicture
 from llava.integrations.transformers.host import find_host
 from llava.integrations.transformers.loading import load_transformers_model
+from llava.integrations.transformers.picture_sizes import check_picture_size
 from llava.model.builder import pick_device
-from llava.pruning import Pruner
-from llava.serve.status import TimedStreamer
-
-OURS_ALONE = {  # options that speak of LLaVA's original format or code
-    "model_base": "--model-base",
-    "video_file": "--video-file",
-    "pool_mode": "--pool-mode",
-    "conv_mode": "--conv-mode",
-    "image_grid": "--image-grid",
-    "show_tokens": "--show-tokens",
-    "load_4bit": "--load-4bit",
-    "load_8bit": "--load-8bit",
-    "compile_tower": "--compile-tower",
-}
-
-
-def check_options(options: argparse.Namespace) -> None:
-    """Raise ValueError for options that do not go together with ``--hf`` or without it."""
-    if not options.hf:
-        if options.clip_path:
-            raise ValueError("--clip-path goes with --hf: a checkpoint of LLaVA's own format names its CLIP itself")
-        return
-    given = [flag for name, flag in OURS_ALONE.items() if getattr(options, name, None)]
-    if given:
-        raise ValueError(f"{', '.join(given)} goes with LLaVA's own code, not with --hf")
+from llava.pruning import Method
+from llava.serve.status import TimedStreamer, stoppable
+from llava.serve.token_picture import with_caption
+from llava.serve.transformers_picture import check_drawable, draw_kept
 
 
 class TransformersSession:
@@ -50,7 +30,7 @@ class TransformersSession:
     Every turn goes to the model as a whole, as a cache with a pruned prompt cannot be gone on with.
     """
 
-    def __init__(self, arguments: argparse.Namespace, pruner: Pruner | None) -> None:
+    def __init__(self, arguments: argparse.Namespace, pruner: Method | None) -> None:
         self.arguments = arguments
         device = pick_device(arguments.device)
         dtype: Any = arguments.dtype
@@ -62,16 +42,17 @@ class TransformersSession:
         if getattr(self.processor, "chat_template", None) is None:
             raise ValueError(f"the processor of {arguments.model_path} has no chat template to write a prompt with")
         self.tokenizer = self.processor.tokenizer
+        self.stopped = False
         self.use_pruner(pruner)
         self.pixels: Sequence[Image.Image] = []
         self.clear()
 
-    def use_pruner(self, pruner: Pruner | None) -> None:
+    def use_pruner(self, pruner: Method | None) -> None:
         """Select with this method from now on, if it can be attached. Raises ValueError where it cannot."""
         with self._attached(pruner):
             self.pruner = pruner
 
-    def _attached(self, pruner: Pruner | None) -> Any:
+    def _attached(self, pruner: Method | None) -> Any:
         if pruner is None:
             return nullcontext()
         return pruner(self.model, self.processor, clip=self.arguments.clip_path, siglip=self.arguments.siglip_path)
@@ -83,11 +64,34 @@ class TransformersSession:
         """Put pictures on the table and start a new conversation."""
         if video is not None:
             raise ValueError("/video goes with LLaVA's own code, not with --hf")
+        for picture in pictures:
+            check_picture_size(picture.size, self.processor)
         self.clear()
         self.pixels = list(pictures)
 
+    def has_pictures(self) -> bool:
+        return bool(self.pixels)
+
+    def shown(self) -> str:
+        """The pictures' sizes: what they become in tokens is the processor's matter."""
+        return ", ".join(f"{picture.width} x {picture.height} pixels" for picture in self.pixels)
+
+    def model_line(self) -> str:
+        """The model's name, class, device and type of numbers."""
+        name, kind = str(self.arguments.model_path).rstrip("/").split("/")[-1], str(self.model.dtype)
+        return f"{name} ({type(self.model).__name__}, {self.model.device}, {kind.removeprefix('torch.')})"
+
+    def panel(self) -> Image.Image:
+        """The tokens kept for the last question; with ``--captions`` it and its answer stand below."""
+        drawn = draw_kept(self.model, self.processor, self.last_inputs, self.pixels, self.last_kept)
+        return with_caption(drawn, *self.last_turn) if self.arguments.captions else drawn
+
     def ask(self, question: str) -> str:
-        """Answer a question in the conversation so far, printing the answer and a line about the work done."""
+        """Answer a question in the conversation so far, printing the answer and a line about the work done.
+
+        Ctrl-C while the answer is written ends it there (``stopped``); what was written is in the conversation.
+        """
+        self.stopped = False
         content: list[dict[str, str]] = [{"type": "text", "text": question.replace(DEFAULT_IMAGE_TOKEN, "").strip()}]
         if not self.messages:
             content = [{"type": "image"}] * len(self.pixels) + content
@@ -95,6 +99,8 @@ class TransformersSession:
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         inputs = self.processor(images=list(self.pixels) or None, text=text, return_tensors="pt")
         inputs = inputs.to(self.model.device, dtype=self.model.dtype)
+        if self.pixels and self.arguments.show_tokens:
+            check_drawable(self.model, inputs, self.pruner)
         options = self.arguments
         sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
         if options.temperature <= 0:
@@ -106,10 +112,15 @@ class TransformersSession:
             if handle is not None:
                 handle.query = question
             start = time.perf_counter()
-            output = self.model.generate(
-                **inputs, max_new_tokens=options.max_new_tokens, streamer=streamer, **sampling
-            )
-        answer = self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+            with stoppable(streamer):
+                output = self.model.generate(
+                    **inputs, max_new_tokens=options.max_new_tokens, streamer=streamer, num_beams=1, **sampling
+                )
+        self.stopped, answer = streamer.stopped, streamer.written.strip()
+        if not self.stopped:
+            answer = self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        self.last_inputs, self.last_kept = inputs, None if handle is None else handle.kept
+        self.last_turn = question, answer
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         placeholder = find_host(self.model).placeholders["image"]
         total = int((inputs["input_ids"] == placeholder).sum())

@@ -1,41 +1,25 @@
 """Loading: every layout of the original format, and a clear word when a file is missing, cut short or foreign."""
 
-import json
 import pickle
 import shutil
 
 import pytest
 import torch
+from torch import nn
+from transformers.quantizers.quantizers_utils import should_convert_module
 
+from checkpoint_copies import CHECKPOINTS, CLIP, copy_checkpoint, edit, load_cpu
 from llava.checkpoint import CheckpointError, find_folder
 from llava.model import builder
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.pruning import get_pruner
-from records import GOLDEN
-
-CHECKPOINTS = GOLDEN / "checkpoints"
-CLIP = "openai/clip-vit-large-patch14-336"
 
 
 @pytest.fixture
 def copy(tmp_path):
     """A writable copy of a checkpoint, with CLIP where its relative name points."""
-
-    def copy(name):
-        shutil.copytree(CHECKPOINTS / CLIP, tmp_path / CLIP)
-        return shutil.copytree(CHECKPOINTS / name, tmp_path / name)
-
-    return copy
-
-
-def load_cpu(folder, **options):
-    return load_pretrained_model(str(folder), device="cpu", **options)
-
-
-def edit(folder, **values):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | values))
+    return lambda name: copy_checkpoint(name, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -148,10 +132,14 @@ def test_nothing_there():
         find_folder("/nowhere/llava-v1.5-7b")
 
 
-def test_missing_toy_says_how_to_rebuild_it(monkeypatch, tmp_path):
-    monkeypatch.setattr(builder, "TOY_FOLDER", tmp_path)
+def test_missing_toy_says_how_to_rebuild_it_or_where_it_is(monkeypatch, tmp_path):
+    toy = tmp_path / "playground" / "toy"
+    monkeypatch.setattr(builder, "TOY_FOLDER", toy)
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .* comes with a checkout of the repository"):
+        load_cpu(toy / "llava-toy-v1.5")
+    (tmp_path / "scripts" / "toy").mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"no checkpoint at .*`python scripts/toy/train\.py` rebuilds the toy"):
-        load_cpu(tmp_path / "llava-toy-v1.5")
+        load_cpu(toy / "llava-toy-v1.5")
 
 
 @pytest.mark.parametrize("values", [{"model_type": "llava_mpt"}, {"model_type": "llama"}])
@@ -186,6 +174,15 @@ def test_code_in_a_pickle_is_never_run(copy, tmp_path):
 def test_bad_options_are_refused(options, error, message):
     with pytest.raises(error, match=message):
         load_cpu(CHECKPOINTS / "llava-v1.5-tiny", **options)
+
+
+def test_quantisation_leaves_projector_tower_and_head_alone(monkeypatch, load):
+    """By the library's own rule, which matches names from their start, on the names that our modules have."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *arguments: object())
+    names = [name for name, module in load("llava-v1.5-tiny")[1].named_modules() if isinstance(module, nn.Linear)]
+    for settings in (builder._quantization(True, False), builder._quantization(False, True)):
+        quantised = {name for name in names if should_convert_module(name, settings.llm_int8_skip_modules)}
+        assert quantised == {name for name in names if name.startswith("model.layers.")}
 
 
 def test_quantisation_says_what_to_install():

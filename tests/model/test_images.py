@@ -3,22 +3,29 @@
 import base64
 import io
 import json
+import os
+import struct
+import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from llava import pictures
 from llava.layout.views import NEWLINE, tiled_layout, unpadded_box
 from llava.mm_utils import (
     anyres_grid,
     load_image,
     load_image_from_base64,
+    parse_pinpoints,
     process_images,
     resize_and_pad,
     select_best_resolution,
     to_rgb,
 )
+from llava.model.multimodal_encoder.clip_encoder import CLIPImageProcessor
 from records import GOLDEN, load_picture
 
 GEOMETRY = json.loads((GOLDEN / "records/llava/anyres_geometry.json").read_text())
@@ -126,6 +133,148 @@ def test_image_bombs_are_refused_before_they_are_decoded(tmp_path):
         load_image(tmp_path / "bomb.png")
 
 
-def test_address_without_network_is_a_clear_error():
-    with pytest.raises(OSError, match=r"cannot fetch http://127\.0\.0\.1:9/picture\.png within 10 s"):
-        load_image("http://127.0.0.1:9/picture.png")
+# --- what is not trusted -------------------------------------------------------------------------------------------
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def png(*chunks, size=(4, 4)):
+    """A grey-free RGB picture with further chunks (type, data) before its pixels."""
+    rows = zlib.compress((b"\0" + b"\0\0\0" * size[0]) * size[1])
+    header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", rows), (b"IEND", b"")]
+    body = b"".join(struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in parts)
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize("name", ["photo.png", "photo.eps"])
+def test_a_picture_starts_no_program(tmp_path, monkeypatch, name):
+    """Pillow hands PostScript to Ghostscript, whatever the file is called."""
+    stand_in = tmp_path / "gs"
+    stand_in.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\necho 10.0\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / name).write_bytes(POSTSCRIPT)
+    with pytest.raises(ValueError, match=r"is not an image that can be read; formats: JPEG, MPO, PNG"):
+        load_image(tmp_path / name)
+    with pytest.raises(ValueError, match=r"base64 text is not an image"):
+        load_image_from_base64(base64.b64encode(POSTSCRIPT).decode())
+    opened = Image.open(io.BytesIO(POSTSCRIPT))  # by a data set's own code: decoded only when it is first used
+    with pytest.raises(ValueError, match="the format EPS is not read"):
+        to_rgb(opened)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_formats_that_people_use(tmp_path, file_format):
+    Image.new("RGB", (20, 10), (200, 30, 30)).save(tmp_path / "picture", file_format)
+    read = np.asarray(load_image(tmp_path / "picture")).astype(int)
+    assert read.shape == (10, 20, 3)
+    assert np.abs(read - (200, 30, 30)).max() <= 8
+
+
+@pytest.mark.parametrize("size", [(1, 20000), (20000, 1), (3, 60000)])
+def test_thin_pictures_are_refused_before_they_grow(load, size):
+    """300 bytes of file would be 1.2 GB once padded, and more once the shorter side is resized."""
+    processor = load("llava-v1.5-tiny")[2]
+    assert isinstance(processor, CLIPImageProcessor)
+    strip = Image.new("RGB", size)
+    with pytest.raises(ValueError, match=r"becomes (20000 x 20000|60000 x 60000) when padded to a square"):
+        process_images([strip], processor, SimpleNamespace(image_aspect_ratio="pad"))
+    with pytest.raises(ValueError, match=r"becomes .* when its shorter side is resized for the vision tower"):
+        process_images([strip], processor, SimpleNamespace(image_aspect_ratio=None))
+    tiled = SimpleNamespace(image_aspect_ratio="anyres", image_grid_pinpoints=[[336, 672], [672, 336]])
+    assert process_images([strip], processor, tiled).shape == (1, 3, 3, 336, 336)  # tiles never grow
+
+
+def test_memory_that_runs_out_is_one_pictures_error(load, monkeypatch):
+    _, model, processor, _ = load("llava-v1.5-tiny")
+
+    def fails(*arguments, **options):
+        raise MemoryError
+
+    picture = Image.new("RGB", (40, 30))
+    monkeypatch.setattr(Image, "new", fails)
+    with pytest.raises(ValueError, match="40 x 30 pixels needs more memory than there is"):
+        process_images([picture], processor, model.config)
+
+
+def test_files_have_a_largest_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "MAX_FILE_BYTES", 1 << 20)
+    (tmp_path / "long.png").write_bytes(png() + bytes(1 << 20))
+    with pytest.raises(ValueError, match=r"long\.png is larger than the limit of 1 MiB"):
+        load_image(tmp_path / "long.png")
+    with pytest.raises(ValueError, match="base64 text is larger"):
+        load_image_from_base64("A" * (2 << 20))
+
+
+@pytest.mark.parametrize(
+    "text", ["(1x1),...,(99999x99999)", "[[336, 99999999]]", "[[-1, 336]]", "[]", "[1]", "(((((", [[]]]
+)
+def test_pinpoints_are_bounded(text):
+    with pytest.raises(ValueError, match="image_grid_pinpoints"):
+        parse_pinpoints(text, 336)
+
+
+def test_junk_in_exif_does_not_matter(tmp_path):
+    """EXIF tells how to turn a picture; it is not the picture."""
+    (tmp_path / "junk.png").write_bytes(png((b"eXIf", b"garbage!")))
+    assert load_image(tmp_path / "junk.png").size == (4, 4)
+    for file_format in ("JPEG", "WEBP", "PNG"):
+        for junk in (
+            b"Exif\0\0junk",
+            b"Exif\0\0II*\0\xff\xff\xff\xff",
+            b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02",
+        ):
+            Image.new("RGB", (8, 4)).save(tmp_path / "junk", file_format, exif=junk)
+            assert load_image(tmp_path / "junk").size == (8, 4)
+
+
+RAMP = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+
+
+DEEP = {
+    "shares": RAMP,
+    "float of 8 bits": RAMP * 255,
+    "float of 16 bits": RAMP * 65535,
+    "10 bits": (RAMP * 1023).astype(np.uint16),
+    "12 bits": (RAMP * 4095).astype(np.uint16),
+    "12 of 32 bits": (RAMP * 4095).astype(np.int32),
+    "16 of 32 bits": (RAMP * 65535).astype(np.int32),
+}
+
+
+@pytest.mark.parametrize("values", DEEP.values(), ids=DEEP)
+def test_deep_pictures_keep_their_content(tmp_path, values):
+    Image.fromarray(values).save(tmp_path / "deep.tif")
+    grey = np.asarray(load_image(tmp_path / "deep.tif"))[..., 0].astype(int)
+    assert np.abs(grey - RAMP * 255).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "value, reason", [(np.inf, "from 0 to inf"), (-np.inf, "from -inf"), (-5, "from -5 to 0"), (1e9, "to 1e")]
+)
+def test_numbers_that_are_no_brightness_are_refused(tmp_path, value, reason):
+    Image.fromarray(np.full((8, 8), value, np.float32)).save(tmp_path / "odd.tif")
+    with pytest.raises(ValueError, match=rf"odd\.tif: its values .*{reason}"):
+        load_image(tmp_path / "odd.tif")
+
+
+def test_pixels_without_a_value_are_black_and_said(tmp_path, caplog):
+    values = RAMP.copy()
+    values[2, 3] = np.nan
+    Image.fromarray(values).save(tmp_path / "masked.tif")
+    grey = np.asarray(load_image(tmp_path / "masked.tif"))[..., 0].astype(int)
+    assert grey[2, 3] == 0
+    assert np.abs(grey - np.nan_to_num(values) * 255).max() <= 1
+    assert "1 of a picture's 64 pixels have no value" in caplog.text
+
+
+def test_a_padded_picture_is_resized_as_the_processor_does(load):
+    _, model, processor, _ = load("llava-v1.5-tiny")
+    picture = load_picture("land640x480")
+    background = tuple(int(channel * 255) for channel in processor.image_mean)
+    square = Image.new("RGB", (640, 640), background)
+    square.paste(picture.convert("RGB"), (0, 80))
+    expected = processor(images=[square], return_tensors="pt")["pixel_values"]
+    assert torch.equal(process_images([picture], processor, model.config), expected)

@@ -179,6 +179,44 @@ def test_sound_alone_and_broken_files(av, tmp_path):
         load_video(header, 4)
 
 
+PLAYLISTS = {
+    "concat": "ffconcat version 1.0\nfile secret.mkv\n",
+    "hls": "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\nsecret.mkv\n#EXT-X-ENDLIST\n",
+    "dash": '<?xml version="1.0"?>\n<MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static"><Period><AdaptationSet>'
+    '<Representation id="1"><BaseURL>secret.mkv</BaseURL></Representation></AdaptationSet></Period></MPD>\n',
+    "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\n",
+}
+
+
+@pytest.mark.parametrize("kind", PLAYLISTS)
+@pytest.mark.parametrize("suffix", ["mp4", "m3u8", "mpd", "ffconcat"])
+def test_a_file_that_names_others_reads_none_of_them(av, tmp_path, monkeypatch, kind, suffix):
+    monkeypatch.chdir(tmp_path)
+    write_video(av, tmp_path / "secret.mkv", 4)
+    clip = tmp_path / f"clip.{suffix}"
+    clip.write_text(PLAYLISTS[kind])
+    with pytest.raises(ValueError, match=rf"clip\.{suffix} is not a video that can be read"):
+        load_video(clip, 2)
+
+
+def test_a_name_is_no_protocol(av, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video(av, tmp_path / "one.mkv", 4).rename("concat:one.mkv")
+    assert len(load_video("concat:one.mkv", 2).frames) == 2
+
+
+def test_frames_that_would_not_fit_are_refused(av, tmp_path, monkeypatch):
+    path = write_video(av, tmp_path / "clip.mkv", 8)
+    (tmp_path / "frames").mkdir()
+    for i in range(8):
+        grey(i).save(tmp_path / "frames" / f"{i}.png")
+    monkeypatch.setattr("llava.video.MAX_CLIP_PIXELS", 5 * 32 * 32)
+    for source in (path, tmp_path / "frames"):
+        assert len(load_video(source, 5).frames) == 5
+        with pytest.raises(ValueError, match="6 frames of 32 x 32 pixels are more than the limit"):
+            load_video(source, 6)
+
+
 def test_a_file_that_breaks_off_is_refused_or_read_to_where_it_does(av, tmp_path):
     whole = write_video(av, tmp_path / "whole.mkv", 12)
     cut = tmp_path / "cut.mkv"

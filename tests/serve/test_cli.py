@@ -2,13 +2,18 @@
 
 import io
 import re
+import shlex
+import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from llava.pruning import list_pruners
-from llava.serve import cli
+from llava.serve import chat, cli
+from llava.serve.status import TimedStreamer
+from llava.terminal import printable
 from records import GOLDEN
 
 V15, V16 = (str(GOLDEN / "checkpoints" / name) for name in ("llava-v1.5-tiny-wide", "llava-v1.6-vicuna-tiny-wide"))
@@ -129,7 +134,7 @@ def test_conversation(capsys, monkeypatch):
     counts = re.findall(r"(\d+) of (\d+) visual tokens", out)
     assert counts == [("64", "576"), ("16", "576"), ("16", "576"), ("32", "1152"), ("1152", "1152")]
     assert out.count("vision cached") == 3
-    assert "unknown command /nonsense" in out
+    assert "error: unknown command /nonsense; /help lists the commands" in out
     assert "error: keep_tokens must be a count" in out
     assert "error: unknown pruner 'best'; known pruners:" in out
     assert "error: no image file at /gone.png" in out
@@ -152,6 +157,19 @@ def test_end_of_input_ends_the_chat(capsys, monkeypatch):
         (["--image-grid", "big"], PICTURE, "WIDTHxHEIGHT"),
         ([], "/gone.png", "no image file at /gone.png"),
         ([], V15 + "/config.json", "is not an image"),
+        (["--device", "mps"], PICTURE, "device must be auto, cpu, cuda or cuda:<number>, got 'mps'"),
+        (["--top-p", "3"], PICTURE, "--top-p must be more than 0 and at most 1, got 3"),
+        (["--top-p", "0"], PICTURE, "--top-p must be more than 0"),
+        (["--temperature", "-1"], PICTURE, r"--temperature must be 0 \(greedy\) or more, got -1"),
+        (["--temperature", "nan"], PICTURE, "--temperature must be"),
+        (["--repetition-penalty", "0"], PICTURE, "--repetition-penalty must be more than 0"),
+        (["--max-new-tokens", "0"], PICTURE, "--max-new-tokens must be 1 or more, got 0"),
+        (["--show-tokens", "/nowhere/out.png"], PICTURE, "there is no folder /nowhere"),
+        (["--show-tokens", "out"], PICTURE, "the ending says no format of pictures"),
+        (["--show-tokens", "/dev/full"], PICTURE, "--show-tokens /dev/full"),
+        (["--show-tokens", str(GOLDEN / "images") + "/."], PICTURE, "--show-tokens"),
+        (["--pruner", "\x1b]0;title\x07"], PICTURE, r"unknown pruner '\\x1b\]0;title\\x07'"),
+        ([], "\x1b[31mred.png", r"no image file at \\x1b\[31mred\.png"),
         (["--query", "<image> <image> same?"], PICTURE, "2 <image> placeholders, but there are 1 images"),
         (["--query", "<image> what?"], None, "1 <image> placeholders, but there are 0 images"),
     ],
@@ -179,3 +197,169 @@ def test_prompt_over_the_context_is_refused(capsys):
     code, out, _ = run(capsys, "--query", "What?", "--keep-tokens", "32", image=" ".join([PICTURE] * 8))
     assert code == 0
     assert "256 of 4608" in out
+
+
+# --- the chat ------------------------------------------------------------------------------------------------------
+
+
+def talk(capsys, monkeypatch, *lines, arguments=()):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    code, out, err = run(capsys, *arguments)
+    assert code == 0, err
+    return out
+
+
+def test_the_chat_begins_with_what_is_in_use_and_lists_its_commands(capsys, monkeypatch):
+    out = talk(capsys, monkeypatch, "/help", arguments=("--keep-tokens", "64"))
+    assert "model    llava-v1.5-tiny-wide (template vicuna_v1, cpu, float32)" in out
+    assert "method   script, 64 visual tokens of each view" in out
+    assert "picture  land640x480.png: 576 visual tokens in 1 view\n" in out
+    assert all(f"\n{name} " in out.replace("you: ", "\n") for name in chat.COMMANDS)
+
+
+def test_every_command_says_what_it_did(capsys, monkeypatch):
+    lines = [f"/image {SQUARE}", "/keep 0.25", "/pruner uniform", "/keep full", "/clear", "/pruner", "/keep"]
+    out = talk(capsys, monkeypatch, *lines)
+    said = [line.removeprefix("you: ") for line in out.splitlines()[4:]]
+    assert said[:5] == [
+        "[square336.png: 576 visual tokens in 1 view; a new conversation]",
+        "[method: script, 25% of the visual tokens of each view]",
+        "[method: uniform, 25% of the visual tokens of each view]",
+        "[uniform without a budget: nothing is pruned. Say how many visual tokens it keeps of each view, a count or a "
+        "share (--keep-tokens 64, in the chat /keep 64)]",
+        "[conversation forgotten, pictures kept]",
+    ]
+    assert said[5].startswith("error: /pruner NAME [key=value ...]; methods: cdpruner, ")
+    assert said[6] == "error: /keep N|full; now: full"
+
+
+def test_paths_are_read_as_a_shell_reads_them(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("my picture.png", "it's.png", "plain.png"):
+        shutil.copy(SQUARE, tmp_path / name)
+    folder = str(tmp_path)
+    lines = [
+        f'/image "{folder}/my picture.png"',
+        f"/image {folder}/my picture.png",
+        f"/image {folder}/my\\ picture.png",
+    ]
+    lines += ["/image ~/plain.png", "/image '~/plain.png' \"~/my picture.png\"", f"/image {folder}/it's.png"]
+    lines += ["/image 'open", "/image", "~/plain.png", "/image", "", "/clear", "/video"]
+    out = talk(capsys, monkeypatch, *lines)
+    said = [line.split("you: ")[-1] for line in out.splitlines()[4:]]
+    tokens = "576 visual tokens in 1 view; a new conversation]"
+    assert said[:3] == [f"[my picture.png: {tokens}"] * 3
+    assert said[3] == f"[plain.png: {tokens}"
+    assert said[4] == "[plain.png, my picture.png: 1152 visual tokens in 2 views; a new conversation]"
+    assert said[5] == f"[it's.png: {tokens}"
+    assert "No closing quotation" in said[6]
+    assert said[7] == f"image: [plain.png: {tokens}"
+    assert said[8] == "image: [nothing changed]"
+
+
+def interrupt_after(monkeypatch, tokens):
+    """Ctrl-C in the middle of every answer."""
+    put = TimedStreamer.put
+
+    def interrupted(self, value):
+        put(self, value)
+        if len(self.times) == tokens:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(TimedStreamer, "put", interrupted)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(capsys, monkeypatch):
+    interrupt_after(monkeypatch, 2)
+    asked = []
+    ask = cli.Session.ask
+    monkeypatch.setattr(cli.Session, "ask", lambda self, question: asked.append((self, ask(self, question))))
+    out = talk(capsys, monkeypatch, "What is it?", "And now?", arguments=("--keep-tokens", "16"))
+    assert out.count("[stopped]") == 2
+    assert out.count("16 of 576 visual tokens") == 2
+    session, answer = asked[0]
+    turns = [text for _, text in session.conversation.messages]
+    assert turns[0].endswith("What is it?")
+    assert turns[1:] == [answer, "And now?", asked[1][1]]  # what was written is part of the conversation
+
+
+def test_ctrl_c_before_an_answer_leaves_the_conversation_as_it_was(capsys, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Session, "encode", interrupted)
+    out = talk(capsys, monkeypatch, "What is it?", "/clear")
+    assert "[stopped]" in out
+    assert "[conversation forgotten" in out
+
+
+def test_ctrl_c_at_the_prompt_ends_the_chat_only_twice_in_a_row(capsys, load):
+    lines = iter([KeyboardInterrupt, "/help", KeyboardInterrupt, KeyboardInterrupt, "never read"])
+
+    def read(prompt):
+        line = next(lines)
+        if line is KeyboardInterrupt:
+            raise line
+        return line
+
+    options = cli.parse_arguments(["--model-path", V15, "--device", "cpu"])
+    session = cli.Session(options, None)
+    session.show()
+    chat.Chat(session, read).run()
+    assert next(lines) == "never read"
+    assert capsys.readouterr().out.count("[Ctrl-C once more, Ctrl-D or /quit ends the chat]") == 2
+
+
+def test_ctrl_c_ends_a_list_of_questions(capsys, monkeypatch):
+    interrupt_after(monkeypatch, 2)
+    code, out, _ = run(capsys, "--query", "What?", "And?", "--keep-tokens", "16")
+    assert code == 130
+    assert out.count("[stopped]") == 1
+
+
+@pytest.mark.parametrize("named", [["--pruner", "divprune"], ["--pruner-args", "tau=0.5"], []])
+def test_a_method_without_a_budget_says_that_nothing_is_pruned(capsys, named):
+    code, _, err = run(capsys, "--query", "What?", *named)
+    assert code == 0
+    assert ("without a budget: nothing is pruned" in err) is bool(named)
+
+
+def test_completion_knows_commands_methods_and_paths(tmp_path):
+    (tmp_path / "a b.png").touch()
+    (tmp_path / "ab").mkdir()
+    assert chat.completions("/pr", "/pr") == ["/pruner "]
+    assert chat.completions("/pruner div", "div") == ["divprune "]
+    assert chat.completions(f"/image {tmp_path}/a", f"{tmp_path}/a") == [
+        shlex.quote(f"{tmp_path}/a b.png"),
+        f"{tmp_path}/ab/",
+    ]
+    assert chat.completions("What", "What") == []
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("\x1b[2J\x1b]0;t\x07", r"\x1b[2J\x1b]0;t\x07"),
+        ("a\rb\b\x7f", r"a\rb\x08\x7f"),
+        ("\x9b31m", r"\u009b31m"),
+        ("\u202egnp.exe", r"\u202egnp.exe"),
+        ("\ud83d", r"\ud83d"),
+        ("Häuser, 狗, 👨\u200d👩\n\tx", "Häuser, 狗, 👨\u200d👩\n\tx"),
+    ],
+)
+def test_nothing_in_a_text_steers_the_terminal(text, shown):
+    assert printable(text) == shown
+
+
+def test_an_answer_is_printed_harmless(capsys):
+    class Tokenizer:
+        def decode(self, ids, **options):
+            return "".join("a\x1b[31mb "[i] for i in ids)
+
+    streamer = TimedStreamer(Tokenizer(), "</s>")
+    streamer.put(torch.tensor([[0]]))  # the prompt
+    for i in range(8):
+        streamer.put(torch.tensor([i]))
+    streamer.end()
+    assert capsys.readouterr().out == "a\\x1b[31mb \n"
+    assert streamer.written == "a\x1b[31mb "

@@ -21,6 +21,7 @@ from llava.eval.lmms_eval.answers import Answer
 from llava.eval.lmms_eval.arguments import ModelArguments
 from llava.eval.lmms_eval.requests import Asked, Decoding, Message, Visual, last_text
 from llava.eval.runner import identity
+from llava.integrations.transformers.picture_sizes import check_picture_size
 from llava.mm_utils import load_image, to_rgb
 from llava.video import Video, load_video
 
@@ -87,7 +88,9 @@ class TransformersModel(PrunedModel):
     def read_visual(self, visual: Visual) -> Image.Image | Video:
         if visual.kind == "video":
             return load_video(visual.content, self.arguments.max_frames_num, force=self.arguments.force_sample)
-        return load_image(visual.content) if isinstance(visual.content, str) else to_rgb(visual.content)
+        picture = load_image(visual.content) if isinstance(visual.content, str) else to_rgb(visual.content)
+        check_picture_size(picture.size, self.processor)
+        return picture
 
     @torch.inference_mode()
     def respond(self, batch: Sequence[tuple[Asked, list[Message], list[Any]]], decoding: Decoding) -> list[Answer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-from llava.checkpoint import CheckpointError
+from llava.checkpoint import CheckpointError, check_sizes, read_json
 from llava.integrations.transformers.host import find_host
 
 TESTED_WITHOUT_TORCHVISION = "LLaVA and LLaVA-NeXT need none"
@@ -32,9 +33,13 @@ def load_transformers_model(
     Raises:
         CheckpointError: no such checkpoint, or a file is missing.
         UnsupportedModelError: a class that a pruner cannot attach to.
-        ValueError: a model whose code comes with the checkpoint, or one that reads no pictures.
+        ValueError: a model whose code comes with the checkpoint, one that reads no pictures, sizes that no model has,
+            or a processor that does not say how many tokens a picture is.
         ImportError: the processor needs torchvision; says how to install it.
     """
+    stored = Path(name) / "config.json"
+    if stored.is_file():
+        check_format(read_json(stored), stored)
     try:
         config = AutoConfig.from_pretrained(name)
         architecture = (config.architectures or [config.model_type])[0]
@@ -44,6 +49,7 @@ def load_transformers_model(
                 "checkpoint in LLaVA's original format: leave --hf out)"
             )
         processor = AutoProcessor.from_pretrained(name)
+        check_processor(processor, config, name)
         model = AutoModelForImageTextToText.from_pretrained(
             name,
             dtype=dtype,
@@ -70,3 +76,27 @@ def load_transformers_model(
     if device_map is None and quantization_config is None:
         model.to(device)
     return processor, model.eval()
+
+
+def check_format(values: dict[str, Any], path: Path) -> None:
+    """Refuse a configuration in LLaVA's original format, and sizes that no model has, before anything is built."""
+    if "mm_vision_tower" in values and "vision_config" not in values:
+        raise ValueError(f"{path.parent} is a checkpoint in LLaVA's original format: leave --hf out")
+    check_sizes(values, path)
+
+
+def check_processor(processor: Any, config: Any, name: str) -> None:
+    """Refuse LLaVA's processors of older conversions, which leave the number of a picture's tokens to the model."""
+    if getattr(processor, "patch_size", 0) is not None:
+        return
+    strategy = getattr(config, "vision_feature_select_strategy", "default")
+    tower = config.vision_config
+    wanted = {
+        "patch_size": tower.patch_size,
+        "vision_feature_select_strategy": strategy,
+        "num_additional_image_tokens": int("clip" in tower.model_type and "siglip" not in tower.model_type),
+    }
+    raise ValueError(
+        f"the processor of {name} does not say patch_size, from which it counts a picture's tokens (an older "
+        f"conversion): add {str(wanted)[1:-1]} to its processor_config.json"
+    )

@@ -29,9 +29,17 @@ def build_vision_tower(config: Any) -> VisionTower:
 
 
 def tower_type(name: str, near: Path, weights: Iterable[str]) -> str:
-    """Kind of the tower called ``name``: by the ``weights`` that a checkpoint has of it, else by its own folder."""
+    """Kind of the tower called ``name``: by the ``weights`` that a checkpoint has of it, else by its own folder.
+
+    Raises:
+        CheckpointError: no such folder.
+        ValueError: an encoder of another kind.
+    """
     weights = list(weights)
     if weights:
         return "clip" if any(name.endswith("class_embedding") for name in weights) else "siglip"
-    kind = read_json(find_folder(name, near) / "config.json").get("model_type", "clip")
+    folder = find_folder(name, near)
+    kind = read_json(folder / "config.json").get("model_type", "clip")
+    if not str(kind).startswith(("clip", "siglip")):
+        raise ValueError(f"{folder} is a vision tower of the type {kind!r}; known are clip and siglip")
     return "siglip" if kind.startswith("siglip") else "clip"
