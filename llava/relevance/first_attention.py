@@ -154,22 +154,25 @@ class FirstAttention:
     def _project(self, embeds: Tensor, part: int) -> Tensor:
         """Queries (part 0) or keys (part 1) of embeddings, (..., width)."""
         device = next((p.device for p in self._parameters() if not p.is_meta), embeds.device)
-        entered = embeds.to(device)
+        entered = embeds.to(device).flatten(0, -2)  # vLLM's kernels take rows
         entered = entered if self.input_scale == 1 else entered * self.input_scale
         entered = entered if self.norm is None else self.norm(entered)
         if hasattr(self.attention, "q_proj"):
-            return called((self.attention.q_proj, self.attention.k_proj)[part], entered)
-        flat = called(self.attention.qkv_proj, entered)  # queries, keys and values side by side
-        width = own(self.attention, "q_size") or self.heads * self.head_dim  # q_size: the rank's share, in vLLM
-        width *= 1 + self.gated
-        return (flat[..., :width], flat[..., width:].chunk(2, dim=-1)[0])[part]
+            flat = called((self.attention.q_proj, self.attention.k_proj)[part], entered)
+        else:
+            flat = called(self.attention.qkv_proj, entered)  # queries, keys and values side by side
+            width = own(self.attention, "q_size") or self.heads * self.head_dim  # q_size: the rank's share, in vLLM
+            width *= 1 + self.gated
+            flat = (flat[:, :width], flat[:, width:].chunk(2, dim=-1)[0])[part].contiguous()
+        return flat.unflatten(0, embeds.shape[:-1])
 
     def _by_head(self, flat: Tensor, norm: nn.Module | None) -> Tensor:
         """(..., width) -> (..., heads, head_dim), normalised as the family does."""
         if norm is not None and over_whole_width(norm, self.head_dim):
             return norm(flat).unflatten(-1, (-1, self.head_dim))
-        by_head = flat.unflatten(-1, (-1, self.head_dim))
-        return by_head if norm is None else norm(by_head)
+        by_head = flat.flatten(0, -2).unflatten(-1, (-1, self.head_dim))
+        by_head = by_head if norm is None else norm(by_head)
+        return by_head.unflatten(0, flat.shape[:-1])
 
     def _modules(self) -> list[nn.Module]:
         names = ("q_proj", "k_proj", "qkv_proj", *QUERY_NORMS, *KEY_NORMS)
@@ -201,7 +204,8 @@ class FirstAttention:
             for part in module.modules():
                 filled = hasattr(part, "_hf_hook")  # accelerate brings offloaded weights when the module is called
                 for name, parameter in part.named_parameters(recurse=False):
-                    if (parameter.is_meta and not filled) or parameter.numel() == 0:
+                    empty = name in ("weight", "bias") and parameter.numel() == 0  # GPTQ's g_idx may well be empty
+                    if (parameter.is_meta and not filled) or empty:
                         return f"the parameter {name} of its {type(part).__name__} is not on this device"
         return None
 
@@ -218,8 +222,11 @@ def own(holder: Any, *names: str) -> Any:
 
 
 def called(projection: nn.Module, entered: Tensor) -> Tensor:
-    """A projection's output; vLLM's return a bias to be added later beside it, which here is ``None``."""
-    output = projection(entered)
+    """A projection's output; vLLM's return a bias to be added later beside it, which here is ``None``.
+
+    vLLM's LoRA layers choose adapters by the tokens of the step that runs, which these are not: their base is called.
+    """
+    output = (projection.base_layer if hasattr(projection, "punica_wrapper") else projection)(entered)
     return output if isinstance(output, Tensor) else output[0]
 
 
