@@ -199,13 +199,13 @@ class FirstAttention:
         return None
 
     def _why_parameters_are_elsewhere(self) -> str | None:
-        """Meta parameters of modules that nothing fills when they are called; ZeRO-3 leaves parameters empty."""
+        """Meta parameters of modules that nothing fills when they are called; and those that ZeRO-3 took elsewhere."""
         for module in self._modules():
             for part in module.modules():
                 filled = hasattr(part, "_hf_hook")  # accelerate brings offloaded weights when the module is called
                 for name, parameter in part.named_parameters(recurse=False):
-                    empty = name in ("weight", "bias") and parameter.numel() == 0  # GPTQ's g_idx may well be empty
-                    if (parameter.is_meta and not filled) or empty:
+                    taken = parameter.numel() == 0 and hasattr(parameter, "ds_id")  # vLLM empties what it packs
+                    if (parameter.is_meta and not filled) or taken:
                         return f"the parameter {name} of its {type(part).__name__} is not on this device"
         return None
 

@@ -55,13 +55,13 @@ class Spy:
             self.chosen += chosen
             return chosen
 
-        def noted_features(plans, encode, device):
+        def noted_features(plans, shapes, encode, device):
             def counted(numbers):
                 made = encode(numbers)
                 self.encoded += sum(len(one.features) for one in made)
                 return made
 
-            return features(plans, counted, device)
+            return features(plans, shapes, counted, device)
 
         self.model.script_selector.select = noted_select
         self.model.script_features = noted_features
