@@ -177,7 +177,7 @@ class FirstAttention:
     def _modules(self) -> list[nn.Module]:
         names = ("q_proj", "k_proj", "qkv_proj", *QUERY_NORMS, *KEY_NORMS)
         own_modules = [getattr(self.attention, name, None) for name in names]
-        return [module for module in (self.norm, *own_modules) if module is not None]
+        return [module for module in (self.norm, *own_modules) if isinstance(module, nn.Module)]
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for module in self._modules() for parameter in module.parameters()]
@@ -185,7 +185,7 @@ class FirstAttention:
     def _why_sizes_are_unknown(self) -> str | None:
         for name in (*QUERY_NORMS, *KEY_NORMS):
             norm = getattr(self.attention, name, None)
-            if norm is not None and any(True for _ in norm.children()):
+            if isinstance(norm, nn.Module) and any(True for _ in norm.children()):
                 return f"its {name} is made of parts ({type(norm).__name__})"
         widths = {
             name: getattr(getattr(self.attention, name, None), "out_features", None) for name in ("q_proj", "k_proj")
@@ -210,9 +210,10 @@ class FirstAttention:
         return None
 
 
-def first(module: nn.Module, names: tuple[str, ...]) -> Any:
-    """The first of these attributes that a module has, not counting those that are ``None``."""
-    return next((getattr(module, name) for name in names if getattr(module, name, None) is not None), None)
+def first(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    """The first module among these attributes, which may be something else (``qk_norm`` is a flag in vLLM)."""
+    found = (getattr(module, name, None) for name in names)
+    return next((part for part in found if isinstance(part, nn.Module)), None)
 
 
 def own(holder: Any, *names: str) -> Any:

@@ -80,7 +80,7 @@ class ScriptInternVLChatModel(PrunedModel, InternVLChatModel):
 
         shapes = [(count, self.num_image_token) for count in counts]
         pictures = self.script_features(plans, shapes, encode, given["pixel_values_flat"].device)
-        chosen = self.script_selector.select(pictures, plans)
+        chosen = self.script_choose(pictures, plans)
         return tuple(
             picture.features.flatten(0, 1) if numbers is None else picture.features.flatten(0, 1)[numbers]
             for picture, numbers in zip(pictures, chosen, strict=True)

@@ -104,7 +104,7 @@ class ScriptLlavaForConditionalGeneration(PrunedModel, LlavaForConditionalGenera
 
         shapes = [(1, self.script_tokens)] * len(plans)
         pictures = self.script_features(plans, shapes, encode, pixels.device)
-        chosen = self.script_selector.select(pictures, plans)
+        chosen = self.script_choose(pictures, plans)
         return [
             picture.features[0] if numbers is None else picture.features[0, numbers]
             for picture, numbers in zip(pictures, chosen, strict=True)

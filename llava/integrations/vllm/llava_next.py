@@ -166,7 +166,7 @@ class ScriptLlavaNextForConditionalGeneration(PrunedModel, LlavaNextForCondition
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
         shapes = [(1 + columns * rows, side * side) for columns, rows in grids]
         pictures = self.script_features(plans, shapes, encode, self.image_newline.device)
-        chosen = self.script_selector.select(pictures, plans)
+        chosen = self.script_choose(pictures, plans)
         return [
             self._merge_image_patch_embeddings(
                 torch.tensor([size[1], size[0]]), picture.features, strategy="spatial_unpad"

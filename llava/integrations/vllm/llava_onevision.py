@@ -102,7 +102,7 @@ class ScriptLlavaOnevisionForConditionalGeneration(PrunedModel, LlavaOnevisionFo
 
         shapes = [(1 + columns * rows, side * side) for columns, rows in grids]
         pictures = self.script_features(plans, shapes, encode, self.image_newline.device)
-        chosen = self.script_selector.select(pictures, plans)
+        chosen = self.script_choose(pictures, plans)
         return tuple(
             self._merge_image_patch_embeddings(
                 torch.tensor([size[1], size[0]]),
@@ -132,7 +132,7 @@ class ScriptLlavaOnevisionForConditionalGeneration(PrunedModel, LlavaOnevisionFo
         tokens = math.ceil(side / 2) ** 2  # of a frame: pooled two by two
         shapes = [(count, tokens) for count in frames]
         clips = self.script_features(plans, shapes, encode, self.image_newline.device)
-        chosen = self.script_selector.select(clips, plans)
+        chosen = self.script_choose(clips, plans)
         newline = self.image_newline[None]
         return tuple(
             torch.cat([clip.features.flatten(0, 1) if kept is None else clip.features.flatten(0, 1)[kept], newline])

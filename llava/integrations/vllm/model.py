@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,6 +36,7 @@ class PrunedModel:
         self.script_reading = server_reading(model_config, self.script_info.script_has_clip)
         self.script_text_config = model_config.hf_config.get_text_config()
         self.script_cache = FeatureCache(self.script_server.feature_cache_mib * 2**20)
+        self.script_selector: TokenSelector | None = None
         hook_resets()
         if get_tp_group().rank_in_group == 0 and get_pp_group().is_first_rank:
             logger.info("%s", start_line(self.script_reading, self.script_server.feature_cache_mib))
@@ -48,9 +48,18 @@ class PrunedModel:
         finally:
             self.script_cache.clear()
 
-    @cached_property
-    def script_selector(self) -> TokenSelector:
-        """Made with the first pictures, those that vLLM measures memory with: what is missing is told at the start.
+    def script_choose(self, pictures: Sequence[PictureFeatures], plans: Sequence[PicturePlan]) -> list[Tensor | None]:
+        """Numbers of the kept tokens of every picture: see `TokenSelector.select`.
+
+        The first call is vLLM's own, when it measures memory: what a question is read with is loaded then, and what is
+        missing is told at the start.
+        """
+        if self.script_selector is None:
+            self.script_selector = self.make_selector()
+        return self.script_selector.select(pictures, plans)
+
+    def make_selector(self) -> TokenSelector:
+        """The selector, with all that requests may have their questions read by.
 
         Raises:
             UnreadableAttentionError: the decoder is not as vLLM's version that this plugin knows has it.

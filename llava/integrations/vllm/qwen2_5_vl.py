@@ -106,7 +106,7 @@ class ScriptQwen2_5_VLForConditionalGeneration(PrunedModel, Qwen2_5_VLForConditi
         merged = self.visual.spatial_merge_size**2
         shapes = [(1, int(grid.prod()) // merged) for grid in grids]
         pictures = self.script_features(plans, shapes, encode, given["pixel_values"].device)
-        chosen = self.script_selector.select(pictures, plans)
+        chosen = self.script_choose(pictures, plans)
         rows = []
         for grid, picture, numbers in zip(grids.tolist(), pictures, chosen, strict=True):
             positions = compute_mrope_for_media(grid, self.visual.spatial_merge_size)

@@ -16,6 +16,7 @@ from llava.relevance.first_attention import FirstAttention
 
 KEEP = 64
 FIRST = "What colour is the circle?"
+NEAR = {"atol": 1e-4, "rtol": 1e-4}
 SECOND = "Is the house left of the tree?"
 
 
@@ -147,7 +148,7 @@ def test_one_uuid_for_two_pictures(llm, spy, pictures, square):
     """What a client calls a picture is not what it is."""
 
     def ask_as(uuid, question, picture):
-        request = {"prompt": prompt_of(question), "multi_modal_data": {"image": picture}}
+        request = {"prompt": prompt_of(question), "multi_modal_data": {"image": [picture]}}
         request["multi_modal_uuids"] = {"image": [uuid]}
         sampling = SamplingParams(temperature=0, max_tokens=4, logprobs=5, ignore_eos=True)
         return llm.generate([request], sampling, use_tqdm=False)[0]
@@ -228,8 +229,9 @@ def test_sources_are_those_of_the_library(llm, spy, toy, square, source):
     processor = AutoProcessor.from_pretrained(folder)
     ask(llm, prompt_of(FIRST), square, image_pruning_args={"relevance": source})
     pixels = processor.image_processor(square, return_tensors="pt")["pixel_values"]
+    features = next(iter(model_of(llm).script_cache._pictures.values())).features
     with torch.inference_mode():
-        features = model.model.get_image_features(pixels).pooler_output[0][None]
+        torch.testing.assert_close(model.model.get_image_features(pixels).pooler_output[0], features[0], **NEAR)
         decoder = model.model.language_model
         language = LanguageSpace(
             lambda text: processor.tokenizer(text, add_special_tokens=False).input_ids,
