@@ -26,7 +26,7 @@ from llava.integrations.vllm.selection import TokenSelector
 from llava.layout.padding import patches_of_square, patches_of_tiles
 from llava.layout.views import padded_square_layout, tiled_layout
 from llava.model.builder import TOY_FOLDER
-from llava.pruning import PruningInputs, get_pruner, list_pruners
+from llava.pruning import DivPrune, PruningInputs, get_pruner, list_pruners
 from llava.relevance.asked import LanguageSpace
 from llava.relevance.clip import ClipJointSpace
 from llava.relevance.first_attention import FirstAttention
@@ -168,7 +168,8 @@ def test_options_that_are_accepted_do_on_pictures(name):
     fields = {"relevance": torch.rand(2, 64), "view_ids": torch.arange(2), "pictures": torch.tensor([0, 0])}
     valid = torch.ones(2, 64, dtype=torch.bool)
     valid[1] = False
-    inputs = PruningInputs(torch.randn(2, 64, 8), valid=valid, **fields)
+    valid[0, 60:] = False
+    inputs = PruningInputs(torch.randn(2, 8, 8).repeat(1, 8, 1), valid=valid, **fields)  # tokens that are alike
     accepted = 0
     for option in dataclasses.fields(get_pruner(name)):
         for value in EXTREMES:
@@ -383,6 +384,16 @@ def test_the_joint_space_of_a_clip_host_is_used_with_its_sign(table):
         )
         assert torch.equal(get_pruner("script", keep_tokens=4, gsp=False).select(inputs).indices[0], chosen[sign])
     assert not torch.equal(chosen[1], chosen[-1])
+
+
+def test_a_method_that_breaks_its_promise_ends_no_engine(table, monkeypatch, caplog):
+    monkeypatch.setattr(DivPrune, "choose", lambda self, inputs, keep: None)
+    make_pruner.cache_clear()
+    monkeypatch.setattr("llava.integrations.vllm.plan.try_out", lambda pruner: None)
+    chosen = selector_of(table).select([features(0)], [plan(method="divprune", arguments="{}")])[0]
+    make_pruner.cache_clear()
+    assert torch.equal(chosen, get_pruner("uniform").select(PruningInputs(features(0).features), keep=4).indices[0])
+    assert "choose must return" in caplog.text
 
 
 def test_all_ranks_use_the_first_ranks_choice(table):

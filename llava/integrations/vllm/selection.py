@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,9 +12,11 @@ from torch import Tensor
 from llava.integrations.vllm.features import PictureFeatures
 from llava.integrations.vllm.plan import PicturePlan
 from llava.layout.candidates import Candidates
-from llava.pruning import Method, PruningInputs
+from llava.pruning import Method, PruningInputs, get_pruner
 from llava.relevance.asked import Asked, LanguageSpace
 from llava.relevance.clip import ClipJointSpace
+
+logger = logging.getLogger("vllm.script")  # shown with the log of the server
 
 
 class TokenSelector:
@@ -74,11 +77,11 @@ class TokenSelector:
                     alone.setdefault(min(one.keep, tokens), []).append((first + one.views[0], number, one.views[0]))
                     continue
                 joined = inputs.of_views(slice(first, first + views)).joined()
-                parts[number].append(self.agree(pruner.select(joined, keep=one.keep).indices)[0])
+                parts[number].append(self.agree(surely_selected(pruner, joined, one.keep))[0])
             first += views
         for keep, members in alone.items():
             rows = torch.tensor([row for row, _, _ in members]).to(device)
-            indices = self.agree(pruner.select(inputs.of_views(rows), keep=keep).indices)
+            indices = self.agree(surely_selected(pruner, inputs.of_views(rows), keep))
             for own, (_, number, view) in zip(indices, members, strict=True):
                 parts[number].append(own + view * tokens)
         return [torch.cat(own).sort().values for own in parts]
@@ -115,3 +118,16 @@ class TokenSelector:
             sign=(self.sign or space.relevance_sign) if space is not None else 1,
         )
         return PruningInputs(features, **fields, **asked.fields(of_view, features, valid, image_embeds))
+
+
+def surely_selected(pruner: Method, inputs: PruningInputs, keep: int) -> Tensor:
+    """Indices (B, m) by `Pruner.select`, and where that fails evenly spaced ones, with an error in the server's log.
+
+    An exception here would end the engine, and with it the requests of everybody. Options are checked in the front
+    end; this is for methods that do not hold what they promise.
+    """
+    try:
+        return pruner.select(inputs, keep=keep).indices
+    except (ValueError, TypeError, IndexError, ArithmeticError):
+        logger.exception("pruner '%s' failed; evenly spaced tokens were kept instead, of %s", pruner.name, pruner)
+        return get_pruner("uniform").select(inputs, keep=keep).indices
