@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def convert(source: str, target: Path) -> None:
     rows = -(-max(len(tokenizer), values.vocab_size + 1) // ROW_MULTIPLE) * ROW_MULTIPLE
 
     target.mkdir(parents=True, exist_ok=True)
-    config = convert_config(folder, values, tower_folder, tokenizer, rows)
+    config = convert_config(folder, values, tower_folder, target, tokenizer, rows)
     config.save_pretrained(target)
     make_processor(values, config, tower_folder, tokenizer, chat_template).save_pretrained(target)
     write_weights(folder, tower_folder, target, rows)
@@ -76,6 +77,8 @@ def convert(source: str, target: Path) -> None:
         generation = read_json(folder / "generation_config.json")
         kept = {key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in generation}
         (target / "generation_config.json").write_text(json.dumps(kept, indent=2) + "\n")
+    for file in target.iterdir():  # safetensors makes files that only their owner can read
+        file.chmod(0o644)
 
 
 def check_convertible(folder: Path, values: Any) -> None:
@@ -99,8 +102,13 @@ def check_convertible(folder: Path, values: Any) -> None:
         )
 
 
-def convert_config(folder: Path, values: Any, tower_folder: Path, tokenizer: Any, rows: int) -> LlavaConfig:
-    """The library's configuration; ``mm_vision_tower`` and ``mm_relevance_sign`` stay, for pruners that need CLIP."""
+def convert_config(
+    folder: Path, values: Any, tower_folder: Path, target: Path, tokenizer: Any, rows: int
+) -> LlavaConfig:
+    """The library's configuration; ``mm_vision_tower`` and ``mm_relevance_sign`` stay, for pruners that need CLIP.
+
+    A tower in a folder is named from the folder ``target``, so that both can be moved together.
+    """
     stored = read_json(folder / "config.json")
     language = LlamaConfig(**{key: stored[key] for key in LANGUAGE_KEYS if stored.get(key) is not None})
     language.vocab_size = rows
@@ -116,7 +124,9 @@ def convert_config(folder: Path, values: Any, tower_folder: Path, tokenizer: Any
         "vision_feature_layer": values.mm_vision_select_layer,
         "image_seq_length": (vision.image_size // vision.patch_size) ** 2,
         "tie_word_embeddings": False,
-        "mm_vision_tower": str(tower_folder.resolve()) if is_local else values.mm_vision_tower,
+        "mm_vision_tower": os.path.relpath(tower_folder.resolve(), target.resolve())
+        if is_local
+        else values.mm_vision_tower,
     }
     if getattr(values, "mm_relevance_sign", None) is not None:
         shared["mm_relevance_sign"] = values.mm_relevance_sign
@@ -171,15 +181,17 @@ def convert_tokenizer(folder: Path, values: Any) -> PreTrainedTokenizerFast:
 def chat_template_of(template: Conversation) -> str:
     """A Jinja template that writes what ``template.get_prompt`` writes, after the start token.
 
-    Messages of the role "system" replace the checkpoint's own system text.
+    Messages of the role "system" replace the checkpoint's own system text. The pictures of a message stand before its
+    text, as LLaVA was trained, in whatever order they are given.
 
     Raises:
         ValueError: a style of conversation that no converted checkpoint has been trained with.
     """
     content = (
         "{%- macro words(content) -%}{%- if content is string -%}{{ content }}{%- else -%}"
-        "{%- for part in content -%}{%- if part['type'] == 'image' -%}{{ '<image>\n' }}{%- else -%}{{ part['text'] }}"
-        "{%- endif -%}{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+        "{%- for part in content -%}{%- if part['type'] == 'image' -%}{{ '<image>\n' }}{%- endif -%}{%- endfor -%}"
+        "{%- for part in content -%}{%- if part['type'] != 'image' -%}{{ part['text'] }}{%- endif -%}{%- endfor -%}"
+        "{%- endif -%}{%- endmacro -%}"
     )
     system = (
         "{%- if messages[0]['role'] == 'system' -%}{%- set system = words(messages[0]['content']) -%}"

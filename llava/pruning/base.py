@@ -134,6 +134,9 @@ class ViewMethod(Method):
         kept = eligible.sum(-1).clamp_max(keep)
         return kept, torch.zeros_like(kept)
 
+    def check_tokens(self, tokens: int) -> None:
+        """Raise ValueError if the method cannot choose among so many tokens of a view: a layout that it needs."""
+
     def lacking(self, inputs: PruningInputs) -> list[str]:
         """Names of the fields that the method needs and ``inputs`` does not have."""
         return sorted(name for name in self.needs if getattr(inputs, name) is None)

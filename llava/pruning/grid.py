@@ -30,8 +30,13 @@ class Grid(Pruner):
 
     name: ClassVar[str] = "grid"
 
+    def check_tokens(self, tokens: int) -> None:
+        if math.isqrt(tokens) ** 2 != tokens:
+            raise ValueError(f"pruner 'grid' needs a square layout of tokens, got {tokens} tokens per view")
+
     def choose(self, inputs: PruningInputs, keep: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         views, tokens = inputs.features.shape[:2]
+        self.check_tokens(tokens)
         points = torch.tensor(grid_points(tokens, keep)).to(inputs.features.device, non_blocking=True)
         if inputs.valid is None:
             return points.expand(views, -1), {}
@@ -49,8 +54,6 @@ def grid_shape(side: int, keep: int) -> tuple[int, int]:
 def grid_points(tokens: int, keep: int) -> list[int]:
     """Raster indices of the grid of ``keep`` points on a square layout of ``tokens`` tokens, ascending."""
     side = math.isqrt(tokens)
-    if side * side != tokens:
-        raise ValueError(f"pruner 'grid' needs a square layout of tokens, got {tokens} tokens per view")
     rows, _ = grid_shape(side, keep)
     points = []
     for row in range(rows):

@@ -40,6 +40,8 @@ class Range:
 Seed = Annotated[int, Range(0, LARGEST_INT)]
 Positive = Annotated[float, Range(0, open=True)]
 Count = Annotated[int, Range(1, LARGEST_INT)]
+Cosine = Annotated[float, Range(-1, 1)]
+EdgeWeight = Annotated[float, Range(-40, 40)]  # of the graph's exponent: times a difference of cosines it stays finite
 
 
 @lru_cache(maxsize=256)

@@ -12,7 +12,7 @@ from torch import Tensor
 from llava.pruning.base import Pruner, register
 from llava.pruning.functional import lowest_ranked, min_max, stable_rank
 from llava.pruning.inputs import PruningInputs
-from llava.pruning.options import Positive, Range, Seed
+from llava.pruning.options import Cosine, EdgeWeight, Positive, Range, Seed
 from llava.pruning.question_reader import QuestionReader
 from llava.pruning.random import random_scores
 from llava.pruning.similarity import Similarity, similarity_of
@@ -63,8 +63,8 @@ class Script(QuestionReader, Pruner):
     name: ClassVar[str] = "script"
 
     gsp_ratio: Annotated[float, Range(0, 1)] = 0.5
-    tau: float = 0.5
-    gamma: float = 1.0
+    tau: Cosine = 0.5
+    gamma: EdgeWeight = 1.0
     epsilon: Positive = 1e-6
     gsp: bool = True
     dpp: bool = True

@@ -18,7 +18,7 @@ from llava.pruning.functional import (
     unprojected_rank,
 )
 from llava.pruning.inputs import PruningInputs
-from llava.pruning.options import Range
+from llava.pruning.options import Cosine, EdgeWeight, Range
 from llava.pruning.question_reader import QuestionReader
 
 EPSILON = 1e-6
@@ -57,8 +57,8 @@ class ScriptRelease(QuestionReader, Pruner):
 
     name: ClassVar[str] = "script_release"
 
-    tau: float = 0.2
-    gamma: float = 1.0
+    tau: Cosine = 0.2
+    gamma: EdgeWeight = 1.0
     minimum_degree: Annotated[int, Range(0)] = 4
 
     def choose(self, inputs: PruningInputs, keep: int) -> tuple[Tensor, Mapping[str, Tensor]]:

@@ -154,27 +154,30 @@ class FirstAttention:
     def _project(self, embeds: Tensor, part: int) -> Tensor:
         """Queries (part 0) or keys (part 1) of embeddings, (..., width)."""
         device = next((p.device for p in self._parameters() if not p.is_meta), embeds.device)
-        entered = embeds.to(device)
+        entered = embeds.to(device).flatten(0, -2)  # vLLM's kernels take rows
         entered = entered if self.input_scale == 1 else entered * self.input_scale
         entered = entered if self.norm is None else self.norm(entered)
         if hasattr(self.attention, "q_proj"):
-            return called((self.attention.q_proj, self.attention.k_proj)[part], entered)
-        flat = called(self.attention.qkv_proj, entered)  # queries, keys and values side by side
-        width = own(self.attention, "q_size") or self.heads * self.head_dim  # q_size: the rank's share, in vLLM
-        width *= 1 + self.gated
-        return (flat[..., :width], flat[..., width:].chunk(2, dim=-1)[0])[part]
+            flat = called((self.attention.q_proj, self.attention.k_proj)[part], entered)
+        else:
+            flat = called(self.attention.qkv_proj, entered)  # queries, keys and values side by side
+            width = own(self.attention, "q_size") or self.heads * self.head_dim  # q_size: the rank's share, in vLLM
+            width *= 1 + self.gated
+            flat = (flat[:, :width], flat[:, width:].chunk(2, dim=-1)[0])[part].contiguous()
+        return flat.unflatten(0, embeds.shape[:-1])
 
     def _by_head(self, flat: Tensor, norm: nn.Module | None) -> Tensor:
         """(..., width) -> (..., heads, head_dim), normalised as the family does."""
         if norm is not None and over_whole_width(norm, self.head_dim):
             return norm(flat).unflatten(-1, (-1, self.head_dim))
-        by_head = flat.unflatten(-1, (-1, self.head_dim))
-        return by_head if norm is None else norm(by_head)
+        by_head = flat.flatten(0, -2).unflatten(-1, (-1, self.head_dim))
+        by_head = by_head if norm is None else norm(by_head)
+        return by_head.unflatten(0, flat.shape[:-1])
 
     def _modules(self) -> list[nn.Module]:
         names = ("q_proj", "k_proj", "qkv_proj", *QUERY_NORMS, *KEY_NORMS)
         own_modules = [getattr(self.attention, name, None) for name in names]
-        return [module for module in (self.norm, *own_modules) if module is not None]
+        return [module for module in (self.norm, *own_modules) if isinstance(module, nn.Module)]
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for module in self._modules() for parameter in module.parameters()]
@@ -182,7 +185,7 @@ class FirstAttention:
     def _why_sizes_are_unknown(self) -> str | None:
         for name in (*QUERY_NORMS, *KEY_NORMS):
             norm = getattr(self.attention, name, None)
-            if norm is not None and any(True for _ in norm.children()):
+            if isinstance(norm, nn.Module) and any(True for _ in norm.children()):
                 return f"its {name} is made of parts ({type(norm).__name__})"
         widths = {
             name: getattr(getattr(self.attention, name, None), "out_features", None) for name in ("q_proj", "k_proj")
@@ -196,19 +199,21 @@ class FirstAttention:
         return None
 
     def _why_parameters_are_elsewhere(self) -> str | None:
-        """Meta parameters of modules that nothing fills when they are called; ZeRO-3 leaves parameters empty."""
+        """Meta parameters of modules that nothing fills when they are called; and those that ZeRO-3 took elsewhere."""
         for module in self._modules():
             for part in module.modules():
                 filled = hasattr(part, "_hf_hook")  # accelerate brings offloaded weights when the module is called
                 for name, parameter in part.named_parameters(recurse=False):
-                    if (parameter.is_meta and not filled) or parameter.numel() == 0:
+                    taken = parameter.numel() == 0 and hasattr(parameter, "ds_id")  # vLLM empties what it packs
+                    if (parameter.is_meta and not filled) or taken:
                         return f"the parameter {name} of its {type(part).__name__} is not on this device"
         return None
 
 
-def first(module: nn.Module, names: tuple[str, ...]) -> Any:
-    """The first of these attributes that a module has, not counting those that are ``None``."""
-    return next((getattr(module, name) for name in names if getattr(module, name, None) is not None), None)
+def first(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    """The first module among these attributes, which may be something else (``qk_norm`` is a flag in vLLM)."""
+    found = (getattr(module, name, None) for name in names)
+    return next((part for part in found if isinstance(part, nn.Module)), None)
 
 
 def own(holder: Any, *names: str) -> Any:
@@ -218,8 +223,11 @@ def own(holder: Any, *names: str) -> Any:
 
 
 def called(projection: nn.Module, entered: Tensor) -> Tensor:
-    """A projection's output; vLLM's return a bias to be added later beside it, which here is ``None``."""
-    output = projection(entered)
+    """A projection's output; vLLM's return a bias to be added later beside it, which here is ``None``.
+
+    vLLM's LoRA layers choose adapters by the tokens of the step that runs, which these are not: their base is called.
+    """
+    output = (projection.base_layer if hasattr(projection, "punica_wrapper") else projection)(entered)
     return output if isinstance(output, Tensor) else output[0]
 
 

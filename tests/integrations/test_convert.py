@@ -87,6 +87,8 @@ def test_chat_template_writes_the_checkpoints_prompt(both):
         conversation.append_message(role, message)
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert text == "<s>" + conversation.get_prompt()
+    messages[0]["content"].reverse()  # as in OpenAI's own examples: text before the picture
+    assert processor.apply_chat_template(messages, add_generation_prompt=True) == text
 
 
 @pytest.mark.parametrize("name", ["llava_v1", "llava_llama_2", "mistral_instruct", "chatml_direct", "mpt"])
@@ -109,7 +111,9 @@ def test_chat_templates_of_other_styles(both, name):
 def test_what_pruners_need_stays_in_the_configuration(both):
     (_, model, _), (_, _, target) = both
     config = json.loads((target / "config.json").read_text())
-    assert (Path(config["mm_vision_tower"]) / "config.json").is_file()
+    assert (target / config["mm_vision_tower"] / "config.json").is_file()
+    assert not Path(config["mm_vision_tower"]).is_absolute()
+    assert {file.stat().st_mode & 0o777 for file in target.iterdir()} == {0o644}
     assert config.get("mm_relevance_sign") == getattr(model.config, "mm_relevance_sign", None)
     weights = json.loads((target / "model.safetensors.index.json").read_text())["weight_map"]
     assert "vision_tower.vision_model.embeddings.class_embedding" in weights

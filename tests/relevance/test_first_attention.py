@@ -266,8 +266,15 @@ def on_another_stage():
 
 def emptied():
     model = AutoModel.from_config(hf.LlamaConfig(**TEXT))
-    model.layers[0].self_attn.k_proj.weight.data = torch.empty(0)
+    weight = model.layers[0].self_attn.k_proj.weight
+    weight.data, weight.ds_id = torch.empty(0), 0  # as DeepSpeed's ZeRO-3 leaves it
     return model
+
+
+def test_a_weight_that_was_packed_into_another_is_no_absence():
+    model = AutoModel.from_config(hf.LlamaConfig(**TEXT))
+    model.layers[0].self_attn.k_proj.weight.data = torch.empty(0)  # vLLM on a CPU
+    FirstAttention.find(model)
 
 
 def fused_in_an_unknown_way():

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llava.integrations.vllm.plan import PictureShape
+
 
 @dataclass(frozen=True)
 class PictureFeatures:
@@ -23,6 +25,11 @@ class PictureFeatures:
     features: Tensor
     encoder_features: Tensor | None = None
     valid: Tensor | None = None
+
+    @property
+    def shape(self) -> PictureShape:
+        eligible = None if self.valid is None else tuple(self.valid.sum(-1).tolist())
+        return PictureShape(*self.features.shape[:2], eligible=eligible)
 
     def to(self, device: torch.device | str) -> PictureFeatures:
         encoder = None if self.encoder_features is None else self.encoder_features.to(device)
@@ -42,12 +49,20 @@ class FeatureCache:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all pictures: other weights make other features."""
         self.size = 0
         self._pictures: OrderedDict[str, PictureFeatures] = OrderedDict()
 
-    def get(self, picture: str, device: torch.device | str) -> PictureFeatures | None:
+    def get(self, picture: str, device: torch.device | str, views: int, tokens: int) -> PictureFeatures | None:
+        """The features of a picture, unless they are not (``views``, ``tokens``, d): then they are another's."""
         found = self._pictures.get(picture)
         if found is None:
+            return None
+        if tuple(found.features.shape[:2]) != (views, tokens):
+            self.size -= self._pictures.pop(picture).nbytes
             return None
         self._pictures.move_to_end(picture)
         return found.to(device)

@@ -1,4 +1,4 @@
-"""InternVL 2 to 3.5 (`InternVLChatModel`): m of the 256 tokens of every tile, the thumbnail among them."""
+"""InternVL 2 to 3.5 (`InternVLChatModel`): some of the 256 tokens of every tile, the thumbnail among them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from vllm.multimodal.processing import cached_encode
 
 from llava.integrations.vllm.compatibility import check_hooks
 from llava.integrations.vllm.features import PictureFeatures, in_small_batches
-from llava.integrations.vllm.model import PrunedModel, gathered
+from llava.integrations.vllm.model import PrunedModel
 from llava.integrations.vllm.options import PruningOptions
+from llava.integrations.vllm.plan import PictureShape
 from llava.integrations.vllm.processing import PrunedProcessingInfo, PrunedProcessor, decode_plans, field_name
 
 check_hooks(
@@ -37,23 +38,23 @@ class ScriptInternVLProcessingInfo(PrunedProcessingInfo, InternVLProcessingInfo)
         tokens = self.get_hf_processor().image_seq_length
         if modality == "video":  # served unpruned
             return tokens * self.get_num_frames_with_most_features(seq_len, mm_counts)
-        return self.get_max_image_tokens() // tokens * options.most(tokens)
+        return options.most(self.get_max_image_tokens() // tokens, tokens)
 
 
 class ScriptInternVLProcessor(PrunedProcessor, InternVLMultiModalProcessor):
     def script_placeholder(self, modality: str) -> list[int]:
         return cached_encode(self.info.get_tokenizer(), "<image>", add_special_tokens=False)
 
-    def script_views(self, modality: str, index: int, mm_items: Any, out_mm_kwargs: Any) -> tuple[int, int, int]:
+    def script_shape(self, modality: str, index: int, mm_items: Any, out_mm_kwargs: Any) -> PictureShape:
         tiles = int(out_mm_kwargs["image"][index]["image_num_patches"].data)
-        return tiles, self.info.get_hf_processor().image_seq_length, 0
+        return PictureShape(tiles, self.info.get_hf_processor().image_seq_length)
 
 
 @MULTIMODAL_REGISTRY.register_processor(
     ScriptInternVLProcessor, info=ScriptInternVLProcessingInfo, dummy_inputs=InternVLDummyInputsBuilder
 )
 class ScriptInternVLChatModel(PrunedModel, InternVLChatModel):
-    """vLLM's InternVL that gives m visual tokens of every tile of a picture."""
+    """vLLM's InternVL that gives some of the visual tokens of every tile of a picture."""
 
     script_info = ScriptInternVLProcessingInfo
 
@@ -68,7 +69,7 @@ class ScriptInternVLChatModel(PrunedModel, InternVLChatModel):
         return embeddings
 
     def script_images(self, given: Any, plans: list[Any]) -> tuple[Tensor, ...]:
-        """Rows (tiles * m, d) of every picture."""
+        """Rows (k, d) of every picture."""
         counts = given["num_patches"].flatten().tolist()
         tiles = given["pixel_values_flat"].split(counts)
 
@@ -77,11 +78,12 @@ class ScriptInternVLChatModel(PrunedModel, InternVLChatModel):
             features = in_small_batches(self.extract_feature, pixels, self.script_server.views_at_once)
             return [PictureFeatures(own) for own in features.split([counts[number] for number in numbers])]
 
-        pictures = self.script_features(plans, encode, given["pixel_values_flat"].device)
-        chosen = self.script_selector.select(pictures, plans)
+        shapes = [(count, self.num_image_token) for count in counts]
+        pictures = self.script_features(plans, shapes, encode, given["pixel_values_flat"].device)
+        chosen = self.script_choose(pictures, plans)
         return tuple(
-            picture.features.flatten(0, 1) if indices is None else gathered(picture.features, indices)
-            for picture, indices in zip(pictures, chosen, strict=True)
+            picture.features.flatten(0, 1) if numbers is None else picture.features.flatten(0, 1)[numbers]
+            for picture, numbers in zip(pictures, chosen, strict=True)
         )
 
     def get_encoder_cudagraph_config(self) -> Any:

@@ -19,8 +19,9 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 
 from llava.integrations.vllm.compatibility import check_hooks
 from llava.integrations.vllm.features import PictureFeatures, in_small_batches
-from llava.integrations.vllm.model import PrunedModel, gathered
+from llava.integrations.vllm.model import PrunedModel
 from llava.integrations.vllm.options import PruningOptions
+from llava.integrations.vllm.plan import PictureShape
 from llava.integrations.vllm.processing import PrunedProcessingInfo, PrunedProcessor, decode_plans, field_name
 from llava.layout.padding import patches_of_square
 
@@ -41,15 +42,17 @@ class ScriptLlavaProcessingInfo(PrunedProcessingInfo, LlavaProcessingInfo):
     def script_most_tokens(
         self, modality: str, options: PruningOptions, seq_len: int, mm_counts: Mapping[str, int]
     ) -> int:
-        return options.most(self.get_max_image_tokens())
+        return options.most(1, self.get_max_image_tokens())
 
 
 class ScriptLlavaProcessor(PrunedProcessor, LlavaMultiModalProcessor):
     def script_placeholder(self, modality: str) -> list[int]:
         return [self.info.get_hf_config().image_token_index]
 
-    def script_views(self, modality: str, index: int, mm_items: Any, out_mm_kwargs: Any) -> tuple[int, int, int]:
-        return 1, self.info.get_max_image_tokens(), 0
+    def script_shape(self, modality: str, index: int, mm_items: Any, out_mm_kwargs: Any) -> PictureShape:
+        patches = out_mm_kwargs["image"][index].get("script_patches")
+        eligible = None if patches is None else (int(patches.data.sum()),)
+        return PictureShape(1, self.info.get_max_image_tokens(), eligible=eligible)
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         data = super()._apply_hf_processor_main(mm_items=mm_items, hf_kwargs=hf_kwargs)
@@ -91,16 +94,27 @@ class ScriptLlavaForConditionalGeneration(PrunedModel, LlavaForConditionalGenera
             )
             features = in_small_batches(self.multi_modal_projector, encoder, self.script_server.views_at_once)
             return [
-                PictureFeatures(features[row, None], encoder[row, None], valid_patches(patches, number))
+                PictureFeatures(
+                    features[row, None],
+                    encoder[row, None] if self.script_reading.joint_space else None,
+                    valid_patches(patches, number),
+                )
                 for row, number in enumerate(numbers)
             ]
 
-        pictures = self.script_features(plans, encode, pixels.device)
-        chosen = self.script_selector.select(pictures, plans)
+        shapes = [(1, self.script_tokens)] * len(plans)
+        pictures = self.script_features(plans, shapes, encode, pixels.device)
+        chosen = self.script_choose(pictures, plans)
         return [
-            picture.features.flatten(0, 1) if indices is None else gathered(picture.features, indices)
-            for picture, indices in zip(pictures, chosen, strict=True)
+            picture.features[0] if numbers is None else picture.features[0, numbers]
+            for picture, numbers in zip(pictures, chosen, strict=True)
         ]
+
+    @property
+    def script_tokens(self) -> int:
+        """n, of a picture."""
+        vision = self.config.vision_config
+        return (vision.image_size // vision.patch_size) ** 2
 
 
 def valid_patches(patches: Any, number: int) -> Tensor | None:

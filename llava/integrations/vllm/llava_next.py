@@ -1,4 +1,4 @@
-"""LLaVA-NeXT: m tokens of the overview and of every tile, in reading order; no newline tokens when pruned."""
+"""LLaVA-NeXT: some tokens of the overview and of every tile, in reading order; no newline tokens when pruned."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from llava.integrations.vllm.features import PictureFeatures, in_small_batches
 from llava.integrations.vllm.llava import check_clip
 from llava.integrations.vllm.model import PrunedModel
 from llava.integrations.vllm.options import PruningOptions
+from llava.integrations.vllm.plan import PictureShape
 from llava.integrations.vllm.processing import PrunedProcessingInfo, PrunedProcessor, decode_plans, field_name
 from llava.layout.padding import patches_of_tiles
 
@@ -43,17 +44,16 @@ def tile_grid(size: tuple[int, int], config: Any) -> tuple[int, int]:
     return columns, rows
 
 
-def in_reading_order(indices: Tensor, grid: tuple[int, int], side: int) -> Tensor:
-    """Kept patches (1 + columns * rows, m) as flat numbers ((1 + columns * rows) * m,), as the language model reads.
+def in_reading_order(numbers: Tensor, grid: tuple[int, int], side: int) -> Tensor:
+    """Numbers (k,) of kept patches, view after view, in the order in which the language model reads them.
 
     The overview first, then the tiles as one plane of patches, row by row: the order of the unpruned prompt.
     """
     columns, _ = grid
-    numbers = (torch.arange(len(indices), device=indices.device)[:, None] * side * side + indices).flatten()
-    overview, tiles = numbers[: indices.shape[1]], numbers[indices.shape[1] :]
-    tile, patch = tiles // (side * side) - 1, tiles % (side * side)
+    tile, patch = numbers // (side * side) - 1, numbers % (side * side)  # the overview is tile -1
     row, column = tile // columns * side + patch // side, tile % columns * side + patch % side
-    return torch.cat([overview, tiles[(row * columns * side + column).argsort()]])
+    place = torch.where(tile < 0, numbers - side * side, row * columns * side + column)
+    return numbers[place.argsort()]
 
 
 def encode_tiles(
@@ -73,10 +73,41 @@ def encode_tiles(
     return list(zip(features.split(views), encoder.split(views), strict=True))
 
 
-def most_tiles(config: Any) -> int:
-    """Tiles of the largest grid that a picture may be cut into."""
+def grids_of(config: Any) -> set[tuple[int, int]]:
+    """(columns, rows) of all grids that a picture may be cut into."""
     side = config.vision_config.image_size
-    return max((height // side) * (width // side) for height, width in config.image_grid_pinpoints)
+    return {(width // side, height // side) for height, width in config.image_grid_pinpoints}
+
+
+def most_of_tiles(options: PruningOptions, grids: set[tuple[int, int]], side: int, unpruned: int) -> int:
+    """The most tokens that a picture gives under a server's budget.
+
+    Args:
+        side: patches along a view.
+        unpruned: the most that one gives with all of its tokens, newline tokens among them.
+    """
+    most = 0
+    for columns, rows in grids:
+        views, tokens = 1 + columns * rows, side * side
+        kept = options.most(views, tokens)
+        whole = views * tokens + rows * side  # a newline token ends every row of patches
+        most = max(most, kept if kept < views * tokens else min(whole, unpruned))
+    return most
+
+
+def shape_of_tiles(size: tuple[int, int], config: Any) -> PictureShape:
+    """Views of a picture of ``size`` (width, height), and how many of their patches show no padding."""
+    vision = config.vision_config
+    side = vision.image_size // vision.patch_size
+    columns, rows = grid = tile_grid(size, config)
+    eligible = patches_of_tiles(size, grid, side).sum(-1)
+    return PictureShape(1 + columns * rows, side * side, eligible=tuple(eligible.tolist()))
+
+
+def patches_beside_padding(size: tuple[int, int], grid: tuple[int, int], side: int) -> Tensor | None:
+    """(V, n) bool, False at padding of the tiles; ``None`` where there is none."""
+    own = patches_of_tiles(size, grid, side)
+    return None if bool(own.all()) else own
 
 
 class ScriptLlavaNextProcessingInfo(PrunedProcessingInfo, LlavaNextProcessingInfo):
@@ -87,33 +118,28 @@ class ScriptLlavaNextProcessingInfo(PrunedProcessingInfo, LlavaNextProcessingInf
         check_clip(config)
         return config
 
-    def script_tokens_per_view(self) -> int:
-        return self.get_vision_encoder_info().get_patch_grid_length() ** 2
-
     def script_most_tokens(
         self, modality: str, options: PruningOptions, seq_len: int, mm_counts: Mapping[str, int]
     ) -> int:
-        tokens = self.script_tokens_per_view()
-        if options.most(tokens) >= tokens:
-            return self.get_max_image_tokens()
-        return (1 + most_tiles(self.get_hf_config())) * options.most(tokens)
+        config = self.get_hf_config()
+        side = self.get_vision_encoder_info().get_patch_grid_length()
+        return most_of_tiles(options, grids_of(config), side, self.get_max_image_tokens())
 
 
 class ScriptLlavaNextProcessor(PrunedProcessor, LlavaNextMultiModalProcessor):
     def script_placeholder(self, modality: str) -> list[int]:
         return [self.info.get_hf_config().image_token_index]
 
-    def script_views(self, modality: str, index: int, mm_items: Any, out_mm_kwargs: Any) -> tuple[int, int, int]:
+    def script_shape(self, modality: str, index: int, mm_items: Any, out_mm_kwargs: Any) -> PictureShape:
         size = mm_items["image"].get_image_size(index)
-        columns, rows = tile_grid((size.width, size.height), self.info.get_hf_config())
-        return 1 + columns * rows, self.info.script_tokens_per_view(), 0
+        return shape_of_tiles((size.width, size.height), self.info.get_hf_config())
 
 
 @MULTIMODAL_REGISTRY.register_processor(
     ScriptLlavaNextProcessor, info=ScriptLlavaNextProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
 class ScriptLlavaNextForConditionalGeneration(PrunedModel, LlavaNextForConditionalGeneration):
-    """vLLM's LLaVA-NeXT that gives m visual tokens of every view of a picture."""
+    """vLLM's LLaVA-NeXT that gives some of the visual tokens of every view of a picture."""
 
     script_info = ScriptLlavaNextProcessingInfo
 
@@ -129,24 +155,23 @@ class ScriptLlavaNextForConditionalGeneration(PrunedModel, LlavaNextForCondition
         def encode(numbers: list[int]) -> list[PictureFeatures]:
             tiles = encode_tiles(self, pixels, numbers, [grids[number] for number in numbers])
             return [
-                PictureFeatures(features, encoder, self.script_valid(sizes[number], grids[number]))
+                PictureFeatures(
+                    features,
+                    encoder if self.script_reading.joint_space else None,
+                    patches_beside_padding(sizes[number], grids[number], side),
+                )
                 for number, (features, encoder) in zip(numbers, tiles, strict=True)
             ]
 
-        pictures = self.script_features(plans, encode, self.image_newline.device)
-        chosen = self.script_selector.select(pictures, plans)
         side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        shapes = [(1 + columns * rows, side * side) for columns, rows in grids]
+        pictures = self.script_features(plans, shapes, encode, self.image_newline.device)
+        chosen = self.script_choose(pictures, plans)
         return [
             self._merge_image_patch_embeddings(
                 torch.tensor([size[1], size[0]]), picture.features, strategy="spatial_unpad"
             )
-            if indices is None
-            else picture.features.flatten(0, 1)[in_reading_order(indices, grid, side)]
-            for size, grid, picture, indices in zip(sizes, grids, pictures, chosen, strict=True)
+            if numbers is None
+            else picture.features.flatten(0, 1)[in_reading_order(numbers, grid, side)]
+            for size, grid, picture, numbers in zip(sizes, grids, pictures, chosen, strict=True)
         ]
-
-    def script_valid(self, size: tuple[int, int], grid: tuple[int, int]) -> Tensor | None:
-        """(V, n) bool, False at padding of the tiles; ``None`` where there is none."""
-        vision = self.config.vision_config
-        own = patches_of_tiles(size, grid, vision.image_size // vision.patch_size)
-        return None if bool(own.all()) else own

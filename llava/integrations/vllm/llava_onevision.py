@@ -1,7 +1,8 @@
-"""LLaVA-OneVision: m tokens of every view of a picture, and of every frame of a video, whose newline token stays."""
+"""LLaVA-OneVision: some tokens of every view of a picture, or frame of a video, whose newline token stays."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +18,19 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from llava.integrations.vllm.compatibility import check_hooks
 from llava.integrations.vllm.features import PictureFeatures, in_small_batches
-from llava.integrations.vllm.llava_next import encode_tiles, in_reading_order, most_tiles, tile_grid
-from llava.integrations.vllm.model import PrunedModel, gathered
+from llava.integrations.vllm.llava_next import (
+    encode_tiles,
+    grids_of,
+    in_reading_order,
+    most_of_tiles,
+    patches_beside_padding,
+    shape_of_tiles,
+    tile_grid,
+)
+from llava.integrations.vllm.model import PrunedModel
 from llava.integrations.vllm.options import PruningOptions
+from llava.integrations.vllm.plan import PictureShape
 from llava.integrations.vllm.processing import PrunedProcessingInfo, PrunedProcessor, decode_plans, field_name
-from llava.layout.padding import patches_of_tiles
 
 check_hooks(
     (LlavaOnevisionForConditionalGeneration, "_image_pixels_to_features", ("vision_tower", "pixel_values")),
@@ -33,20 +42,17 @@ check_hooks(
 class ScriptLlavaOnevisionProcessingInfo(PrunedProcessingInfo, LlavaOnevisionProcessingInfo):
     script_modalities = ("image", "video")
 
-    def script_tokens_per_view(self, modality: str) -> int:
-        if modality == "video":
-            return self._get_num_frame_tokens(image_width=1, image_height=1)  # frames are resized to one size
-        return self.get_vision_encoder_info().get_patch_grid_length() ** 2
+    def script_tokens_per_frame(self) -> int:
+        return self._get_num_frame_tokens(image_width=1, image_height=1)  # frames are resized to one size
 
     def script_most_tokens(
         self, modality: str, options: PruningOptions, seq_len: int, mm_counts: Mapping[str, int]
     ) -> int:
-        tokens = self.script_tokens_per_view(modality)
         if modality == "video":
-            return self.get_num_frames_with_most_features(seq_len, mm_counts) * options.most(tokens) + 1
-        if options.most(tokens) >= tokens:
-            return self.get_max_image_tokens()
-        return (1 + most_tiles(self.get_hf_config())) * options.most(tokens)
+            frames = self.get_num_frames_with_most_features(seq_len, mm_counts)
+            return options.most(frames, self.script_tokens_per_frame()) + 1
+        side = self.get_vision_encoder_info().get_patch_grid_length()
+        return most_of_tiles(options, grids_of(self.get_hf_config()), side, self.get_max_image_tokens())
 
 
 class ScriptLlavaOnevisionProcessor(PrunedProcessor, LlavaOnevisionMultiModalProcessor):
@@ -54,13 +60,12 @@ class ScriptLlavaOnevisionProcessor(PrunedProcessor, LlavaOnevisionMultiModalPro
         config = self.info.get_hf_config()
         return [config.image_token_index if modality == "image" else config.video_token_index]
 
-    def script_views(self, modality: str, index: int, mm_items: Any, out_mm_kwargs: Any) -> tuple[int, int, int]:
-        tokens = self.info.script_tokens_per_view(modality)
+    def script_shape(self, modality: str, index: int, mm_items: Any, out_mm_kwargs: Any) -> PictureShape:
         if modality == "video":
-            return len(out_mm_kwargs["video"][index]["pixel_values_videos"].data), tokens, 1
+            frames = len(out_mm_kwargs["video"][index]["pixel_values_videos"].data)
+            return PictureShape(frames, self.info.script_tokens_per_frame(), beside=1)
         size = mm_items["image"].get_image_size(index)
-        columns, rows = tile_grid((size.width, size.height), self.info.get_hf_config())
-        return 1 + columns * rows, tokens, 0
+        return shape_of_tiles((size.width, size.height), self.info.get_hf_config())
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -69,7 +74,7 @@ class ScriptLlavaOnevisionProcessor(PrunedProcessor, LlavaOnevisionMultiModalPro
     dummy_inputs=LlavaOnevisionDummyInputsBuilder,
 )
 class ScriptLlavaOnevisionForConditionalGeneration(PrunedModel, LlavaOnevisionForConditionalGeneration):
-    """vLLM's LLaVA-OneVision that gives m visual tokens of every view and frame."""
+    """vLLM's LLaVA-OneVision that gives some of the visual tokens of every view and frame."""
 
     script_info = ScriptLlavaOnevisionProcessingInfo
 
@@ -82,7 +87,7 @@ class ScriptLlavaOnevisionForConditionalGeneration(PrunedModel, LlavaOnevisionFo
         return embeddings
 
     def script_images(self, given: Any, plans: list[Any]) -> tuple[Tensor, ...]:
-        """Rows of every picture: (V * m, d) in reading order, or all with their newline tokens."""
+        """Rows of every picture: (k, d) in reading order, or all with their newline tokens."""
         vision = self.config.vision_config
         side = vision.image_size // vision.patch_size
         sizes = [(width, height) for height, width in given["image_sizes"].tolist()]
@@ -90,14 +95,14 @@ class ScriptLlavaOnevisionForConditionalGeneration(PrunedModel, LlavaOnevisionFo
 
         def encode(numbers: list[int]) -> list[PictureFeatures]:
             tiles = encode_tiles(self, given["pixel_values"], numbers, [grids[number] for number in numbers])
-            valid = [patches_of_tiles(sizes[number], grids[number], side) for number in numbers]
             return [
-                PictureFeatures(features, valid=None if bool(own.all()) else own)
-                for (features, _), own in zip(tiles, valid, strict=True)
+                PictureFeatures(features, valid=patches_beside_padding(sizes[number], grids[number], side))
+                for number, (features, _) in zip(numbers, tiles, strict=True)
             ]
 
-        pictures = self.script_features(plans, encode, self.image_newline.device)
-        chosen = self.script_selector.select(pictures, plans)
+        shapes = [(1 + columns * rows, side * side) for columns, rows in grids]
+        pictures = self.script_features(plans, shapes, encode, self.image_newline.device)
+        chosen = self.script_choose(pictures, plans)
         return tuple(
             self._merge_image_patch_embeddings(
                 torch.tensor([size[1], size[0]]),
@@ -105,13 +110,13 @@ class ScriptLlavaOnevisionForConditionalGeneration(PrunedModel, LlavaOnevisionFo
                 image_newline=self.image_newline,
                 strategy="spatial_unpad",
             )
-            if indices is None
-            else picture.features.flatten(0, 1)[in_reading_order(indices, grid, side)]
-            for size, grid, picture, indices in zip(sizes, grids, pictures, chosen, strict=True)
+            if numbers is None
+            else picture.features.flatten(0, 1)[in_reading_order(numbers, grid, side)]
+            for size, grid, picture, numbers in zip(sizes, grids, pictures, chosen, strict=True)
         )
 
     def script_videos(self, given: Any, plans: list[Any]) -> tuple[Tensor, ...]:
-        """Rows (frames * m + 1, d) of every video: m of each frame, and the newline token at the end."""
+        """Rows (k + 1, d) of every video: those of its frames, and the newline token at the end."""
         videos = given["pixel_values_videos"]
         frames = [len(video) for video in videos]
 
@@ -123,10 +128,13 @@ class ScriptLlavaOnevisionForConditionalGeneration(PrunedModel, LlavaOnevisionFo
             )
             return [PictureFeatures(own) for own in features.split([frames[number] for number in numbers])]
 
-        clips = self.script_features(plans, encode, self.image_newline.device)
-        chosen = self.script_selector.select(clips, plans)
+        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
+        tokens = math.ceil(side / 2) ** 2  # of a frame: pooled two by two
+        shapes = [(count, tokens) for count in frames]
+        clips = self.script_features(plans, shapes, encode, self.image_newline.device)
+        chosen = self.script_choose(clips, plans)
         newline = self.image_newline[None]
         return tuple(
-            torch.cat([clip.features.flatten(0, 1) if kept is None else gathered(clip.features, kept), newline])
+            torch.cat([clip.features.flatten(0, 1) if kept is None else clip.features.flatten(0, 1)[kept], newline])
             for clip, kept in zip(clips, chosen, strict=True)
         )

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.distributed import get_tp_group
+from vllm.distributed import get_pp_group, get_tp_group, tensor_model_parallel_all_reduce
+from vllm.logger import init_logger
 
 from llava.integrations.vllm.features import FeatureCache, PictureFeatures
-from llava.integrations.vllm.joint_space import joint_space_folder, relevance_sign
-from llava.integrations.vllm.options import PicturePlan, host_fields
-from llava.integrations.vllm.processing import PrunedProcessingInfo, server_options
+from llava.integrations.vllm.plan import PicturePlan
+from llava.integrations.vllm.processing import PrunedProcessingInfo, server_options, server_reading
+from llava.integrations.vllm.relevance import Reading, relevance_sign
+from llava.integrations.vllm.resets import hook_resets
 from llava.integrations.vllm.selection import TokenSelector
+from llava.relevance.asked import LanguageSpace
 from llava.relevance.clip import ClipJointSpace
+from llava.relevance.first_attention import FirstAttention
+
+logger = init_logger("vllm.script")
 
 
 class PrunedModel:
@@ -25,51 +31,93 @@ class PrunedModel:
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        server, _ = server_options(vllm_config.model_config)
-        self.script_server = server
-        self.script_cache = FeatureCache(server.feature_cache_mib * 2**20)
-        has_clip = self.script_info.script_has_clip
+        model_config = vllm_config.model_config
+        self.script_server, _ = server_options(model_config)
+        self.script_reading = server_reading(model_config, self.script_info.script_has_clip)
+        self.script_text_config = model_config.hf_config.get_text_config()
+        self.script_cache = FeatureCache(self.script_server.feature_cache_mib * 2**20)
+        self.script_selector: TokenSelector | None = None
+        hook_resets()
+        if get_tp_group().rank_in_group == 0 and get_pp_group().is_first_rank:
+            logger.info("%s", start_line(self.script_reading, self.script_server.feature_cache_mib))
 
-        def joint_space() -> ClipJointSpace:  # no module: the checkpoint's loader would look for its weights
-            parameter = next(self.parameters())
-            return ClipJointSpace.load(joint_space_folder(server, self.config), parameter.dtype, parameter.device)
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """The family's own; features of pictures that older weights made are forgotten."""
+        try:
+            return super().load_weights(weights)
+        finally:
+            self.script_cache.clear()
 
-        self.script_selector = TokenSelector(
-            host_fields(has_clip),
-            self.embed_question,
-            joint_space if has_clip else None,
-            relevance_sign(server, self.config),
-            same_on_all_ranks,
+    def script_choose(self, pictures: Sequence[PictureFeatures], plans: Sequence[PicturePlan]) -> list[Tensor | None]:
+        """Numbers of the kept tokens of every picture: see `TokenSelector.select`.
+
+        The first call is vLLM's own, when it measures memory: what a question is read with is loaded then, and what is
+        missing is told at the start.
+        """
+        if self.script_selector is None:
+            self.script_selector = self.make_selector()
+        return self.script_selector.select(pictures, plans)
+
+    def make_selector(self) -> TokenSelector:
+        """The selector, with all that requests may have their questions read by.
+
+        Raises:
+            UnreadableAttentionError: the decoder is not as vLLM's version that this plugin knows has it.
+        """
+        parameter = next(self.parameters())
+        decoder = self.language_model.model
+        attention = None
+        if self.script_reading.offer.no_attention is None:
+            attention = FirstAttention.find(decoder, self.script_text_config)
+        folder = self.script_reading.joint_space  # no module: the checkpoint's loader would look for its weights
+        space = None if folder is None else ClipJointSpace.load(folder, parameter.dtype, parameter.device)
+        language = LanguageSpace(
+            tokenize=lambda ids: ids,  # the front end has a tokenizer, the worker none
+            lookup=lambda ids: decoder.embed_input_ids(ids.to(parameter.device)),
+            attention=attention,
+            sum_over_ranks=tensor_model_parallel_all_reduce,
         )
-
-    def embed_question(self, ids: Tensor) -> Tensor:
-        """Token ids (l,) -> embeddings of the language model (l, d)."""
-        return self.language_model.model.embed_input_ids(ids)
+        return TokenSelector(language, space, relevance_sign(self.script_server, self.config), same_on_all_ranks)
 
     def script_features(
         self,
         plans: Sequence[PicturePlan],
+        shapes: Sequence[tuple[int, int]],
         encode: Callable[[list[int]], list[PictureFeatures]],
         device: torch.device,
     ) -> list[PictureFeatures]:
-        """Unpruned features of every picture; ``encode`` makes those of the numbered ones that are not at hand."""
-        found = [self.script_cache.get(plan.picture, device) for plan in plans]
-        first: dict[str, int] = {}
-        for number, (plan, features) in enumerate(zip(plans, found, strict=True)):
-            if features is None:
-                first.setdefault(plan.picture, number)
-        made = dict(zip(first, encode(list(first.values())), strict=True)) if first else {}
-        for picture, features in made.items():
-            self.script_cache.put(picture, features)
-        return [made[plan.picture] if old is None else old for plan, old in zip(plans, found, strict=True)]
+        """Unpruned features of every picture.
+
+        Args:
+            shapes: (V, n) of each, which features that were kept must have.
+            encode: makes those of the numbered pictures that are not at hand.
+        """
+        keys = [(plan.picture, *shape) for plan, shape in zip(plans, shapes, strict=True)]
+        found = {key: self.script_cache.get(*key[:1], device, *key[1:]) for key in dict.fromkeys(keys)}
+        missing = [keys.index(key) for key, features in found.items() if features is None]
+        for number, features in zip(missing, encode(missing) if missing else [], strict=True):
+            found[keys[number]] = features
+            self.script_cache.put(plans[number].picture, features)
+        return [found[key] for key in keys]
+
+
+def start_line(reading: Reading, cache_mib: int) -> str:
+    """What an operator is told once, when the server starts."""
+    options = reading.options
+    if options.keep_tokens is not None:
+        budget = f"keeps {options.keep_tokens} visual tokens"
+    elif options.image_pruning_rate is not None:
+        budget = f"removes {options.image_pruning_rate:.0%} of the visual tokens"
+    else:
+        budget = "keeps all visual tokens unless a request says otherwise"
+    source = "reads no question" if reading.choice is None else f"reads the question with {reading.choice}"
+    return (
+        f"Script: pruner '{reading.method.name}' {budget} of each {options.keep_per} and {source}; up to {cache_mib} "
+        "MiB of unpruned features are kept in each worker"
+    )
 
 
 def same_on_all_ranks(indices: Tensor) -> Tensor:
     """The indices of the first tensor-parallel rank: another choice elsewhere would spoil rows silently."""
     group = get_tp_group()
     return group.broadcast(indices.contiguous(), src=0) if group.world_size > 1 else indices
-
-
-def gathered(features: Tensor, indices: Tensor) -> Tensor:
-    """The kept rows of views (V, n, d) by (V, m), one view after another: (V * m, d)."""
-    return features.gather(1, indices[:, :, None].expand(-1, -1, features.shape[-1])).flatten(0, 1)

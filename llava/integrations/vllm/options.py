@@ -1,30 +1,24 @@
-"""What a server and a request may say about pruning, and the plan for a picture that follows from it.
+"""What a server and a request may say about pruning, each value checked where it is read.
 
 Three places speak, the later over the earlier: ``script_pruning`` in ``--hf-overrides``, the server's
-``--mm-processor-kwargs``, the request's ``mm_processor_kwargs``. No import of vLLM: a plan is made in the front end,
-travels beside the pixels, and is read in the worker.
+``--mm-processor-kwargs``, the request's ``mm_processor_kwargs``. No import of vLLM: options are read in the front end,
+which answers 400 to a bad one; what reaches a worker (plan.py) has passed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from llava.pruning import Pruner, get_pruner, list_pruners
-from llava.relevance.question import QUERY_SCOPES
+from llava.pruning import list_pruners
+from llava.pruning.options import Count, Range, check_value, option_types
+from llava.relevance.question import QUERY_SCOPES, QueryScope
 
-JOINT_FIELDS = frozenset({"image_embeds", "text_embeds"})
-LANGUAGE_FIELDS = frozenset({"query_embeds"})
-
-
-def host_fields(has_clip: bool) -> frozenset[str]:
-    """Fields of `PruningInputs` that a model in vLLM gives; without CLIP, relevance stands for the joint space."""
-    return JOINT_FIELDS | LANGUAGE_FIELDS | ({"encoder_features"} if has_clip else set())
+LONGEST_QUESTION = 4096  # characters; also what is read of a prompt's turn
+LONGEST_MESSAGE = 1000  # of a refusal, which repeats what the client sent
 
 
 @dataclass(frozen=True)
@@ -33,7 +27,7 @@ class ServerOptions:
 
     Args:
         clip: folder or hub name of the CLIP that the vision tower was taken from; ``None`` takes ``mm_vision_tower``
-            of the model's configuration, where it has one.
+            of the model's configuration, where it has one, or one that is known by its shape and at hand.
         relevance_sign: sign of CLIP's cosine; ``None`` takes ``mm_relevance_sign`` of the configuration, else -1.
         views_at_once: views that go through the tower together. vLLM's encoder budget counts kept tokens, the tower's
             work is all of them: this bounds its memory.
@@ -42,16 +36,13 @@ class ServerOptions:
     """
 
     clip: str | None = None
-    relevance_sign: int | None = None
-    views_at_once: int = 16
-    feature_cache_mib: int = 512
+    relevance_sign: Literal[-1, 1] | None = None
+    views_at_once: Count = 16
+    feature_cache_mib: Annotated[int, Range(0, 2**20)] = 512
 
     def __post_init__(self):
-        if self.relevance_sign not in (None, -1, 1):
-            raise ValueError(f"relevance_sign must be -1 or 1, got {self.relevance_sign!r}")
-        for name, least in (("views_at_once", 1), ("feature_cache_mib", 0)):
-            if not is_count(getattr(self, name), least):
-                raise ValueError(f"{name} must be an integer from {least}, got {getattr(self, name)!r}")
+        for name, kind in option_types(type(self)).items():
+            check_value(name, getattr(self, name), kind)
 
 
 @dataclass(frozen=True)
@@ -59,34 +50,39 @@ class PruningOptions:
     """What a server sets and a request may change.
 
     Args:
-        keep_tokens: visual tokens of each view (tile, frame or picture), exactly.
-        image_pruning_rate: share of a view's tokens that is removed, 0 <= rate < 1, where ``keep_tokens`` is not
+        keep_tokens: visual tokens of each view (tile, frame or picture), exactly; of each picture or video with
+            ``keep_per="picture"``.
+        keep_per: what the budget is for. "view": each view has its own; "picture": all views of a picture or video
+            share one, in proportion to the tokens that they have beside padding.
+        image_pruning_rate: share of the tokens that is removed, 0 <= rate < 1, where ``keep_tokens`` is not
             given at the same place; vLLM's own meaning of "rate".
         image_pruning_method: name of a pruner.
         image_pruning_args: its further options.
-        query: the question, instead of the one in the prompt.
+        query: the question, instead of the one in the prompt; at most `LONGEST_QUESTION` characters.
         query_scope: "image_turn" reads the user's turn that a picture stands in, and keeps all caches warm over a
             conversation; "latest_turn" reads the last question, and encodes the picture anew for each.
-        min_visual_tokens: never fewer tokens of a view than this.
-        max_keep_tokens: the most that a request may ask for; ``None``: what the server itself keeps. Server only.
+        min_visual_tokens: never fewer tokens than this, times the views where the budget is a picture's.
+        max_keep_tokens: the most that a request may ask for, counted as ``keep_tokens``; ``None``: what the server
+            itself keeps. Server only.
     """
 
-    keep_tokens: int | None = None
+    keep_tokens: Count | None = None
     image_pruning_rate: float | None = None
     image_pruning_method: str = "script"
     image_pruning_args: Mapping[str, Any] = field(default_factory=dict)
     query: str | None = None
-    query_scope: str = "image_turn"
-    min_visual_tokens: int = 1
-    max_keep_tokens: int | None = None
+    query_scope: QueryScope = "image_turn"
+    min_visual_tokens: Count = 1
+    max_keep_tokens: Count | None = None
+    keep_per: Literal["view", "picture"] = "view"
 
     def __post_init__(self):
-        for name in ("keep_tokens", "max_keep_tokens", "min_visual_tokens"):
-            value = getattr(self, name)
-            if not (value is None and name != "min_visual_tokens") and not is_count(value, 1):
-                raise ValueError(f"{name} must be an integer from 1, got {value!r}")
+        kinds = option_types(type(self))
+        for name in ("keep_tokens", "max_keep_tokens", "min_visual_tokens", "keep_per", "image_pruning_method"):
+            check_value(name, getattr(self, name), kinds[name])
         rate = self.image_pruning_rate
-        if rate is not None and not (isinstance(rate, (int, float)) and not isinstance(rate, bool) and 0 <= rate < 1):
+        check_value("image_pruning_rate", rate, kinds["image_pruning_rate"])
+        if rate is not None and not 0 <= rate < 1:
             raise ValueError(f"image_pruning_rate is the share removed: from 0 up to, not including, 1; got {rate!r}")
         if self.image_pruning_method not in list_pruners():
             raise ValueError(
@@ -94,8 +90,9 @@ class PruningOptions:
             )
         if not isinstance(self.image_pruning_args, Mapping):
             raise ValueError(f"image_pruning_args must be a table of options, got {self.image_pruning_args!r}")
-        if self.query is not None and not isinstance(self.query, str):
-            raise ValueError(f"query must be text, got {self.query!r}")
+        check_value("query", self.query, kinds["query"])
+        if self.query is not None:
+            check_text("query", self.query)
         if self.query_scope not in QUERY_SCOPES:
             raise ValueError(f"query_scope must be one of {', '.join(QUERY_SCOPES)}; got {self.query_scope!r}")
 
@@ -115,45 +112,70 @@ class PruningOptions:
         """Whether a budget is given at all."""
         return self.keep_tokens is not None or self.image_pruning_rate is not None
 
-    def count(self, tokens: int) -> int:
-        """How many of a view's ``tokens`` go on: all of them where no budget is given."""
+    def count(self, tokens: int, views: int = 1) -> int:
+        """The budget for what ``keep_per`` says: a view of ``tokens``, or a picture with as many in all its views.
+
+        All of them where no budget is given.
+        """
         if self.keep_tokens is not None:
             asked = self.keep_tokens
         elif self.image_pruning_rate is not None:
             asked = int(tokens * (1 - self.image_pruning_rate) + 0.5)
         else:
             asked = tokens
-        return min(max(asked, self.min_visual_tokens), tokens)
+        return min(max(asked, self.min_visual_tokens * views), tokens)
 
-    def most(self, tokens: int) -> int:
-        """The most tokens of a view that a request to this server may keep."""
-        return self.count(tokens) if self.max_keep_tokens is None else min(self.max_keep_tokens, tokens)
+    def count_picture(self, views: int, tokens: int) -> int:
+        """The most tokens that a picture with ``views`` of ``tokens`` each keeps."""
+        if self.keep_per == "picture":
+            return self.count(views * tokens, views)
+        return views * self.count(tokens)
 
-    def check_request(self, request: PruningOptions, tokens: int) -> None:
-        """Raise ValueError if a request asks for more of a view than this server has reserved."""
-        asked, most = request.count(tokens), self.most(tokens)
-        if asked > most:
-            raise ValueError(
-                f"this request keeps {asked} visual tokens of a view of {tokens}, but the server allows {most}: ask "
-                "for fewer, or start the server with a larger max_keep_tokens in script_pruning"
-            )
+    def most(self, views: int, tokens: int) -> int:
+        """The most tokens of such a picture that a request to this server may keep."""
+        if self.max_keep_tokens is None:
+            return self.count_picture(views, tokens)
+        return min(self.max_keep_tokens * (1 if self.keep_per == "picture" else views), views * tokens)
 
-    def pruner(self, host_fields: frozenset[str]) -> Pruner:
-        """The method, which must do with ``features`` and the ``host_fields`` of `PruningInputs`.
-
-        Raises:
-            ValueError: an unknown option of the method, or a method that this host cannot run; lists those it can.
-        """
-        return make_pruner(self.image_pruning_method, json.dumps(dict(self.image_pruning_args)), host_fields)
+    def check_request(self, request: PruningOptions, views: int, tokens: int) -> None:
+        """Raise ValueError if a request asks for more of a picture than this server has reserved."""
+        asked, most = request.count_picture(views, tokens), self.most(views, tokens)
+        if asked <= most:
+            return
+        of = f"a picture of {views * tokens}"
+        if self.keep_per == request.keep_per == "view":
+            asked, most, of = asked // views, most // views, f"a view of {tokens}"
+        raise ValueError(
+            f"this request keeps {asked} visual tokens of {of}, but the server allows {most}: ask "
+            "for fewer, or start the server with a larger max_keep_tokens in script_pruning"
+        )
 
 
 OPTION_NAMES = frozenset(option.name for option in dataclasses.fields(PruningOptions))
 SERVER_NAMES = frozenset(option.name for option in dataclasses.fields(ServerOptions))
+REQUEST_NAMES = OPTION_NAMES - {"max_keep_tokens"}
 
 
-def is_count(value: Any, least: int) -> bool:
-    """Whether ``value`` is an integer, and no bool, from ``least``."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def check_text(name: str, text: str) -> None:
+    """Raise ValueError for a text that is too long, or that holds half of a surrogate pair and is no Unicode."""
+    if len(text) > LONGEST_QUESTION:
+        raise ValueError(f"{name} may have {LONGEST_QUESTION} characters, this one has {len(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = text[error.start]
+        raise ValueError(f"{name} is no valid Unicode: {found!r} at {error.start} is half of a character") from None
+
+
+def check_names(given: Iterable[Any], valid: Iterable[str], what: str) -> None:
+    """Raise ValueError for a name that is not valid, with the nearest that is, and all."""
+    valid = sorted(valid)
+    for name in given:
+        if name in valid:
+            continue
+        near = difflib.get_close_matches(str(name), valid, n=1)
+        nearest = f"; did you mean {near[0]}?" if near else "."
+        raise ValueError(f"{what} has no option {str(name)[:80]!r}{nearest} Its options: {', '.join(valid)}")
 
 
 def read_server_options(
@@ -165,86 +187,35 @@ def read_server_options(
         ValueError: an unknown name, or a value out of range.
     """
     overrides = {} if overrides is None else overrides
+    processor_kwargs = processor_kwargs or {}
     if not isinstance(overrides, Mapping):
         raise ValueError(f"script_pruning must be a table of options, got {overrides!r}")
-    unknown = sorted(set(overrides) - OPTION_NAMES - SERVER_NAMES)
-    if unknown:
-        valid = ", ".join(sorted(OPTION_NAMES | SERVER_NAMES))
-        raise ValueError(f"script_pruning has no option {', '.join(unknown)}; its options: {valid}")
+    check_names(overrides, OPTION_NAMES | SERVER_NAMES, "script_pruning")
+    for name in processor_kwargs:  # the picture processor's options stand there as well
+        near = difflib.get_close_matches(str(name), OPTION_NAMES, n=1, cutoff=0.85)
+        if near and name not in OPTION_NAMES:
+            raise ValueError(f"--mm-processor-kwargs has {name!r}, which is no option; did you mean {near[0]}?")
     server = ServerOptions(**{name: value for name, value in overrides.items() if name in SERVER_NAMES})
-    return server, PruningOptions().changed_by(overrides).changed_by(processor_kwargs or {})
+    return server, PruningOptions().changed_by(overrides).changed_by(processor_kwargs)
 
 
 def read_request_options(server: PruningOptions, processor_kwargs: Mapping[str, Any]) -> PruningOptions:
-    """Options of a request on top of the server's. Raises ValueError for a value out of range."""
-    if "max_keep_tokens" in processor_kwargs:
-        raise ValueError("max_keep_tokens is the server's to set: start it with script_pruning in --hf-overrides")
+    """Options of a request on top of the server's.
+
+    Raises:
+        ValueError: an unknown name, one of the server's, or a value out of range; in few words whatever was sent.
+    """
+    own = sorted((set(processor_kwargs) & SERVER_NAMES) | (set(processor_kwargs) & {"max_keep_tokens"}))
+    if own:
+        raise ValueError(f"{', '.join(own)}: the server's to set, with script_pruning in --hf-overrides")
+    check_names(processor_kwargs, REQUEST_NAMES, "mm_processor_kwargs of a pruned model")
+    arguments = processor_kwargs.get("image_pruning_args")
+    if isinstance(arguments, Mapping) and "heads" in arguments:
+        raise ValueError("heads names a file: the server's to set, in image_pruning_args of script_pruning")
     return server.changed_by(processor_kwargs)
 
 
-@lru_cache(maxsize=256)
-def make_pruner(method: str, arguments: str, host_fields: frozenset[str]) -> Pruner:
-    """A pruner whose needs the host can meet. Its own ``keep_tokens`` is not used: the count is the plan's."""
-    options = json.loads(arguments)
-    fixed = sorted(set(options) & {"keep_tokens", "newlines", "scope", "exclude_padding"})
-    if fixed:
-        raise ValueError(f"image_pruning_args cannot set {', '.join(fixed)}: the server decides")
-    pruner = get_pruner(method, **options)
-    reason = cannot_run(pruner, host_fields)
-    if reason is not None:
-        able = [name for name in list_pruners() if cannot_run(get_pruner(name), host_fields) is None]
-        raise ValueError(
-            f"image_pruning_method {method!r} {reason} here; methods that can be served: {', '.join(able)}"
-        )
-    return pruner
-
-
-def cannot_run(pruner: Pruner, host_fields: frozenset[str]) -> str | None:
-    """Why a host that gives ``host_fields`` cannot run a method; ``None`` if it can."""
-    if pruner.place in ("pixels", "decoder"):
-        return f"acts on the {pruner.place}, which cannot be done"
-    if pruner.makes_tokens or not pruner.count_is_exact:
-        return "does not keep an exact number of the picture's own tokens, and cannot be served"
-    missing = sorted(pruner.needs - host_fields)
-    return f"needs {', '.join(missing)}, which cannot be had" if missing else None
-
-
-@dataclass(frozen=True)
-class PicturePlan:
-    """All that decides which tokens of one picture go on: its digest is the picture's identity in every cache.
-
-    Args:
-        picture: hash of the picture and of the arguments of its preprocessing, as vLLM computes it.
-        keep_tokens, rate, least: the budget, as in `PruningOptions`.
-        method, arguments: the pruner and its options as JSON.
-        query: the question; ``None`` where the method does not read it, so that all questions share the picture.
-        query_ids: its tokens in the language model's vocabulary, where the method needs them.
-    """
-
-    picture: str
-    keep_tokens: int | None
-    rate: float | None
-    least: int
-    method: str
-    arguments: str
-    query: str | None = None
-    query_ids: tuple[int, ...] = ()
-
-    @property
-    def budget(self) -> PruningOptions:
-        return PruningOptions(self.keep_tokens, self.rate, min_visual_tokens=self.least)
-
-    def count(self, tokens: int) -> int:
-        """How many of a view's ``tokens`` go on."""
-        return self.budget.count(tokens)
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> PicturePlan:
-        values = json.loads(data)
-        return cls(**{**values, "query_ids": tuple(values["query_ids"])})
-
-    def digest(self) -> str:
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+def in_few_words(error: ValueError) -> str:
+    """The message of a refusal as text that any client can be sent, not longer than `LONGEST_MESSAGE`."""
+    text = str(error).encode(errors="backslashreplace").decode()
+    return text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + " ..."

@@ -8,10 +8,11 @@ digest of the plan, which holds vLLM's own hash of the picture: what is not the 
 from __future__ import annotations
 
 import dataclasses
-import json
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,23 +21,22 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import PromptUpdateDetails
 
-from llava.integrations.vllm.joint_space import joint_space_folder
 from llava.integrations.vllm.options import (
-    JOINT_FIELDS,
-    LANGUAGE_FIELDS,
-    OPTION_NAMES,
-    PicturePlan,
+    LONGEST_QUESTION,
     PruningOptions,
     ServerOptions,
-    host_fields,
+    in_few_words,
     read_request_options,
     read_server_options,
 )
+from llava.integrations.vllm.plan import PicturePlan, PictureShape
 from llava.integrations.vllm.prompt import questions_of_pictures
-from llava.pruning import Pruner
-from llava.relevance.question import question_text
+from llava.integrations.vllm.relevance import Reading, read_by
+from llava.pruning import Method
+from llava.relevance.question import check_asked, question_text
 
 PLANS = "script_plans"  # in the processor's keyword arguments: {modality: [PicturePlan]}
+REMEMBERED_UUIDS = 4096
 
 
 def field_name(modality: str) -> str:
@@ -60,33 +60,36 @@ def server_options(model_config: Any) -> tuple[ServerOptions, PruningOptions]:
     return read_server_options(overrides, model_config.multimodal_config.mm_processor_kwargs)
 
 
+def server_reading(model_config: Any, has_clip: bool) -> Reading:
+    """How the server reads questions: the same in every process, since all of them decide by this.
+
+    Raises:
+        ValueError: an option out of range, a method that cannot be served, a source that cannot be had.
+    """
+    server, options = server_options(model_config)
+    folder = Path(model_config.model)
+    return read_by(server, options, model_config.hf_config, folder if folder.is_dir() else None, has_clip)
+
+
 class PrunedProcessingInfo(ABC):
     """Mixed in before a family's processing info: its options, and the most tokens that they give."""
 
     script_modalities = ("image",)
     script_has_clip = False  # whether the tower is one whose joint space can be had
-    _joint_space_found = False
 
     @cached_property
-    def script_options(self) -> tuple[ServerOptions, PruningOptions]:
-        server, options = server_options(self.ctx.model_config)
-        self.script_pruner(options, server)
-        return server, options
+    def script_reading(self) -> Reading:
+        """What cannot be served is told here, before a worker would find out."""
+        return server_reading(self.ctx.model_config, self.script_has_clip)
 
-    def script_pruner(self, options: PruningOptions, server: ServerOptions | None = None) -> Pruner:
-        """The method, whose files are there: a missing one is told here, before a worker would need it."""
-        pruner = options.pruner(host_fields(self.script_has_clip))
-        if self.reads_joint_space(pruner) and not self._joint_space_found:
-            joint_space_folder(self.script_options[0] if server is None else server, self.get_hf_config())
-            self._joint_space_found = True
-        return pruner
-
-    def reads_joint_space(self, pruner: Pruner) -> bool:
-        return self.script_has_clip and bool(pruner.needs & JOINT_FIELDS)
+    @property
+    def script_options(self) -> PruningOptions:
+        """The server's own."""
+        return self.script_reading.options
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
         """The most tokens that a picture or video may give under this server's budget."""
-        options = self.script_options[1]
+        options = self.script_options
         return {
             modality: self.script_most_tokens(modality, options, seq_len, mm_counts)
             for modality in self.supported_mm_limits
@@ -107,57 +110,103 @@ class PrunedProcessor(ABC):
         """A family's own: the token ids that stand for a picture before it is replaced by its visual tokens."""
 
     @abstractmethod
-    def script_views(self, modality: str, index: int, mm_items: Any, out_mm_kwargs: Any) -> tuple[int, int, int]:
-        """A family's own: views of a picture, tokens of each, and tokens beside them that stay when it is pruned."""
+    def script_shape(self, modality: str, index: int, mm_items: Any, out_mm_kwargs: Any) -> PictureShape:
+        """A family's own: the views of a picture and their tokens."""
+
+    def get_dummy_inputs(self, *arguments: Any, **options: Any) -> Any:
+        """vLLM's pictures to measure memory with, and a question about them."""
+        inputs = super().get_dummy_inputs(*arguments, **options)
+        return dataclasses.replace(inputs, hf_processor_mm_kwargs={"query": "What is shown here?"})
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        refuse_embeddings(inputs.mm_data_items)
-        own = {name: value for name, value in inputs.hf_processor_mm_kwargs.items() if name not in OPTION_NAMES}
-        plain = dataclasses.replace(inputs, hf_processor_mm_kwargs=own)
-        plans = self.script_plans(
-            plain, read_request_options(self.info.script_options[1], inputs.hf_processor_mm_kwargs)
-        )
-        return super().apply(dataclasses.replace(inputs, hf_processor_mm_kwargs={**own, PLANS: plans}), timing_ctx)
+        try:
+            refuse_embeddings(inputs.mm_data_items)
+            options = read_request_options(self.info.script_options, inputs.hf_processor_mm_kwargs)
+            plain = dataclasses.replace(inputs, hf_processor_mm_kwargs={})
+            plans = self.script_plans(plain, options)
+            return super().apply(dataclasses.replace(plain, hf_processor_mm_kwargs={PLANS: plans}), timing_ctx)
+        except ValueError as error:
+            raise ValueError(in_few_words(error)) from error
 
     def script_plans(self, inputs: Any, options: PruningOptions) -> dict[str, list[PicturePlan]]:
-        """A plan for every picture of a request. Raises ValueError for a method that cannot be served."""
-        pruner = self.info.script_pruner(options)
-        hashes = super()._get_mm_hashes(inputs)
+        """A plan for every picture of a request.
+
+        Raises:
+            ValueError: a method that cannot be served, or one that reads a question where none is asked.
+        """
+        pruner, arguments = self.info.script_reading.settle(options)
+        contents = self.script_contents(inputs)
         plans = {}
         for modality in self.info.script_modalities:
-            pictures = hashes.get(modality, [])
+            pictures = contents.get(modality, [])
             queries: list[str | None] = [None] * len(pictures)
-            if options.prunes and reads_question(pruner):
+            if pictures and options.prunes and pruner.reads_question:
                 if options.query is None:
                     queries = self.script_questions(inputs.prompt, modality, options, len(pictures))
                 else:
                     queries = [question_text(options.query)] * len(pictures)
+                check_asked(queries, pruner.name)
             plans[modality] = [
-                self.script_plan(options, pruner, picture, query)
+                PicturePlan(
+                    picture,
+                    options.keep_tokens,
+                    options.image_pruning_rate,
+                    options.min_visual_tokens,
+                    pruner.name,
+                    arguments,
+                    query,
+                    self.script_words(pruner, query),
+                    options.keep_per,
+                )
                 for picture, query in zip(pictures, queries, strict=True)
             ]
         return plans
 
+    def script_contents(self, inputs: Any) -> dict[str, list[str]]:
+        """A hash of the content of each picture, whatever uuid a client gave it.
+
+        A picture that comes by its uuid alone is the one that came with it last.
+        """
+        hashes = super()._get_mm_hashes(dataclasses.replace(inputs, mm_uuid_items=None))
+        for modality, uuids in (inputs.mm_uuid_items or {}).items():
+            for index, uuid in enumerate(uuids):
+                if uuid is None or modality not in hashes:
+                    continue
+                if inputs.mm_data_items[modality][index] is None:
+                    hashes[modality][index] = self._script_uuids.get((modality, uuid), f"unknown uuid {uuid}")
+                else:
+                    self._script_uuids[modality, uuid] = hashes[modality][index]
+                    self._script_uuids.move_to_end((modality, uuid))
+                    while len(self._script_uuids) > REMEMBERED_UUIDS:
+                        self._script_uuids.popitem(last=False)
+        return hashes
+
+    @cached_property
+    def _script_uuids(self) -> OrderedDict[tuple[str, str], str]:
+        return OrderedDict()
+
     def script_questions(self, prompt: list[int], modality: str, options: PruningOptions, count: int) -> list[str]:
-        """The question of each picture, from the prompt."""
-        return questions_of_pictures(
+        """The question of each picture, from the prompt: of a long turn the end."""
+        questions = questions_of_pictures(
             prompt, self.script_placeholder(modality), self.info.get_tokenizer(), options.query_scope, count
         )
+        return [question[-LONGEST_QUESTION:].strip() for question in questions]
 
-    def script_plan(self, options: PruningOptions, pruner: Pruner, picture: str, query: str | None) -> PicturePlan:
-        ids: tuple[int, ...] = ()
-        if query is not None and not self.info.reads_joint_space(pruner):
-            ids = tuple(self.info.get_tokenizer().encode(query, add_special_tokens=False))
-        return PicturePlan(
-            picture,
-            options.keep_tokens,
-            options.image_pruning_rate,
-            options.min_visual_tokens,
-            options.image_pruning_method,
-            json.dumps(dict(options.image_pruning_args), sort_keys=True),
-            query,
-            ids,
-        )
+    def script_words(self, pruner: Method, query: str | None) -> tuple[int, ...]:
+        """The question's tokens in the language model's vocabulary, for the sources that are read there.
+
+        Raises:
+            ValueError: it has none, or some that the language model has no embedding for.
+        """
+        if query is None or getattr(pruner, "relevance", None) == "clip":
+            return ()
+        ids = tuple(self.info.get_tokenizer().encode(query, add_special_tokens=False))
+        if not ids:
+            raise ValueError(f"the question {query!r} has no token in the language model's vocabulary")
+        rows = self.info.get_hf_config().get_text_config().vocab_size
+        if max(ids) >= rows:
+            raise ValueError(f"the question has the token {max(ids)}, but the language model knows {rows}")
+        return ids
 
     def _get_mm_hashes(self, inputs: Any) -> dict[str, list[str]]:
         """Identity of each picture in every cache: what it is, and which of its tokens go on."""
@@ -221,16 +270,16 @@ class PrunedProcessor(ABC):
         """vLLM's own replacement of a placeholder, with as many visual tokens as the plan of the picture says.
 
         Raises, when it is used:
-            ValueError: the plan keeps more than the server has reserved.
+            ValueError: the plan keeps more than the server has reserved, or its method cannot do with the picture.
         """
 
         def replacement(index: int) -> Any:
             full = stock(index) if callable(stock) else stock
-            views, tokens, beside = self.script_views(modality, index, mm_items, out_mm_kwargs)
+            shape = self.script_shape(modality, index, mm_items, out_mm_kwargs)
             plan = plans[index]
-            self.info.script_options[1].check_request(plan.budget, tokens)
-            count = plan.count(tokens)
-            return full if count >= tokens else shortened(full, views * count + beside)
+            self.info.script_options.check_request(plan.budget, shape.views, shape.tokens)
+            count = plan.count(shape)
+            return full if count is None else shortened(full, count + shape.beside)
 
         return replacement
 
@@ -251,10 +300,6 @@ def shortened(content: list[int] | PromptUpdateDetails, count: int) -> list[int]
 def without_plans(kwargs: Mapping[str, Any]) -> tuple[dict[str, list[PicturePlan]], dict[str, Any]]:
     """The plans among the processor's keyword arguments, and the arguments without them."""
     return kwargs.get(PLANS, {}), {name: value for name, value in kwargs.items() if name != PLANS}
-
-
-def reads_question(pruner: Pruner) -> bool:
-    return bool(pruner.needs & (JOINT_FIELDS | LANGUAGE_FIELDS))
 
 
 def refuse_embeddings(mm_items: Mapping[str, Any]) -> None:

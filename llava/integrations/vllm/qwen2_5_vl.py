@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: m tokens of a picture, each at the place (t, h, w) that it has in the whole.
+"""Qwen2.5-VL: some tokens of a picture, each at the place (t, h, w) that it has in the whole.
 
 vLLM's way for pruned videos carries positions in four channels behind each row; the runner strips them and puts
 them in place. It is used here for pictures: the server must run with ``--video-pruning-rate`` above 0. Videos
@@ -26,9 +26,11 @@ from vllm.multimodal.video_prune.evs import compute_mrope_for_media
 
 from llava.integrations.vllm.compatibility import check_hooks
 from llava.integrations.vllm.features import PictureFeatures
-from llava.integrations.vllm.model import PrunedModel, gathered
-from llava.integrations.vllm.options import PruningOptions, ServerOptions
+from llava.integrations.vllm.model import PrunedModel
+from llava.integrations.vllm.options import PruningOptions
+from llava.integrations.vllm.plan import PictureShape
 from llava.integrations.vllm.processing import PrunedProcessingInfo, PrunedProcessor, decode_plans, field_name
+from llava.integrations.vllm.relevance import Reading
 
 check_hooks(
     (Qwen2_5_VLForConditionalGeneration, "_parse_and_validate_multimodal_inputs", ("kwargs",)),
@@ -40,36 +42,36 @@ check_hooks(
 
 class ScriptQwen2_5_VLProcessingInfo(PrunedProcessingInfo, Qwen2_5_VLProcessingInfo):
     @cached_property
-    def script_options(self) -> tuple[ServerOptions, PruningOptions]:
+    def script_reading(self) -> Reading:
         if not self.ctx.model_config.multimodal_config.is_multimodal_pruning_enabled():
             raise ValueError(
                 "pruned Qwen2.5-VL needs vLLM's channel for positions, which is open only with --video-pruning-rate "
                 "above 0: start the server with it (any value; it is the share of tokens that videos lose)"
             )
-        return super().script_options
+        return super().script_reading
 
     def script_most_tokens(
         self, modality: str, options: PruningOptions, seq_len: int, mm_counts: Mapping[str, int]
     ) -> int:
         if modality == "video":
             return self.get_max_video_tokens(seq_len, mm_counts)
-        return options.most(self.get_max_image_tokens())
+        return options.most(1, self.get_max_image_tokens())
 
 
 class ScriptQwen2_5_VLProcessor(PrunedProcessor, Qwen2_5_VLMultiModalProcessor):
     def script_placeholder(self, modality: str) -> list[int]:
         return [self.info.get_hf_config().image_token_id]
 
-    def script_views(self, modality: str, index: int, mm_items: Any, out_mm_kwargs: Any) -> tuple[int, int, int]:
+    def script_shape(self, modality: str, index: int, mm_items: Any, out_mm_kwargs: Any) -> PictureShape:
         grid = out_mm_kwargs["image"][index]["image_grid_thw"].data
-        return 1, int(grid.prod()) // self.info.get_hf_config().vision_config.spatial_merge_size ** 2, 0
+        return PictureShape(1, int(grid.prod()) // self.info.get_hf_config().vision_config.spatial_merge_size ** 2)
 
 
 @MULTIMODAL_REGISTRY.register_processor(
     ScriptQwen2_5_VLProcessor, info=ScriptQwen2_5_VLProcessingInfo, dummy_inputs=Qwen2_5_VLDummyInputsBuilder
 )
 class ScriptQwen2_5_VLForConditionalGeneration(PrunedModel, Qwen2_5_VLForConditionalGeneration):
-    """vLLM's Qwen2.5-VL that gives m visual tokens of a picture."""
+    """vLLM's Qwen2.5-VL that gives some of the visual tokens of a picture."""
 
     script_info = ScriptQwen2_5_VLProcessingInfo
 
@@ -101,18 +103,17 @@ class ScriptQwen2_5_VLForConditionalGeneration(PrunedModel, Qwen2_5_VLForConditi
                 made += self._process_image_input(inputs)
             return [PictureFeatures(rows[None]) for rows in made]
 
-        pictures = self.script_features(plans, encode, given["pixel_values"].device)
-        chosen = self.script_selector.select(pictures, plans)
+        merged = self.visual.spatial_merge_size**2
+        shapes = [(1, int(grid.prod()) // merged) for grid in grids]
+        pictures = self.script_features(plans, shapes, encode, given["pixel_values"].device)
+        chosen = self.script_choose(pictures, plans)
         rows = []
-        for grid, picture, indices in zip(grids.tolist(), pictures, chosen, strict=True):
+        for grid, picture, numbers in zip(grids.tolist(), pictures, chosen, strict=True):
             positions = compute_mrope_for_media(grid, self.visual.spatial_merge_size)
             # The text goes on behind the largest of the three, as in the library; vLLM's own channel holds the width.
             positions[:, 3] = positions[:, :3].max() + 1
-            positions = positions.to(picture.features)[None]
-            if indices is not None:
-                positions = positions.gather(1, indices[:, :, None].expand(-1, -1, 4))
-            kept = picture.features.flatten(0, 1) if indices is None else gathered(picture.features, indices)
-            rows.append(torch.cat([kept, positions[0]], dim=1))
+            whole = torch.cat([picture.features[0], positions.to(picture.features)], dim=1)
+            rows.append(whole if numbers is None else whole[numbers])
         return tuple(rows)
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:

@@ -48,22 +48,22 @@ class Spy:
         self.model = model_of(llm)
         self.chosen = []
         self.encoded = 0
-        select, features = self.model.script_selector.select, self.model.script_features
+        choose, features = self.model.script_choose, self.model.script_features
 
-        def noted_select(pictures, plans):
-            chosen = select(pictures, plans)
+        def noted_choice(pictures, plans):
+            chosen = choose(pictures, plans)
             self.chosen += chosen
             return chosen
 
-        def noted_features(plans, encode, device):
+        def noted_features(plans, shapes, encode, device):
             def counted(numbers):
                 made = encode(numbers)
                 self.encoded += sum(len(one.features) for one in made)
                 return made
 
-            return features(plans, counted, device)
+            return features(plans, shapes, counted, device)
 
-        self.model.script_selector.select = noted_select
+        self.model.script_choose = noted_choice
         self.model.script_features = noted_features
 
     def reset(self):

@@ -33,9 +33,11 @@ def client(toy, tmp_path_factory):
         yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
 
 
-def ask(client, path, question, **options):
+def ask(client, path, question, text_first=False, **options):
     url = "data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+    if text_first:
+        content.reverse()
     return client.chat.completions.create(
         model="toy",
         messages=[{"role": "user", "content": content}],
@@ -67,6 +69,9 @@ def test_the_toy_answers_as_on_its_own_host(client):
             ours = model.generate(ids, images=pixels, image_sizes=[shown.size], pruner=pruner, max_new_tokens=8)
             reply = ask(client, picture, question)
             said = reply.choices[0].message.content.strip()
+            text_first = ask(client, picture, question, text_first=True)  # the order of OpenAI's own examples
+            assert text_first.choices[0].message.content.strip() == said
+            assert text_first.usage == reply.usage
             assert said == tokenizer.decode(ours[0], skip_special_tokens=True).strip()
             assert reply.usage.prompt_tokens == ids.shape[1] - 1 + KEEP
             asked += 1

@@ -5,14 +5,18 @@ import dataclasses
 import pytest
 import torch
 from engines import Spy, ask, logprobs, model_of, prompt_of, start
+from vllm import SamplingParams
 
 from llava.integrations.vllm.processing import PrunedProcessor
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import TOY_FOLDER, load_pretrained_model
-from llava.pruning import get_pruner
+from llava.pruning import PruningInputs, get_pruner
+from llava.relevance.asked import Asked, LanguageSpace
+from llava.relevance.first_attention import FirstAttention
 
 KEEP = 64
 FIRST = "What colour is the circle?"
+NEAR = {"atol": 1e-4, "rtol": 1e-4}
 SECOND = "Is the house left of the tree?"
 
 
@@ -37,7 +41,7 @@ def make_cold(llm):
     llm.reset_prefix_cache()
     llm.reset_mm_cache()
     llm.llm_engine.reset_encoder_cache()
-    model_of(llm).script_cache.__init__(model_of(llm).script_cache.limit)
+    model_of(llm).script_cache.clear()
 
 
 def text_tokens(llm, prompt):
@@ -113,12 +117,18 @@ def test_budgets_of_requests(llm, pictures):
     [
         ({"keep_tokens": 65}, "keeps 65 visual tokens of a view of 576, but the server allows 64"),
         ({"image_pruning_rate": 0.5}, "keeps 288 visual tokens"),
-        ({"keep_tokens": 0}, "integer from 1"),
+        ({"keep_tokens": 0}, "integer at least 1"),
         ({"image_pruning_rate": 1.0}, "share removed"),
         ({"image_pruning_method": "scripts"}, "unknown image_pruning_method 'scripts'"),
         ({"image_pruning_method": "fastv"}, "acts on the decoder"),
         ({"image_pruning_method": "visionzip"}, "methods that can be served: "),
-        ({"image_pruning_args": {"gamme": 1}}, "no option gamme"),
+        ({"image_pruning_args": {"gamme": 1}}, "no option 'gamme'; did you mean gamma"),
+        ({"image_pruning_args": {"tau": "0.3"}}, "tau must be a finite number"),
+        ({"image_pruning_args": {"relevance": "mind"}}, "relevance must be one of auto, clip"),
+        ({"query": "Is it \ud83c?"}, "no valid Unicode"),
+        ({"query": " ?! "}, "pruner 'script' selects by the question, and prompt 0 asks nothing"),
+        ({"do_pad": False}, "no option 'do_pad'"),
+        ({"script_plans": {"image": []}}, "no option 'script_plans'"),
         ({"query_scope": "all"}, "image_turn, latest_turn"),
         ({"max_keep_tokens": 576}, "the server's to set"),
     ],
@@ -128,15 +138,61 @@ def test_bad_requests_are_refused(llm, pictures, options, message):
         ask(llm, prompt_of(FIRST), pictures[0], **options)
 
 
-def test_missing_clip_files_are_told_to_the_request_that_needs_them(llm, pictures, tmp_path):
-    """A worker would end with the whole server."""
-    info = type(llm.llm_engine.renderer.get_mm_processor().info)(llm.llm_engine.renderer.get_mm_processor().info.ctx)
-    server, options = info.script_options
-    info._joint_space_found = False
-    info.__dict__["script_options"] = (dataclasses.replace(server, clip=str(tmp_path)), options)
-    with pytest.raises(ValueError, match="Name the CLIP that the vision tower comes from"):
-        info.script_pruner(options)
-    info.script_pruner(dataclasses.replace(options, image_pruning_args={"relevance": "projector"}))
+def test_a_prompt_that_asks_nothing_is_refused(llm, pictures):
+    with pytest.raises(ValueError, match="asks nothing"):
+        ask(llm, prompt_of(""), pictures[0])
+    ask(llm, prompt_of(""), pictures[0], image_pruning_method="divprune")
+
+
+def test_one_uuid_for_two_pictures(llm, spy, pictures, square):
+    """What a client calls a picture is not what it is."""
+
+    def ask_as(uuid, question, picture):
+        request = {"prompt": prompt_of(question), "multi_modal_data": {"image": [picture]}}
+        request["multi_modal_uuids"] = {"image": [uuid]}
+        sampling = SamplingParams(temperature=0, max_tokens=4, logprobs=5, ignore_eos=True)
+        return llm.generate([request], sampling, use_tqdm=False)[0]
+
+    for picture, question in ((square, FIRST), (pictures[1], FIRST), (pictures[1], SECOND), (square, SECOND)):
+        named = ask_as("X", question, picture)
+        make_cold(llm)
+        assert logprobs(ask(llm, prompt_of(question), picture, tokens=4)) == pytest.approx(logprobs(named), abs=1e-4)
+    spy.reset()
+    ask_as("Y", FIRST, pictures[2])
+    ask_as("Y", SECOND, pictures[2])
+    ask_as("Y", FIRST, None)  # by its name alone, as it was asked about
+    assert (spy.encoded, len(spy.chosen)) == (1, 2)
+    with pytest.raises(ValueError, match="Cache miss for image at index 0 but data is not provided"):
+        ask_as("Z", FIRST, None)
+
+
+def test_resets_and_new_weights_forget_features(llm, spy, pictures):
+    model, question = model_of(llm), iter(f"What is it, {number}?" for number in range(9))
+
+    def encoded():
+        spy.reset()
+        ask(llm, prompt_of(next(question)), pictures[0])
+        return spy.encoded
+
+    assert [encoded(), encoded()] == [1, 0]
+    llm.reset_mm_cache()
+    assert [encoded(), encoded()] == [1, 0]
+    llm.llm_engine.reset_encoder_cache()
+    assert [encoded(), encoded()] == [1, 0]
+    before = model.script_cache.size
+    assert before > 0
+    model.load_weights(iter(()))
+    assert [model.script_cache.size, encoded()] == [0, 1]
+
+
+def test_features_of_another_shape_are_made_anew(llm, spy, pictures):
+    model = model_of(llm)
+    ask(llm, prompt_of(FIRST), pictures[0])
+    for name, found in model.script_cache._pictures.items():
+        model.script_cache._pictures[name] = dataclasses.replace(found, features=found.features[:, :100])
+    spy.reset()
+    ask(llm, prompt_of(SECOND), pictures[0])
+    assert spy.encoded == 1
 
 
 def test_embeddings_are_refused(toy, llm):
@@ -163,6 +219,30 @@ def test_methods_queries_and_scopes(llm, spy, pictures):
     assert len(spy.chosen) == 1
 
 
+@pytest.mark.parametrize("source", ["language", "qk", "words", "projector", "none"])
+def test_sources_are_those_of_the_library(llm, spy, toy, square, source):
+    """The kept tokens are those that the formulas give on the library's modules."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder = toy("v1.5")
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    ask(llm, prompt_of(FIRST), square, image_pruning_args={"relevance": source})
+    pixels = processor.image_processor(square, return_tensors="pt")["pixel_values"]
+    features = next(iter(model_of(llm).script_cache._pictures.values())).features
+    with torch.inference_mode():
+        torch.testing.assert_close(model.model.get_image_features(pixels).pooler_output[0], features[0], **NEAR)
+        decoder = model.model.language_model
+        language = LanguageSpace(
+            lambda text: processor.tokenizer(text, add_special_tokens=False).input_ids,
+            decoder.embed_tokens,
+            FirstAttention.find(decoder),
+        )
+        pruner = get_pruner("script", keep_tokens=KEEP, relevance=source)
+        fields = Asked(pruner, [FIRST], language=language).fields(torch.tensor([0]), features)
+    assert torch.equal(spy.chosen[0], pruner.select(PruningInputs(features, **fields)).indices[0])
+
+
 def test_every_question_of_a_batch_selects_as_alone(llm, spy, pictures):
     prompts = [prompt_of(FIRST), prompt_of(SECOND), prompt_of(FIRST)]
     shown = [pictures[0], pictures[0], pictures[1]]
@@ -186,7 +266,7 @@ def test_equals_the_llava_host(llm, spy, pictures):
         ours = model.generate(prompts, max_new_tokens=4)[0].tolist()
         spy.reset()
         served = ask(llm, prompt, picture, tokens=4)
-        assert torch.equal(spy.chosen[0][0], prompts.kept[0].sequence)
+        assert torch.equal(spy.chosen[0], prompts.kept[0].sequence)
         assert list(served.outputs[0].token_ids)[: len(ours)] == ours
 
 
@@ -201,7 +281,7 @@ def test_equals_the_transformers_host(llm, spy, toy, square):
     served = ask(llm, prompt, square)
     inputs = processor(images=square, text=prompt, return_tensors="pt")
     pruner = get_pruner("script", keep_tokens=KEEP)
-    with torch.inference_mode(), pruner(model, processor, clip=model.config.mm_vision_tower):
+    with torch.inference_mode(), pruner(model, processor, clip=folder / model.config.mm_vision_tower):
         wanted = {"output_logits": True, "return_dict_in_generate": True}
         output = model.generate(**inputs, max_new_tokens=8, do_sample=False, **wanted)
     new = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()

@@ -60,7 +60,7 @@ def test_equals_the_llava_host(llm, spy, pictures, size):
         served = ask(llm, prompt, picture, tokens=4, keep_tokens=keep)
         assert list(served.outputs[0].token_ids)[: len(ours)] == ours
         if keep == KEEP:
-            chosen = torch.zeros(len(pixels[0]), 576, dtype=torch.bool).scatter_(1, spy.chosen[0], True)
-            assert torch.equal(chosen, prompts.kept[0].mask())
+            chosen = torch.zeros(len(pixels[0]) * 576, dtype=torch.bool).scatter_(0, spy.chosen[0], True)
+            assert torch.equal(chosen.view(-1, 576), prompts.kept[0].mask())
         else:
             assert visual(llm, served, prompt) == len(prompts.kept[0].sequence)
