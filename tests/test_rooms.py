@@ -14,18 +14,21 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT = {
     "constants": set(),
     "checkpoint": set(),
+    "terminal": set(),
+    "downloads": set(),
+    "pictures": {"downloads"},
     "pruning": set(),
     "relevance": {"constants", "checkpoint", "pruning"},
     "layout": {"constants", "pruning"},
     "decoder": {"pruning"},
     "conversation": {"constants", "relevance"},
-    "mm_utils": {"constants", "conversation", "layout"},
-    "video": {"constants", "mm_utils", "layout"},
+    "mm_utils": {"constants", "conversation", "layout", "pictures"},
+    "video": {"constants", "mm_utils", "layout", "pictures", "terminal"},
 }
-TOOLS = {"constants", "checkpoint", "conversation", "mm_utils", "video"}
+TOOLS = {"constants", "checkpoint", "conversation", "mm_utils", "video", "pictures", "downloads", "terminal"}
 HEART = {"pruning", "relevance", "layout", "decoder"}
 MAY_IMPORT["model"] = TOOLS | HEART
-MAY_IMPORT["integrations"] = {"constants", "checkpoint"} | HEART
+MAY_IMPORT["integrations"] = {"constants", "checkpoint", "pictures"} | HEART
 MAY_IMPORT["serve"] = MAY_IMPORT["eval"] = TOOLS | HEART | {"model", "integrations", "serve", "eval"}
 
 

@@ -49,7 +49,7 @@ def test_methods_inside_the_decoder_tell_what_is_left_and_draw_it(capsys, tmp_pa
         capsys, "--query", "What is it?", "--pruner", "fastv", "--show-tokens", str(out_file), image=SQUARE
     )
     assert "nothing pruned" in out
-    same = (dark == np.asarray(Image.open(out_file)))[:336].all(-1).reshape(24, 14, 24, 14).all((1, 3))
+    same = (dark == np.asarray(Image.open(out_file))).all(-1).reshape(24, 14, 24, 14).all((1, 3))
     assert 24 <= same.sum() < 300
 
 
@@ -61,11 +61,23 @@ def test_tiles_and_several_questions(capsys, tmp_path):
     assert code == 0
     assert out.count("160 of 2880 visual tokens (32 x 5 per view)") == 2
     assert out.count("vision cached") == 1
+    first, second = (np.asarray(Image.open(path)) for path in (out_file, tmp_path / "kept-2.png"))
+    assert first.shape == (672, 336 + 8 + 672, 3)
+    assert (first != second).any()  # another question keeps other tokens
+
+
+def test_captions_put_all_questions_in_one_picture(capsys, tmp_path):
+    out_file = tmp_path / "kept.png"
+    questions, flags = ("--query", "What is it?", "A dog?"), ("--keep-tokens", "32", "--show-tokens", str(out_file))
+    code, _, _ = run(capsys, *questions, *flags, "--captions", model=V16)
+    assert code == 0
     drawn = np.asarray(Image.open(out_file))  # panels of a picture and a line each for question and answer
     height = (len(drawn) - 8) // 2
     assert drawn.shape[1] == 336 + 8 + 672
     assert height > 672
-    assert (drawn[:672] != drawn[height + 8 :][:672]).any()  # another question keeps other tokens
+    assert (drawn[:672] != drawn[height + 8 :][:672]).any()
+    assert not (tmp_path / "kept-2.png").exists()
+    assert run(capsys, *questions, "--captions", model=V16)[0] == 2  # nothing to write under
 
 
 def test_dropped_patches_are_dimmed_and_kept_ones_are_not(capsys, tmp_path):
@@ -76,7 +88,7 @@ def test_dropped_patches_are_dimmed_and_kept_ones_are_not(capsys, tmp_path):
         )
         assert code == 0
         assert ("nothing pruned" in out) is (keep != "16")
-        shown.append(np.asarray(Image.open(tmp_path / "o.png")).astype(float)[:336])  # without the caption
+        shown.append(np.asarray(Image.open(tmp_path / "o.png")).astype(float))
     plain, above, pruned = shown
     assert (plain == above).all()
     patches = (plain == pruned).all(-1).reshape(24, 14, 24, 14).all((1, 3))
