@@ -28,6 +28,7 @@ from transformers.masking_utils import create_causal_mask
 
 from llava.decoder.stages import PromptRow, PrunedPrompt, Stage, next_stage, valid_positions
 from llava.pruning.decoder_pruner import Cut, CutInputs, DecoderPruner, attention_rows
+from llava.pruning.functional import without_autocast
 
 
 class DecoderPruning:
@@ -143,7 +144,8 @@ class DecoderPruning:
             for row, picture in sorted({pair for pairs in self.cuts.values() for pair in pairs}):
                 span, own = self.rows[row].pictures[picture], hidden[row * copies, self.rows[row].start :][None]
                 text = own[:, self.rows[row].text_after(picture)]
-                self.raters[row, picture] = self.pruner.rate(own[:, span.start : span.start + span.count], text)
+                with without_autocast():
+                    self.raters[row, picture] = self.pruner.rate(own[:, span.start : span.start + span.count], text)
 
     def _mask_and_positions(self, stage: Stage, hidden: Tensor, past: Any) -> dict[str, Any]:
         """What the layers of a stage get in place of the decoder's own mask and positions."""
@@ -197,7 +199,8 @@ class DecoderPruning:
             keep, make = self.pruner.split(cut, span.able)
             if keep + make < span.count:
                 inputs = reader.inputs(row, prompt, picture, hidden[row * copies], self.raters.get((row, picture)))
-                kept, made = self.pruner.choose_at(inputs, keep, make)
+                with without_autocast():
+                    kept, made = self.pruner.choose_at(inputs, keep, make)
                 for copy in range(copies):  # copies of a prompt agree, whatever rounding does to them
                     chosen[row * copies + copy, picture] = kept[0].to(hidden.device), made
         stage, hidden = next_stage(stage, index, hidden, chosen, self.prompt.renumbers)
@@ -275,7 +278,8 @@ class LayerReader:
         if "position_products" in pruner.reads:
             ones = torch.ones(1, 1, *self.normed.shape[1:2], self.layer.self_attn.head_dim, device=self.device)
             turned = self._rotated(ones, row, slice(None))[0, 0]
-            found["position_products"] = (turned[columns] @ turned[visual].mT * self.scaling)[None]
+            with without_autocast():
+                found["position_products"] = (turned[columns] @ turned[visual].mT * self.scaling)[None]
         if "keys" in pruner.reads:
             flat = self.keys[row].transpose(0, 1).flatten(1)[None]  # (1, N, k)
             found["keys"], found["text_keys"] = flat[:, visual], flat[:, columns]

@@ -42,9 +42,9 @@ def modality_list(modalities: str | Sequence[str] | None, count: int) -> list[st
         ValueError: another word, or another number of them.
     """
     given = [modalities] if isinstance(modalities, str) else list(modalities or [IMAGE])
-    unknown = next((kind for kind in given if kind not in MODALITIES), None)
-    if unknown is not None:
-        raise ValueError(f"a modality is one of {', '.join(MODALITIES)}; got {unknown!r}")
+    unknown = [kind for kind in given if kind not in MODALITIES]
+    if unknown:
+        raise ValueError(f"a modality is one of {', '.join(MODALITIES)}; got {unknown[0]!r}")
     if len(given) == 1:
         given *= count
     if len(given) != count:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llava.pruning.attaching import attach
+from llava.pruning.functional import without_autocast
 from llava.pruning.inputs import PruningInputs, Selection
 from llava.pruning.options import check_options, parse_assignments
 
@@ -157,7 +158,8 @@ class ViewMethod(Method):
         if missing:
             raise ValueError(f"pruner '{self.name}' needs {', '.join(missing)}, which this host did not give")
         self._check_floor(keep)
-        return self._select(inputs, keep)
+        with without_autocast():
+            return self._select(inputs, keep)
 
     def _select(self, inputs: PruningInputs, keep: int) -> Selection:
         indices, details = checked(self, inputs, keep, self.choose(inputs, keep))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from llava.pruning.base import Method, Place
-from llava.pruning.functional import lowest_ranked, stable_rank, working_dtype
+from llava.pruning.functional import lowest_ranked, stable_rank, without_autocast, working_dtype
 from llava.pruning.options import Count
 
 REFERENCE_LAYERS = 32  # the depth for which the published layers of the cuts are meant
@@ -246,6 +246,7 @@ def parse_layers(text: str) -> list[int]:
 # --- mathematics ---------------------------------------------------------------------------------------------------
 
 
+@without_autocast()
 def attention_rows(queries: Tensor, keys: Tensor, scaling: float, places: Sequence[int] | None = None) -> Tensor:
     """Some rows of causal attention: softmax over all keys of q k^T * scaling, in float32.
 

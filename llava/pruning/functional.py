@@ -8,6 +8,8 @@ stay what they are. A row that is zero or not finite, or whose squared norm leav
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 
 import torch
@@ -21,6 +23,16 @@ COLUMN_BLOCK = 512  # columns of half-precision features that are widened at a t
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays, everything else is computed in float32."""
     return dtype if dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Products in the dtypes of their factors, also where the caller works under `torch.autocast`."""
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def cosine_similarity(rows: Tensor, others: Tensor | None = None) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llava.pruning import Method
+from llava.pruning.functional import without_autocast
 from llava.pruning.question_reader import QuestionReader
 from llava.relevance.first_attention import FirstAttention
 from llava.relevance.heads import HeadWeights
@@ -104,7 +105,7 @@ class Asked:
         if device is not None and device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), without_autocast():
             if self.source == "clip":
                 self._embedded = joint_space.text_embeds(distinct)
             else:
@@ -145,9 +146,16 @@ class Asked:
             }
         if self.source == "projector":
             return {"query_embeds": first, "query_mask": mask}
+        with without_autocast():
+            return {"relevance": self._language_relevance(first, mask, queries, features.to(first.dtype), valid)}
+
+    def _language_relevance(
+        self, embeds: Tensor, mask: Tensor, queries: Sequence[Tensor], features: Tensor, valid: Tensor | None
+    ) -> Tensor:
+        """(B, n) from the words (B, l, d), and from the queries of the first attention where there are any."""
         words = looked = None
         if self.source != "qk":
-            words = word_distribution(first, features, mask, valid)
+            words = word_distribution(embeds, features, mask, valid)
         if queries:
             attention = self._language.attention
             keys = attention.keys(features)
@@ -155,8 +163,8 @@ class Asked:
                 None if value is None else value.to(keys.device) for value in (*queries, mask, valid)
             )
             mass = attention_mass(asked, keys, attention.scaling, real, shown, self._weights)
-            looked = as_distribution(self._language.sum_over_ranks(mass).to(device), valid)
-        return {"relevance": language_relevance(words, looked, valid)}
+            looked = as_distribution(self._language.sum_over_ranks(mass).to(features.device), valid)
+        return language_relevance(words, looked, valid)
 
     def _waited(self) -> tuple[Tensor, ...]:
         """What was embedded, ready for the current stream."""

@@ -28,12 +28,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llava.pruning.functional import cosine_similarity, working_dtype
+from llava.pruning.functional import cosine_similarity, without_autocast, working_dtype
 
 SMALLEST_SPREAD = 1e-6  # of cosines; below it float32 shows its own rounding
 LARGEST_BLOCK = 1 << 24  # scores (B, heads, t, n) that are held at a time
 
 
+@without_autocast()
 def word_distribution(
     words: Tensor, tokens: Tensor, word_mask: Tensor | None = None, valid: Tensor | None = None, weigh: bool = True
 ) -> Tensor:
@@ -85,6 +86,7 @@ def attention_distribution(
     return as_distribution(attention_mass(queries, keys, scaling, word_mask, valid, head_weights), valid)
 
 
+@without_autocast()
 def attention_mass(
     queries: Tensor,
     keys: Tensor,

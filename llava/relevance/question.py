@@ -179,9 +179,9 @@ def given_questions(query: str | Sequence[str] | None, rows: int) -> list[str] |
     if query is None:
         return None
     texts = [query] * rows if isinstance(query, str) else list(query)
-    strange = next((text for text in texts if not isinstance(text, str)), None)
-    if strange is not None:
-        raise TypeError(f"query must be text, or one text for each prompt; got {strange!r}")
+    strange = [text for text in texts if not isinstance(text, str)]
+    if strange:
+        raise TypeError(f"query must be text, or one text for each prompt; got {strange[0]!r}")
     if len(texts) != rows:
         raise ValueError(f"{rows} prompts but {len(texts)} queries: query= takes one question, or one for each prompt")
     return [clean_question(text) for text in texts]

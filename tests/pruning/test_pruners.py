@@ -467,3 +467,15 @@ def test_a_joined_view_holds_every_token_of_every_field():
     assert joined.class_features is None
     back = inputs.of_views(slice(1, 2))
     assert torch.equal(back.class_attention, inputs.class_attention[1:])
+
+
+@pytest.mark.parametrize("name", BEFORE_DECODER)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(name, dtype):
+    pruner, inputs = get_pruner(name, keep_tokens=16), make_inputs(dtype=dtype)
+    plain = pruner.select(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        selection = pruner.select(inputs)
+    assert torch.equal(selection.indices, plain.indices)
+    assert (selection.made is None) == (plain.made is None)
+    assert plain.made is None or torch.equal(selection.made, plain.made)
