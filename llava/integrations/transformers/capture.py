@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from llava.integrations.transformers.host import Host, UnsupportedModelError
+from llava.integrations.transformers.host import Host, UnsupportedModelError, deep_features
 
 ABSENT = object()
 
@@ -92,6 +92,11 @@ def capture_prompt(
     def stop(*_: Any, **received: Any) -> None:
         if received.get("inputs_embeds") is None:
             raise UnsupportedModelError(host.model, "its language model is not called with inputs_embeds=")
+        beyond = deep_features(name for name, value in received.items() if value is not None)
+        if beyond:
+            raise UnsupportedModelError(
+                host.model, f"its language model gets {', '.join(beyond)} beside the embeddings"
+            )
         at_the_door.update(received)
         raise _AtTheDoor
 
@@ -101,7 +106,7 @@ def capture_prompt(
             output = compute(*positional, **named)
             # Qwen3-VL computes videos as images: then the outer call, which ends last, is the one that counts.
             features.update(before)
-            features[modality] = output if isinstance(output, Tensor) else output.pooler_output
+            features[modality] = features_in(output)
             return output
 
         return spy
@@ -133,6 +138,11 @@ def capture_prompt(
         stack.enter_context(suppress(_AtTheDoor))
         base(**arguments)
     shown = host.modalities(arguments)
+    elsewhere = sorted(shown - features.keys())
+    if elsewhere:
+        raise UnsupportedModelError(
+            host.model, f"it computes {elsewhere[0]} features elsewhere than in get_{elsewhere[0]}_features()"
+        )
     return Capture(
         inputs_embeds=at_the_door["inputs_embeds"],
         position_ids=at_the_door.get("position_ids"),
@@ -144,6 +154,14 @@ def capture_prompt(
         packing=packings[-1] if packings else None,
         watched=watched[-1] if watched else None,
     )
+
+
+def features_in(output: Any) -> Any:
+    """The features in what ``get_image_features`` returned: pooled where the class pools, else the last states."""
+    if isinstance(output, Tensor):
+        return output
+    pooled = getattr(output, "pooler_output", None)
+    return output.last_hidden_state if pooled is None else pooled
 
 
 def watch(layer: nn.Module, seen: list[tuple[Tensor, Tensor]]) -> Any:

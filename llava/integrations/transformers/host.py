@@ -8,6 +8,7 @@ where the prompt has placeholder tokens, and calls one language model, ``languag
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,8 @@ NOT_VISUAL = {
     "return_dict",
 }
 PICTURES = ("pixel_values", "image_patches")  # beginnings of the names of arguments that are a picture or a video
+DEEP_FEATURES = {"visual_pos_masks", "deepstack_visual_embeds"}  # what a language model may get beside its embeddings
+VISUAL_WORDS = ("vision", "visual", "deepstack", "image", "cross_attention")  # in names of more than that
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
@@ -95,12 +98,12 @@ class Host:
         return {
             name: value
             for name, value in arguments.items()
-            if value is not None and (name in self.visual_arguments or name.startswith(PICTURES))
+            if value is not None and (name in self.visual_arguments or name.startswith("pixel_values"))
         }
 
     def modalities(self, arguments: dict[str, Any]) -> set[str]:
         """Which of "image" and "video" a call brings."""
-        names = [name for name, value in arguments.items() if value is not None and name.startswith(PICTURES)]
+        names = [name for name in self.visual_inputs(arguments) if name.startswith(PICTURES)]
         return {"video" if name == "pixel_values_videos" else "image" for name in names}
 
     def shows_pictures(self, arguments: dict[str, Any]) -> bool:
@@ -134,6 +137,12 @@ def find_host(model: nn.Module) -> Host:
             model,
             "it has no model.language_model or model.text_model (of a wrapper such as PEFT, take the inner model)",
         )
+    beyond = deep_features(inspect.signature(type(language_model).forward).parameters)
+    if beyond:
+        raise UnsupportedModelError(
+            model,
+            f"its language model takes {', '.join(beyond)} beside the embeddings, which would have to be pruned too",
+        )
     if not hasattr(base, "get_image_features"):
         raise UnsupportedModelError(model, "its model has no get_image_features()")
     placeholders = {}
@@ -149,3 +158,8 @@ def find_host(model: nn.Module) -> Host:
     if not any(name.startswith(PICTURES) for name in arguments):
         raise UnsupportedModelError(model, f"its forward takes none of {', '.join(PICTURES)}")
     return Host(model, base, language_model, placeholders, frozenset(arguments))
+
+
+def deep_features(names: Iterable[str]) -> list[str]:
+    """Those arguments of a language model that bring visual features past its embeddings in an unknown form."""
+    return sorted(name for name in set(names) - DEEP_FEATURES if any(word in name for word in VISUAL_WORDS))

@@ -128,18 +128,14 @@ def views_of(host: Host, capture: Capture, modality: str) -> list[Tensor]:
     features = capture.features[modality]
     if modality == "image" and capture.packing is not None:
         return packed_views(capture.packing)
-    counts = [token_count(item) for item in features]
+    width = capture.inputs_embeds.shape[-1]
+    counts = [item.numel() // width for item in features]
     if modality == "video":
         return video_views(host, capture, counts)
     tile = getattr(host.base, "image_seq_len", None)
     if tile is not None and not isinstance(features, Tensor):  # Idefics3: all tiles of a row in one tensor
         counts = [tile for count in counts for _ in range(count // tile)]
     return [torch.zeros(count, dtype=torch.int64) for count in counts]
-
-
-def token_count(item: Tensor) -> int:
-    """Tokens of one item (t, d) or (frames, t, d)."""
-    return item.shape[:-1].numel()
 
 
 def packed_views(packing: Packing) -> list[Tensor]:
