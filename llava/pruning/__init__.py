@@ -16,6 +16,7 @@ from llava.pruning.dart import DART
 from llava.pruning.decoder_pruner import DecoderPruner, tokens_per_layer
 from llava.pruning.divprune import DivPrune
 from llava.pruning.downsample import Downsample
+from llava.pruning.fastervlm import FasterVLM
 from llava.pruning.fastv import FastV
 from llava.pruning.first import First
 from llava.pruning.grid import Grid
@@ -38,6 +39,7 @@ __all__ = [
     "DecoderPruner",
     "DivPrune",
     "Downsample",
+    "FasterVLM",
     "FastV",
     "First",
     "Grid",
