@@ -26,6 +26,7 @@ from llava.pruning.pool import Pool
 from llava.pruning.pyramiddrop import PyramidDrop
 from llava.pruning.question_reader import QuestionReader
 from llava.pruning.random import Random
+from llava.pruning.scope import SCOPE
 from llava.pruning.script import Script
 from llava.pruning.script_release import ScriptRelease
 from llava.pruning.sparsevlm import SparseVLM
@@ -50,6 +51,7 @@ __all__ = [
     "PyramidDrop",
     "QuestionReader",
     "Random",
+    "SCOPE",
     "Script",
     "ScriptRelease",
     "Selection",
