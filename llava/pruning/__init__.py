@@ -33,6 +33,7 @@ from llava.pruning.sparsevlm import SparseVLM
 from llava.pruning.trim import Trim
 from llava.pruning.uniform import Uniform
 from llava.pruning.visionzip import VisionZip
+from llava.pruning.vispruner import VisPruner
 
 __all__ = [
     "CDPruner",
@@ -61,6 +62,7 @@ __all__ = [
     "Uniform",
     "ViewMethod",
     "VisionZip",
+    "VisPruner",
     "get_pruner",
     "list_pruners",
     "parse_budget",

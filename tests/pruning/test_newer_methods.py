@@ -62,3 +62,58 @@ def test_scope_does_not_cover_padding():
 def test_fastervlm_keeps_what_the_published_code_keeps(case, tensors):
     inputs = PruningInputs(torch.zeros(case["B"], case["n"], 1), class_attention=tensors["attention"])
     assert torch.equal(get_pruner("fastervlm", keep_tokens=case["m"]).select(inputs).mask, tensors["mask"])
+
+
+# --- VisPruner -----------------------------------------------------------------------------------------------------
+
+
+@PRECISIONS
+@pytest.mark.parametrize("case, tensors", selection_cases("vispruner"))
+def test_vispruner_keeps_what_the_published_code_keeps(case, tensors, dtype):
+    features = tensors["features"].to(dtype)
+    inputs = PruningInputs(features, encoder_features=features, class_attention=tensors["attention"].to(dtype))
+    options = {"important": case["important_ratio"], "step": case["step"]}
+    selection = get_pruner("vispruner", keep_tokens=case["m"], **options).select(inputs)
+    assert torch.equal(selection.mask, tensors["mask"])
+    assert [row.nonzero().flatten().tolist() for row in selection.details["important"]] == [
+        sorted(row) for row in tensors["important"].tolist()
+    ]
+
+
+@pytest.mark.parametrize("keep", [1, 8, 31])
+def test_vispruner_by_attention_alone_is_fastervlm(keep):
+    inputs = make_inputs()
+    alone = get_pruner("vispruner", keep_tokens=keep, important=1.0).select(inputs)
+    assert torch.equal(alone.indices, get_pruner("fastervlm", keep_tokens=keep).select(inputs).indices)
+
+
+def test_vispruner_by_hand():
+    """Patches by falling attention: 0 1 2 3 4. Of the even places 0 is a copy of 3, and 4 is nearly one of 1."""
+    features = torch.tensor([[[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0], [0, 1, 0.1]]])
+    attention = torch.tensor([[[0.5, 0.4, 0.3, 0.2, 0.1]]])
+    inputs = PruningInputs(features, encoder_features=features, class_attention=attention)
+    kept = {
+        keep: get_pruner("vispruner", keep_tokens=keep, important=0.0, step=1).select(inputs).indices[0].tolist()
+        for keep in (4, 3, 2)
+    }
+    assert kept[4] == [1, 2, 3, 4]  # the list is now 4 2 1 3: even places are 4 and 1, odd ones 2 and 3
+    assert kept[3] == [1, 2, 3]  # now 1 2 3: even places are 1 and 3, and neither is like 2; the first goes
+    assert kept[2] == [2, 3]
+
+
+def test_vispruner_compares_no_padding():
+    """A view with padding is one of its valid patches alone, whatever the length of the others' lists."""
+    valid = torch.ones(3, 49, dtype=torch.bool)
+    valid[1, 30:], valid[2, ::7] = False, False
+    inputs = make_inputs(valid=valid)
+    for keep in (5, 12, 21):
+        pruner = get_pruner("vispruner", keep_tokens=keep, step=3)
+        together = pruner.select(inputs).mask
+        for view in range(3):
+            real = valid[view]
+            alone = PruningInputs(
+                inputs.features[view : view + 1, real],
+                encoder_features=inputs.encoder_features[view : view + 1, real],
+                class_attention=inputs.class_attention[view : view + 1, :, real],
+            )
+            assert torch.equal(together[view, real], pruner.select(alone).mask[0])
