@@ -20,6 +20,8 @@ from llava.pruning.fastervlm import FasterVLM
 from llava.pruning.fastv import FastV
 from llava.pruning.first import First
 from llava.pruning.grid import Grid
+from llava.pruning.holov import HoloV
+from llava.pruning.holov_release import HoloVRelease
 from llava.pruning.inputs import PruningInputs, Selection
 from llava.pruning.options import parse_budget
 from llava.pruning.pool import Pool
@@ -45,6 +47,8 @@ __all__ = [
     "FastV",
     "First",
     "Grid",
+    "HoloV",
+    "HoloVRelease",
     "Method",
     "Pool",
     "Pruner",

@@ -117,3 +117,65 @@ def test_vispruner_compares_no_padding():
                 class_attention=inputs.class_attention[view : view + 1, :, real],
             )
             assert torch.equal(together[view, real], pruner.select(alone).mask[0])
+
+
+# --- HoloV ---------------------------------------------------------------------------------------------------------
+
+
+@PRECISIONS
+@pytest.mark.parametrize("case, tensors", selection_cases("holov"))
+def test_holov_release_keeps_what_the_published_code_keeps(case, tensors, dtype):
+    inputs = PruningInputs(
+        tensors["features"].to(dtype)[None], class_attention=tensors["attention"].to(dtype)[None, None]
+    )
+    options = {"crops": case["crops"], "alpha": case["alpha"]}
+    selection = get_pruner("holov_release", keep_tokens=case["m"], **options).select(inputs)
+    details = selection.details
+    assert details["asked"][0].tolist() == tensors["quota_before_cap"].tolist()
+    assert details["quota"][0].tolist() == tensors["quota"].tolist()
+    assert torch.allclose(details["crop_score"][0].float(), tensors["crop_score"], rtol=1e-4)
+    published = tensors["positions"][tensors["positions"] >= 0]  # where the code appends a zero vector it is -1
+    assert details["in_quota"][0].nonzero().flatten().tolist() == published.sort().values.tolist()
+    assert selection.mask[0, published].all()
+    assert selection.mask.sum() == case["m"]
+
+
+@pytest.mark.parametrize("keep", [1, 3, 16, 17, 31, 48])
+def test_holovs_quotas_are_those_of_the_attention(keep):
+    """Uniform features leave no variance to count: the quotas are the same."""
+    inputs = make_inputs()
+    pruner = get_pruner("holov", keep_tokens=keep)
+    quota = pruner.select(inputs).details["quota"]
+    alike = changed(inputs, features=torch.ones_like(inputs.features))
+    assert torch.equal(quota, pruner.select(alike).details["quota"])
+    crops = quota.shape[1]
+    assert crops == (16 if keep > 16 else 4)
+    assert quota.sum(-1).tolist() == [keep] * 3
+    room = [49 // crops + (crop < 49 % crops) for crop in range(crops)]
+    assert (quota <= torch.tensor(room)).all()
+
+
+def test_holov_by_hand():
+    """Two crops of four tokens; the first has 3/4 of the attention. Its surplus is handed on."""
+    attention = torch.tensor([0.3, 0.1, 0.2, 0.15, 0.05, 0.1, 0.05, 0.05])[None, None]
+    features = torch.eye(8)[[0, 0, 0, 0, 5, 4, 4, 4]][None]
+    inputs = PruningInputs(features, class_attention=attention)
+
+    def kept(keep, **options):
+        selection = get_pruner("holov", keep_tokens=keep, crops=2, **options).select(inputs)
+        return selection.indices[0].tolist(), selection.details["quota"][0].tolist()
+
+    assert kept(4) == ([0, 2, 3, 5], [3, 1])
+    assert kept(6) == ([0, 1, 2, 3, 5, 6], [4, 2])  # 4.5 and 1.5; token 4 is like none, 6 like some of its crop
+    assert get_pruner("holov_release", keep_tokens=6, crops=2).select(inputs).indices.tolist() == [[0, 1, 2, 3, 4, 5]]
+
+
+def test_holovs_squares():
+    features = torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(0))
+    attention = torch.zeros(1, 1, 16)
+    attention[0, 0, [2, 3, 6, 7]] = 0.25  # the upper right square
+    inputs = PruningInputs(features, class_attention=attention)
+    selection = get_pruner("holov", keep_tokens=4, crops=4, layout="squares").select(inputs)
+    assert selection.indices.tolist() == [[2, 3, 6, 7]]
+    with pytest.raises(ValueError, match="squares needs square numbers of crops and tokens, got 3 and 16"):
+        get_pruner("holov", keep_tokens=4, crops=3, layout="squares").select(inputs)
