@@ -25,6 +25,7 @@ from llava.pruning.holov_release import HoloVRelease
 from llava.pruning.inputs import PruningInputs, Selection
 from llava.pruning.options import parse_budget
 from llava.pruning.pool import Pool
+from llava.pruning.prunesid import PruneSID
 from llava.pruning.pyramiddrop import PyramidDrop
 from llava.pruning.question_reader import QuestionReader
 from llava.pruning.random import Random
@@ -52,6 +53,7 @@ __all__ = [
     "Method",
     "Pool",
     "Pruner",
+    "PruneSID",
     "PruningInputs",
     "PyramidDrop",
     "QuestionReader",

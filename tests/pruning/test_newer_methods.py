@@ -179,3 +179,45 @@ def test_holovs_squares():
     assert selection.indices.tolist() == [[2, 3, 6, 7]]
     with pytest.raises(ValueError, match="squares needs square numbers of crops and tokens, got 3 and 16"):
         get_pruner("holov", keep_tokens=4, crops=3, layout="squares").select(inputs)
+
+
+# --- PruneSID ------------------------------------------------------------------------------------------------------
+
+
+@PRECISIONS
+@pytest.mark.parametrize("case, tensors", selection_cases("prunesid"))
+def test_prunesid_keeps_what_the_published_code_keeps(case, tensors, dtype):
+    """With the exact factorisation in place of its random one."""
+    hidden = tensors["hidden_states"].to(dtype)
+    inputs = PruningInputs(
+        hidden[:, 1:],
+        encoder_features=hidden[:, 1:],
+        class_features=hidden[:, 0],
+        class_attention=tensors["attention"].to(dtype)[None],
+    )
+    selection = get_pruner("prunesid", keep_tokens=case["m"]).select(inputs)
+    for name in ("group", "survivors", "quota"):
+        assert selection.details[name][0].tolist() == tensors[name].tolist()
+    assert selection.indices[0].tolist() == sorted(tensors["kept"].tolist())
+    assert torch.equal(selection.made[0, 0], hidden[0, 0])
+    assert selection.leading == 1
+
+
+@pytest.mark.parametrize("class_token", [True, False])
+def test_prunesid_leaves_no_group_out(class_token):
+    inputs = make_inputs()
+    for keep in (5, 12, 30, 48):
+        selection = get_pruner("prunesid", keep_tokens=keep, class_token=class_token).select(inputs)
+        assert selection.indices.shape[1] == keep - class_token
+        assert (selection.made is None) != class_token
+        for view in range(3):
+            group = selection.details["group"][view]
+            assert set(group.tolist()) == set(group[selection.mask[view]].tolist())
+            assert selection.details["quota"][view].sum() == keep - class_token
+
+
+def test_prunesid_suppresses_nothing_once_its_threshold_exceeds_a_cosine():
+    inputs = make_inputs()
+    near = changed(inputs, encoder_features=inputs.encoder_features + 2)  # mean cosine about 0.8
+    assert get_pruner("prunesid", keep_tokens=48).select(near).details["survives"].all()
+    assert not get_pruner("prunesid", keep_tokens=12).select(near).details["survives"].all()
