@@ -12,6 +12,7 @@ from llava.pruning.base import (
     register,
 )
 from llava.pruning.cdpruner import CDPruner
+from llava.pruning.cen_prune import CenPrune
 from llava.pruning.dart import DART
 from llava.pruning.decoder_pruner import DecoderPruner, tokens_per_layer
 from llava.pruning.divprune import DivPrune
@@ -40,6 +41,7 @@ from llava.pruning.vispruner import VisPruner
 
 __all__ = [
     "CDPruner",
+    "CenPrune",
     "DART",
     "DecoderPruner",
     "DivPrune",

@@ -221,3 +221,36 @@ def test_prunesid_suppresses_nothing_once_its_threshold_exceeds_a_cosine():
     near = changed(inputs, encoder_features=inputs.encoder_features + 2)  # mean cosine about 0.8
     assert get_pruner("prunesid", keep_tokens=48).select(near).details["survives"].all()
     assert not get_pruner("prunesid", keep_tokens=12).select(near).details["survives"].all()
+
+
+# --- Cen-Prune -----------------------------------------------------------------------------------------------------
+
+
+@PRECISIONS
+@pytest.mark.parametrize("selector, order", [("dpp", "order_dpp"), ("max_min", "order_maxmin")])
+@pytest.mark.parametrize("case, tensors", selection_cases("cen_prune"))
+def test_cen_prune_order_is_that_of_the_published_formulas(case, tensors, selector, order, dtype):
+    inputs = PruningInputs(tensors["features"].to(dtype)[None], relevance=tensors["relevance"].to(dtype)[None])
+    options = {"selector": selector, "standardise": case["standardised"]}
+    selection = get_pruner("cen_prune", keep_tokens=case["m"], **options).select(inputs)
+    assert selection.details["order"][0].argsort()[: case["m"]].tolist() == tensors[order].tolist()
+    assert torch.allclose(selection.details["weight"][0].float(), tensors["distinctiveness"], atol=1e-5)
+
+
+def test_cen_prunes_max_min_reads_no_question():
+    pruner = get_pruner("cen_prune", selector="max_min")
+    assert (pruner.relevance, pruner.reads_question, pruner.needs) == ("none", False, frozenset())
+    with pytest.raises(ValueError, match="relevance=clip means nothing with selector=max_min"):
+        get_pruner("cen_prune", selector="max_min", relevance="clip")
+
+
+def test_cen_prune_keeps_padding_out_of_mean_and_weights():
+    valid = torch.ones(3, 49, dtype=torch.bool)
+    valid[:, 40:] = False
+    inputs = make_inputs(valid=valid)
+    for options in ({}, {"selector": "max_min"}, {"standardise": True}):
+        pruner = get_pruner("cen_prune", keep_tokens=9, **options)
+        alone = PruningInputs(
+            inputs.features[:, :40], image_embeds=inputs.image_embeds[:, :40], text_embeds=inputs.text_embeds
+        )
+        assert torch.equal(pruner.select(inputs).indices, pruner.select(alone).indices)
