@@ -21,6 +21,7 @@ from llava.pruning.fastervlm import FasterVLM
 from llava.pruning.fastv import FastV
 from llava.pruning.first import First
 from llava.pruning.grid import Grid
+from llava.pruning.hawk import HAWK
 from llava.pruning.holov import HoloV
 from llava.pruning.holov_release import HoloVRelease
 from llava.pruning.inputs import PruningInputs, Selection
@@ -50,6 +51,7 @@ __all__ = [
     "FastV",
     "First",
     "Grid",
+    "HAWK",
     "HoloV",
     "HoloVRelease",
     "Method",

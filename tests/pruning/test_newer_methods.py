@@ -7,7 +7,8 @@ import torch
 
 from llava.pruning import PruningInputs, get_pruner
 from llava.pruning.functional import cosine_similarity
-from method_inputs import make_inputs
+from llava.relevance.language import unit_products
+from method_inputs import inputs_for, make_inputs
 from records import selection_cases
 
 PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -254,3 +255,44 @@ def test_cen_prune_keeps_padding_out_of_mean_and_weights():
             inputs.features[:, :40], image_embeds=inputs.image_embeds[:, :40], text_embeds=inputs.text_embeds
         )
         assert torch.equal(pruner.select(inputs).indices, pruner.select(alone).indices)
+
+
+# --- HAWK ----------------------------------------------------------------------------------------------------------
+
+
+def test_hawk_keeps_the_most_relevant():
+    inputs = inputs_for("hawk")
+    expected = inputs.relevance.topk(9).indices.sort().values
+    assert torch.equal(get_pruner("hawk", keep_tokens=9).select(inputs).indices, expected)
+    other = get_pruner("hawk", keep_tokens=9, relevance="projector")
+    cosine = cosine_similarity(inputs.features, inputs.query_embeds.mean(1, keepdim=True))[:, :, 0]
+    expected = cosine.topk(9).indices.sort().values
+    assert torch.equal(other.select(changed(inputs, relevance=None)).indices, expected)
+
+
+def test_hawks_score_by_loops():
+    torch.manual_seed(0)
+    queries, keys, weights = torch.randn(1, 3, 4, 5).double(), torch.randn(2, 7, 2, 5).double(), torch.rand(4)
+    words, shown = torch.tensor([[True, False, True]]), torch.ones(2, 7, dtype=torch.bool)
+    shown[1, 5:] = False
+    score = unit_products(queries, keys, words, shown, weights)
+    for view in range(2):
+        expected = torch.zeros(7).double()
+        for head in range(4):
+            products = torch.zeros(7).double()
+            for token in shown[view].nonzero().flatten().tolist():
+                products[token] = sum(queries[0, word, head] @ keys[view, token, head // 2] for word in (0, 2)) / 2
+            expected += weights[head] * products / products.norm()
+        assert torch.allclose(score[view], expected)
+    halves = sum(
+        unit_products(queries[:, :, heads], keys[:, :, key], words, shown)
+        for heads, key in (([0, 1], [0]), ([2, 3], [1]))
+    )
+    assert torch.allclose(halves, unit_products(queries, keys, words, shown))  # ranks that share the heads
+
+
+def test_hawks_score_is_finite():
+    queries, keys = torch.randn(1, 3, 4, 5), torch.randn(2, 7, 2, 5)
+    keys[0, 3], queries[0, 1, 2] = torch.inf, torch.nan
+    assert unit_products(queries, keys).isfinite().all()
+    assert unit_products(queries, torch.zeros_like(keys)).eq(0).all()
