@@ -25,6 +25,7 @@ from llava.pruning.hawk import HAWK
 from llava.pruning.holov import HoloV
 from llava.pruning.holov_release import HoloVRelease
 from llava.pruning.inputs import PruningInputs, Selection
+from llava.pruning.mmtok import MMTok
 from llava.pruning.options import parse_budget
 from llava.pruning.pool import Pool
 from llava.pruning.prunesid import PruneSID
@@ -55,6 +56,7 @@ __all__ = [
     "HoloV",
     "HoloVRelease",
     "Method",
+    "MMTok",
     "Pool",
     "Pruner",
     "PruneSID",

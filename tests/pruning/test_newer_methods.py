@@ -56,6 +56,69 @@ def test_scope_does_not_cover_padding():
     assert pruner.select(PruningInputs(features, valid=shown, **fields)).indices.tolist() == [[0]]
 
 
+# --- MMTok ---------------------------------------------------------------------------------------------------------
+
+KEYWORDS = {
+    "What is the color of the dog?": "color of dog",
+    "What does the sign on the wall say?": "sign on wall say",
+    "Who is this?": "this",
+    "Where is he?": "Where is he?",
+    "How many people are there, and what are they doing?": "many people there doing",
+    "": "",
+    " what's the man's shirt-colour?": "s man s shirt colour",
+}
+
+
+@PRECISIONS
+@pytest.mark.parametrize("case, tensors", selection_cases("mmtok"))
+def test_mmtok_order_is_the_published_one(case, tensors, dtype):
+    features, encoder, text = (tensors[name].to(dtype)[None] for name in ("projected", "features", "text"))
+    inputs = PruningInputs(features, encoder_features=encoder, query_embeds=text)
+    options = {"tau_text": case["tau_t"], "tau_vision": case["tau_v"], "alpha": case["alpha"]}
+    selection = get_pruner("mmtok", keep_tokens=case["m"], **options).select(inputs)
+    assert selection.details["order"][0].argsort()[: case["m"]].tolist() == tensors["order"].tolist()
+    assert selection.indices[0].tolist() == tensors["indices"].tolist()
+
+
+@pytest.mark.parametrize("question", KEYWORDS)
+def test_mmtok_reads_the_words_that_the_published_code_reads(question):
+    """Recorded from its text helpers; what is no text is read as it comes."""
+    assert get_pruner("mmtok").read(question) == KEYWORDS[question]
+    assert get_pruner("mmtok").read((3, 5)) == (3, 5)
+    assert get_pruner("script").read(question) == question
+
+
+def test_mmtok_takes_the_most_similar_token_first_where_words_alone_count():
+    inputs = changed(make_inputs(), query_embeds=make_inputs(seed=3).query_embeds[:, :1])
+    likeness = cosine_similarity(inputs.features, inputs.query_embeds)[:, :, 0]
+    order = get_pruner("mmtok", keep_tokens=5, alpha=0.0).select(inputs).details["order"]
+    assert torch.equal(order.argmin(-1), likeness.argmax(-1))
+    opposite = get_pruner("mmtok", keep_tokens=5, alpha=0.0, relevance_sign=-1).select(inputs).details["order"]
+    assert torch.equal(opposite.argmin(-1), likeness.argmin(-1))
+
+
+def test_mmtok_counts_real_words_in_any_order():
+    inputs = make_inputs()
+    pruner = get_pruner("mmtok", keep_tokens=9)
+    two = changed(inputs, query_embeds=inputs.query_embeds[:, [2, 0]])
+    mask = torch.tensor([[True, False, True, False]])
+    assert torch.equal(pruner.select(two).indices, pruner.select(changed(inputs, query_mask=mask)).indices)
+    none = get_pruner("mmtok", keep_tokens=9, relevance="none")
+    assert not none.reads_question
+    assert torch.equal(
+        none.select(inputs).indices,
+        pruner.select(changed(inputs, query_mask=torch.zeros(1, 4, dtype=torch.bool))).indices,
+    )
+
+
+def test_mmtok_wants_words_not_scores():
+    scored = changed(make_inputs(), query_embeds=None, relevance=torch.rand(3, 49))
+    with pytest.raises(ValueError, match="needs query_embeds, which this host did not give"):
+        get_pruner("mmtok", keep_tokens=9).select(scored)
+    with pytest.raises(ValueError, match="relevance must be one of projector, none; got 'clip'"):
+        get_pruner("mmtok", relevance="clip")
+
+
 # --- FasterVLM -----------------------------------------------------------------------------------------------------
 
 
