@@ -32,6 +32,7 @@ from llava.pruning.prunesid import PruneSID
 from llava.pruning.pyramiddrop import PyramidDrop
 from llava.pruning.question_reader import QuestionReader
 from llava.pruning.random import Random
+from llava.pruning.restore import Restore
 from llava.pruning.scope import SCOPE
 from llava.pruning.script import Script
 from llava.pruning.script_release import ScriptRelease
@@ -64,6 +65,7 @@ __all__ = [
     "PyramidDrop",
     "QuestionReader",
     "Random",
+    "Restore",
     "SCOPE",
     "Script",
     "ScriptRelease",

@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from llava.pruning import PruningInputs, get_pruner
+from llava.pruning import PruningInputs, Selection, get_pruner, parse_options
 from llava.pruning.functional import cosine_similarity
+from llava.pruning.restore import calibration_bias, groups_of_anchors, rotary_decay
 from llava.relevance.language import unit_products
+from llava.relevance.policy import Offer, settle
 from method_inputs import inputs_for, make_inputs
 from records import selection_cases
 
@@ -359,3 +361,102 @@ def test_hawks_score_is_finite():
     keys[0, 3], queries[0, 1, 2] = torch.inf, torch.nan
     assert unit_products(queries, keys).isfinite().all()
     assert unit_products(queries, torch.zeros_like(keys)).eq(0).all()
+
+
+# --- RESTORE -------------------------------------------------------------------------------------------------------
+
+RESTORE = {case.values[0]["case"]: case.values for case in selection_cases("restore")}
+
+
+@PRECISIONS
+def test_restores_anchors_and_groups_are_those_of_the_published_formulas(dtype):
+    case, tensors = RESTORE["cluster_n169_m16_g0.25_s93"]
+    features = tensors["features"].to(dtype)[None]
+    kept = Selection(tensors["pruned_keep"][None], case["n"])
+    restore = get_pruner("restore", keep_tokens=case["m"], gamma=case["gamma"], method="fastervlm")
+    made = restore.make(PruningInputs(features), kept, restore.count_made(case["m"]))
+    assert made.details["anchors"][0].tolist() == tensors["anchors"].tolist()
+    assert made.details["sizes"][0].tolist() == tensors["group_size"].tolist()
+    assert made.details["positions"][0].tolist() == tensors["merged_position"].tolist()
+    assert torch.allclose(made.made[0].float(), tensors["merged"], atol=1e-5)
+    rest = torch.ones(1, case["n"], dtype=torch.bool).scatter(1, kept.indices, False)
+    groups = groups_of_anchors(cosine_similarity(features), rest, *anchors_of(tensors))
+    assert groups[0].int().argmax(0)[rest[0]].tolist() == tensors["assignment"].tolist()
+
+
+def anchors_of(tensors):
+    anchors = tensors["anchors"][None]
+    return anchors, torch.ones_like(anchors, dtype=torch.bool)
+
+
+@PRECISIONS
+def test_restores_calibration_is_that_of_the_published_formulas(dtype):
+    _, tensors = RESTORE["decay_table"]
+    assert torch.allclose(rotary_decay(tensors["distance"].to(dtype), 128).float(), tensors["decay"], atol=1e-5)
+    _, tensors = RESTORE["cluster_n169_m16_g0.25_s93"]
+    bias = calibration_bias(tensors["prompt_positions"], tensors["prompt_sizes"].to(dtype), 128)
+    assert torch.allclose(bias.float(), tensors["bias"], atol=1e-5)
+    assert calibration_bias(torch.tensor([4]), torch.ones(1), 64).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["script", "divprune", "fastervlm", "vispruner", "mmtok", "random"])
+def test_restore_keeps_what_the_other_method_keeps_and_merges_the_rest(name):
+    inputs = make_inputs()
+    selection = get_pruner("restore", keep_tokens=12, method=name).select(inputs)
+    assert torch.equal(selection.indices, get_pruner(name, keep_tokens=6).select(inputs).indices)
+    assert selection.made.shape == (3, 6, 24)
+    sizes = selection.details["sizes"]
+    assert sizes.sum(-1).tolist() == [49 - 6] * 3
+    assert (sizes >= 1).all()
+    total = (selection.made * sizes[:, :, None]).sum(1) + selection.gather(inputs.features).sum(1)
+    assert torch.allclose(total, inputs.features.sum(1), atol=1e-4)  # every token is in one place
+
+
+def test_restore_with_the_whole_budget_is_the_other_method():
+    inputs = make_inputs()
+    selection = get_pruner("restore", keep_tokens=9, method="divprune", gamma=1.0).select(inputs)
+    assert selection.made is None
+    assert torch.equal(selection.indices, get_pruner("divprune", keep_tokens=9).select(inputs).indices)
+    merged = get_pruner("restore", keep_tokens=1, method="divprune", gamma=0.0).select(inputs)
+    assert torch.allclose(merged.made[:, 0], inputs.features.mean(1), atol=1e-6)
+
+
+def test_restore_passes_options_on():
+    inputs = make_inputs()
+    options = parse_options("restore", ["method=script", "options=tau=0.1,gsp_ratio=0.9", "relevance=projector"])
+    restore = get_pruner("restore", keep_tokens=12, **options)
+    assert restore.inner == get_pruner("script", tau=0.1, gsp_ratio=0.9, relevance="projector")
+    assert restore.needs == {"query_embeds"}
+    expected = get_pruner("script", keep_tokens=6, tau=0.1, gsp_ratio=0.9, relevance="projector").select(inputs)
+    assert torch.equal(restore.select(inputs).indices, expected.indices)
+
+
+def test_restore_reads_the_question_as_the_other_method_does():
+    settled, choice = settle(get_pruner("restore", method="script"), Offer())
+    assert (settled.relevance, settled.inner.relevance, choice.source) == ("clip", "clip", "clip")
+    settled, choice = settle(get_pruner("restore", method="hawk"), Offer())
+    assert (settled.inner.relevance, choice.source) == ("hawk", "hawk")
+    words = get_pruner("restore", method="mmtok")
+    assert words.read("What is the color of the dog?") == "color of dog"
+    with pytest.raises(ValueError, match=r"no tokenizer\. Instead, here work relevance=none"):
+        settle(words, Offer(no_words="no tokenizer"))
+    assert settle(get_pruner("restore", method="divprune"), Offer())[1] is None
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"method": "sript"}, "unknown pruner 'sript'; known pruners: "),
+        ({"method": "trim"}, "around a method that keeps tokens as they are: cdpruner, cen_prune, divprune"),
+        ({"method": "fastv"}, "around a method that keeps tokens as they are"),
+        ({"method": "restore"}, "around a method that keeps tokens as they are"),
+        ({"options": "tau"}, "key=value, got 'tau'"),
+        ({"options": "taw=1"}, "pruner 'script' has no option taw"),
+        ({"options": "tau=1,scope=global"}, "scope cannot be among the options of the method inside restore"),
+        ({"method": "divprune", "relevance": "clip"}, "relevance=clip means nothing: divprune reads no question"),
+        ({"method": "divprune", "relevance_sign": 1}, "relevance_sign=1 means nothing with relevance=none"),
+    ],
+)
+def test_restore_refuses_what_it_cannot_go_around(options, message):
+    with pytest.raises(ValueError, match=message):
+        get_pruner("restore", **options)
