@@ -1,11 +1,14 @@
 """The methods of 2025 and 2026 against recorded choices, and their own laws."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
 from llava.pruning import PruningInputs, Selection, get_pruner, parse_options
+from llava.pruning.dart import pivot_tokens
+from llava.pruning.decoder_pruner import CutInputs
 from llava.pruning.functional import cosine_similarity
 from llava.pruning.restore import calibration_bias, groups_of_anchors, rotary_decay
 from llava.relevance.language import unit_products
@@ -18,6 +21,67 @@ PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 def changed(inputs, **fields):
     return dataclasses.replace(inputs, **fields)
+
+
+# --- laws that several share ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["scope", "mmtok", "fastervlm", "cen_prune", "hawk"])
+def test_more_tokens_keep_those_of_fewer(name):
+    inputs = inputs_for(name)
+    masks = [get_pruner(name, keep_tokens=keep).select(inputs).mask for keep in range(1, 48)]
+    for fewer, more in itertools.pairwise(masks):
+        assert not (fewer & ~more).any()
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("scope", {}),
+        ("mmtok", {}),
+        ("fastervlm", {}),
+        ("vispruner", {}),
+        ("prunesid", {}),
+        ("cen_prune", {}),
+        ("cen_prune", {"selector": "max_min"}),
+        ("hawk", {}),
+    ],
+)
+def test_permuted_tokens_permute_the_selection(name, options):
+    inputs = inputs_for(name)
+    order = torch.randperm(49, generator=torch.Generator().manual_seed(0))
+    fields = {field: getattr(inputs, field)[:, order] for field in ("features", "encoder_features", "image_embeds")}
+    fields |= {"class_attention": inputs.class_attention[:, :, order]}
+    if inputs.relevance is not None:
+        fields["relevance"] = inputs.relevance[:, order]
+    pruner = get_pruner(name, keep_tokens=9, **options)
+    assert torch.equal(pruner.select(changed(inputs, **fields)).mask, pruner.select(inputs).mask[:, order])
+
+
+@pytest.mark.parametrize("name", ["scope", "mmtok", "vispruner", "cen_prune", "holov", "prunesid"])
+@pytest.mark.parametrize("field", ["features", "encoder_features"])
+def test_only_the_cosines_of_what_is_compared_count(name, field):
+    """A length of rows that is common to all changes nothing; of each row, nothing where rows are not centred."""
+    inputs = make_inputs()
+    factor = 2 ** torch.arange(-3.0, 4.0).repeat(7).expand(3, -1)
+    if name == "cen_prune":
+        factor = torch.full((3, 49), 4.0)
+    if name == "prunesid" and field == "encoder_features":
+        return  # a sigmoid comes first
+    longer = changed(inputs, **{field: getattr(inputs, field) * factor[:, :, None]})
+    pruner = get_pruner(name, keep_tokens=9)
+    assert torch.equal(pruner.select(longer).indices, pruner.select(inputs).indices)
+
+
+@pytest.mark.parametrize("name", ["scope", "fastervlm", "vispruner", "holov", "holov_release"])
+def test_the_attention_that_a_patch_receives_stands_for_that_of_the_class_token(name):
+    inputs = make_inputs()
+    swapped = changed(inputs, class_attention=inputs.mean_attention, mean_attention=None)
+    with_token, without = get_pruner(name, keep_tokens=9), get_pruner(name, keep_tokens=9, class_token=False)
+    assert torch.equal(with_token.select(swapped).indices, without.select(inputs).indices)
+    assert not torch.equal(with_token.select(inputs).indices, without.select(inputs).indices)
+    with pytest.raises(ValueError, match="needs mean_attention, which this host did not give"):
+        without.select(swapped)
 
 
 # --- SCOPE ---------------------------------------------------------------------------------------------------------
@@ -460,3 +524,21 @@ def test_restore_reads_the_question_as_the_other_method_does():
 def test_restore_refuses_what_it_cannot_go_around(options, message):
     with pytest.raises(ValueError, match=message):
         get_pruner("restore", **options)
+
+
+# --- DART ----------------------------------------------------------------------------------------------------------
+
+
+@PRECISIONS
+@pytest.mark.parametrize("case, tensors", selection_cases("dart"))
+def test_dart_keeps_what_its_port_keeps_where_pivots_are_visited_by_norm(case, tensors, dtype):
+    start, end = case["prefix"], case["prefix"] + case["n"]
+    keys, state = tensors["keys"].to(dtype).transpose(1, 2).flatten(2), tensors["state"].to(dtype)
+    inputs = CutInputs(
+        keys=keys[:, start:end], text_keys=keys[:, end:], final=state[:, start:end], text_final=state[:, end:]
+    )
+    visual, text = pivot_tokens(inputs.keys, inputs.text_keys, case["pivot_image"])
+    assert visual[0].tolist() == tensors["image_pivots"].tolist()
+    assert text[0].tolist() == tensors["text_pivots"].tolist()
+    chosen, _ = get_pruner("dart").choose_at(inputs, case["kept_count"])
+    assert chosen[0].tolist() == tensors["kept_recommended"].sort().values.tolist()
