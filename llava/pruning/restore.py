@@ -35,9 +35,9 @@ NOT_INSIDE = frozenset(  # options that are those of the budget, and with them o
 class Restore(QuestionReader, TokenMaker):
     """Let another method choose a share of the budget, and merge all other tokens into the rest of it.
 
-    Paper: "RESTORE: Improving Visual Token Reduction via Rectifying Distortions for Efficient Multimodal LLM
-    Inference" (arXiv 2606.01711). Inputs: features H (B, n, d), and what the other method needs. Output: indices (B,
-    b) and merged tokens (B, m - b, d), b = ``gamma`` m rounded half up.
+    Paper: "Improving Visual Token Reduction via Rectifying Distortions for Efficient Multimodal LLM Inference" (arXiv
+    2606.01711), RESTORE. Inputs: features H (B, n, d), and what the other method needs. Output: indices (B, b) and
+    merged tokens (B, m - b, d), b = ``gamma`` m rounded half up.
 
     1. The other method keeps b tokens. Steps 2 and 3 are among those that it drops.
     2. C_ij = cos(h_i, h_j); R_i = sum of C_ij over j. Of the tokens j with R_j > R_i the most similar to i has C_ij =
