@@ -310,7 +310,7 @@ def greedy_map_rank(
 
 
 @torch.no_grad()
-def max_min_rank(distance: Tensor, k: int, candidates: Tensor | None = None) -> Tensor:
+def max_min_rank(distance: Tensor, k: int, candidates: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
     """Place of every token in the greedy max-min order: each is as far as possible from those before it.
 
     The first is the token whose nearest other is farthest; every next one has the largest distance to the nearest
@@ -320,6 +320,7 @@ def max_min_rank(distance: Tensor, k: int, candidates: Tensor | None = None) -> 
         distance: (B, n, n) symmetric.
         k: number of tokens that must be placed.
         candidates: (B, n) bool, the tokens that may be chosen at all; ``None`` means all.
+        weight: (B, n) at least 0, by which a token's distance counts, but for the first choice; ``None``: all alike.
 
     Returns:
         (B, n) int64, a permutation per view: chosen tokens by step, then other candidates by index, then the rest.
@@ -329,7 +330,41 @@ def max_min_rank(distance: Tensor, k: int, candidates: Tensor | None = None) -> 
     blocked = torch.zeros_like(distance[:, 0], dtype=torch.bool) if candidates is None else ~candidates
     score = distance.masked_fill(itself | blocked[:, None, :], torch.inf).amin(-1)  # distance to the nearest other
     rank = n + stable_rank(blocked.int())
-    _loops(distance).place_by_max_min(rank, distance.contiguous(), k, score.masked_fill(blocked, -torch.inf))
+    score = score.masked_fill(blocked, -torch.inf)
+    if weight is None:
+        _loops(distance).place_by_max_min(rank, distance.contiguous(), k, score)
+    else:
+        greedy.place_by_max_min(rank, distance.contiguous(), k, score, weight)
+    return stable_rank(rank)
+
+
+@torch.no_grad()
+def coverage_rank(
+    reach: Tensor,
+    k: int,
+    weight: Tensor | None = None,
+    candidates: Tensor | None = None,
+    rounding: float = 0.0,
+) -> Tensor:
+    """Place of every token in the greedy order of coverage: each adds most to what those before it cover.
+
+    A target u is covered by the chosen tokens to the extent c_u = max(0, largest reach to it). The next token is the
+    one with the largest w_v x sum over u of max(0, reach_vu - c_u). An order for k tokens begins with that for fewer;
+    where everything is covered it goes on by index.
+
+    Args:
+        reach: (B, n, t) how well each token stands for each of t targets; finite.
+        k: number of tokens that must be placed.
+        weight: (B, n) w, at least 0; ``None`` means ones.
+        candidates: (B, n) bool, the tokens that may be chosen at all; ``None`` means all.
+        rounding: a difference reach_vu - c_u that is not larger counts as none.
+
+    Returns:
+        (B, n) int64, as `max_min_rank`.
+    """
+    blocked = torch.zeros_like(reach[..., 0], dtype=torch.bool) if candidates is None else ~candidates
+    rank = reach.shape[1] + stable_rank(blocked.int())
+    greedy.place_by_coverage(rank, reach.contiguous(), k, weight, blocked, rounding)
     return stable_rank(rank)
 
 

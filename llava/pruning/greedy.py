@@ -1,9 +1,9 @@
 """Greedy loops on any device: one token of every view a step, in place, with few and small operations a step.
 
 Each loop writes the step at which a token was chosen into ``rank`` (B, n), and leaves the other entries as they are.
-On CUDA the kernels of `llava.pruning.kernels` take their place, under the same names. Buffers of the loops are made
-beforehand; what a step writes goes into them. The one exception is the result (B, n) of ``embedding_bag``, which has
-no form with ``out``.
+On CUDA the kernels of `llava.pruning.kernels` take their place, under the same names, except for `place_by_coverage`,
+whose steps are large. Buffers of the loops are made beforehand; what a step writes goes into them. The one exception
+is the result (B, n) of ``embedding_bag``, which has no form with ``out``.
 
 A view that is done goes on choosing until all views are: what it chooses then is not written, and no view reads
 another's numbers.
@@ -12,7 +12,7 @@ another's numbers.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def place_by_map(
@@ -113,10 +113,11 @@ class _Basis:
         return torch.embedding_bag(self.rows, read, self.starts[steps], mode=0, per_sample_weights=coefficients)[0]
 
 
-def place_by_max_min(rank: Tensor, distance: Tensor, k: int, score: Tensor) -> None:
+def place_by_max_min(rank: Tensor, distance: Tensor, k: int, score: Tensor, weight: Tensor | None = None) -> None:
     """The steps of `functional.max_min_rank`, into ``rank`` (B, n) int64.
 
-    ``score`` (B, n) decides the first choice; -inf at tokens that may not be chosen.
+    ``score`` (B, n) decides the first choice; -inf at tokens that may not be chosen. ``weight`` (B, n) counts from the
+    second on; the kernels have none.
     """
     views, n, _ = distance.shape
     rows = distance.reshape(views * n, n)
@@ -129,7 +130,34 @@ def place_by_max_min(rank: Tensor, distance: Tensor, k: int, score: Tensor) -> N
         torch.add(chosen[step], first_of_view, out=place[:, None])
         torch.minimum(nearest, torch.index_select(rows, 0, place, out=row), out=nearest)
         nearest.view(-1).index_fill_(0, place, -torch.inf)
-        score = nearest
+        score = nearest if weight is None else torch.where(nearest > -torch.inf, weight * nearest, nearest)
+    _write_steps(rank, chosen[..., 0].mT, (best[..., 0] > -torch.inf).mT)
+
+
+def place_by_coverage(
+    rank: Tensor, reach: Tensor, k: int, weight: Tensor | None, blocked: Tensor, rounding: float
+) -> None:
+    """The steps of `functional.coverage_rank`, into ``rank`` (B, n) int64.
+
+    ``blocked`` (B, n) bool is True at tokens that may not be chosen; chosen ones are added to it. A token's gain is a
+    sum over its own row, so that equal rows tie exactly.
+    """
+    views, n, targets = reach.shape
+    rows = reach.view(views * n, targets)
+    first_of_view = torch.arange(views, device=rank.device)[:, None] * n
+    chosen, best = rank.new_empty(k, views, 1), reach.new_empty(k, views, 1)
+    place, row = rank.new_empty(views), reach.new_empty(views, targets)
+    covered, excess, gain = reach.new_zeros(views, targets), torch.empty_like(reach), reach.new_empty(views, n)
+    for step in range(k):
+        nn.functional.threshold_(torch.sub(reach, covered[:, None], out=excess), rounding, 0.0)
+        torch.sum(excess, dim=-1, out=gain)
+        if weight is not None:
+            gain.mul_(weight)
+        gain.masked_fill_(blocked, -torch.inf)
+        torch.max(gain, dim=1, keepdim=True, out=(best[step], chosen[step]))  # the lowest index among equals
+        torch.add(chosen[step], first_of_view, out=place[:, None])
+        torch.maximum(covered, torch.index_select(rows, 0, place, out=row), out=covered)
+        blocked.view(-1).index_fill_(0, place, True)
     _write_steps(rank, chosen[..., 0].mT, (best[..., 0] > -torch.inf).mT)
 
 

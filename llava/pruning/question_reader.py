@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,8 +14,9 @@ from torch import Tensor
 from llava.pruning.base import ViewMethod
 from llava.pruning.functional import relevance_scores
 from llava.pruning.inputs import PruningInputs
+from llava.pruning.options import option_types
 
-Source = Literal["auto", "clip", "language", "qk", "words", "projector", "none"]
+Source = Literal["auto", "clip", "language", "qk", "words", "projector", "hawk", "none"]
 JOINT_FIELDS = frozenset({"image_embeds", "text_embeds"})
 FIELDS: dict[str, frozenset[str]] = {  # of `PruningInputs`, that each source needs
     "auto": JOINT_FIELDS,  # where no host has settled it
@@ -22,10 +25,11 @@ FIELDS: dict[str, frozenset[str]] = {  # of `PruningInputs`, that each source ne
     "qk": frozenset({"relevance"}),
     "words": frozenset({"relevance"}),
     "projector": frozenset({"query_embeds"}),
+    "hawk": frozenset({"relevance"}),
     "none": frozenset(),
 }
 SIGNED = ("auto", "clip", "projector")  # sources that a sign means something to
-BY_HEADS = ("auto", "language", "qk")  # sources that read attention heads
+BY_HEADS = ("auto", "language", "qk", "hawk")  # sources that read attention heads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +40,13 @@ class QuestionReader(ViewMethod):
         relevance: where the question is compared with the tokens. "clip": the joint space of the CLIP or SigLIP that
             the vision tower is; "language": the language model's own embeddings and first attention, averaged; "qk"
             and "words": each of these two alone; "projector": cosine with the mean embedding of the question's words,
-            a weak signal; "none": all tokens equally relevant; "auto": "clip" where it can be had, else "language".
-            The host settles "auto" and says what it took.
+            a weak signal; "hawk": the first attention's products, as `hawk` adds them up; "none": all tokens equally
+            relevant; "auto": "clip" where it can be had, else "language". The host settles "auto" and says what it
+            took.
         relevance_sign: sign under which the cosine grows with relevance; ``None`` takes what the host states, -1 for
             CLIP towers, +1 for "projector". The other sources have no sign.
-        heads: file with a weight for each head of the first attention (`llava.relevance.heads`), for "language" and
-            "qk"; ``None`` weighs all heads the same.
+        heads: file with a weight for each head of the first attention (`llava.relevance.heads`), for "language",
+            "qk" and "hawk"; ``None`` weighs all heads the same.
     """
 
     relevance: Source = "auto"
@@ -68,6 +73,15 @@ class QuestionReader(ViewMethod):
     @property
     def reads_question(self) -> bool:
         return self.relevance != "none"
+
+    def read(self, question: Hashable) -> Hashable:
+        """The part of a question that the method reads, in the form in which the host has it: text or token ids."""
+        return question
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What the option ``relevance`` may be."""
+        return typing.get_args(option_types(type(self))["relevance"])
 
     def from_source(self, source: Source) -> QuestionReader:
         """The method with its source of relevance settled.

@@ -1,7 +1,7 @@
 """What was asked about each picture, embedded where the method compares it with the tokens.
 
     question -> text tower -> text_embeds                            relevance=clip
-    question -> words' input embeddings, first attention -> scores   relevance=language, qk, words
+    question -> words' input embeddings, first attention -> scores   relevance=language, qk, words, hawk
     question -> words' input embeddings                              relevance=projector
 
 A host gives the spaces that it has; the fields of `PruningInputs` that speak of the question come from here alone.
@@ -21,7 +21,13 @@ from llava.pruning.functional import without_autocast
 from llava.pruning.question_reader import QuestionReader
 from llava.relevance.first_attention import FirstAttention
 from llava.relevance.heads import HeadWeights
-from llava.relevance.language import as_distribution, attention_mass, language_relevance, word_distribution
+from llava.relevance.language import (
+    as_distribution,
+    attention_mass,
+    language_relevance,
+    unit_products,
+    word_distribution,
+)
 
 
 class JointSpace(Protocol):
@@ -109,8 +115,8 @@ class Asked:
             if self.source == "clip":
                 self._embedded = joint_space.text_embeds(distinct)
             else:
-                self._embedded = language.embed(distinct)
-                if self.source in ("language", "qk") and language.attention is not None:
+                self._embedded = language.embed([method.read(question) for question in distinct])
+                if self.source in ("language", "qk", "hawk") and language.attention is not None:
                     self._embedded += (language.attention.queries(self._embedded[0]),)
         self._weights: Tensor | None = None
         if method.heads is not None:
@@ -154,7 +160,7 @@ class Asked:
     ) -> Tensor:
         """(B, n) from the words (B, l, d), and from the queries of the first attention where there are any."""
         words = looked = None
-        if self.source != "qk":
+        if self.source in ("language", "words"):
             words = word_distribution(embeds, features, mask, valid)
         if queries:
             attention = self._language.attention
@@ -162,6 +168,9 @@ class Asked:
             asked, real, shown = (
                 None if value is None else value.to(keys.device) for value in (*queries, mask, valid)
             )
+            if self.source == "hawk":
+                score = unit_products(asked, keys, real, shown, self._weights)
+                return self._language.sum_over_ranks(score).to(features.device)
             mass = attention_mass(asked, keys, attention.scaling, real, shown, self._weights)
             looked = as_distribution(self._language.sum_over_ranks(mass).to(features.device), valid)
         return language_relevance(words, looked, valid)

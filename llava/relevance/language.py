@@ -178,6 +178,39 @@ def language_relevance(p_words: Tensor | None, p_qk: Tensor | None, valid: Tenso
     return relevance if valid is None else relevance.masked_fill(~valid, 0.0)
 
 
+def unit_products(
+    queries: Tensor,
+    keys: Tensor,
+    word_mask: Tensor | None = None,
+    valid: Tensor | None = None,
+    head_weights: Tensor | None = None,
+) -> Tensor:
+    """HAWK's score (arXiv 2604.07812): products of the words' mean query with the keys, each head's of length 1::
+
+        u[h, j] = mean over words i of q[i, h] . k[j, h // groups]
+        r_j     = sum over h of w_h u[h, j] / sqrt(sum over j of u[h, j]^2)
+
+    The scaling of the products cancels. Ranks that share the heads add up their scores. Arguments as of
+    `attention_mass`.
+
+    Returns:
+        (B, n) raw relevance, 0 at tokens that take no part or are not finite.
+    """
+    groups = keys.shape[2]
+    dtype = working_dtype(keys.dtype)
+    queries = queries.to(dtype).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    if word_mask is not None:
+        queries = queries * word_mask[:, :, None, None]
+    query = queries.mean(1).unflatten(1, (groups, -1))  # (B or 1, k, h / k, d_h); the number of words cancels
+    products = (query @ keys.to(dtype).permute(0, 2, 3, 1)).flatten(1, 2)  # (B, h, n)
+    products = products.masked_fill(~products.isfinite(), 0.0)
+    if valid is not None:
+        products = products * valid[:, None]
+    norm = torch.linalg.vector_norm(products, dim=-1, keepdim=True)
+    products = products / torch.where(norm > 0, norm, 1.0)
+    return products.sum(1) if head_weights is None else (products * head_weights.to(products)[:, None]).sum(1)
+
+
 def multiply_adds(
     n: int, t: int, d: int, d_q: int, d_kv: int, words: bool = True, qk: bool = True, fused: bool = False
 ) -> int:

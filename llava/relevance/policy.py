@@ -22,7 +22,7 @@ class Offer:
     Args:
         no_joint_space: for "clip".
         no_words: for every source that reads the language model: no tokenizer for the question.
-        no_attention: for "qk", and the second half of "language".
+        no_attention: for "qk" and "hawk", and the second half of "language".
         joint_space: what the joint space is called in messages.
     """
 
@@ -35,7 +35,7 @@ class Offer:
         """Why a source cannot be had; ``None`` if it can."""
         if source == "clip":
             return self.no_joint_space
-        if source == "qk":
+        if source in ("qk", "hawk"):
             return self.no_words or self.no_attention
         return self.no_words if source in ("language", "words", "projector") else None
 
@@ -71,7 +71,7 @@ def settle(method: Method, offer: Offer) -> tuple[Method, Choice | None]:
         source = "clip" if offer.no_joint_space is None else "language"
     reason = offer.why_not(source)
     if reason is not None:
-        others = [other for other in ("clip", "language", "qk", "words", "projector") if offer.why_not(other) is None]
+        others = [other for other in method.sources if other not in ("auto", "none") and not offer.why_not(other)]
         work = f"here work relevance={', '.join([*others, 'none'])}"
         if asked == "auto":
             reason = f"{offer.no_joint_space}; {reason}"
@@ -95,8 +95,9 @@ def _reason(asked: Source, source: Source, offer: Offer, words_alone: bool) -> s
     parts = {
         "language": "read in the language model's embeddings and first attention",
         "qk": "read in the language model's first attention",
+        "hawk": "read in the products of the language model's first attention",
         "words": "read in the language model's embeddings",
-        "projector": "the cosine with the mean embedding of the question, a weak signal",
+        "projector": "the cosine with the question's embeddings, a weak signal",
     }
     text = parts[source]
     if words_alone:

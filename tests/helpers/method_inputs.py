@@ -1,5 +1,7 @@
 """Inputs that hold every field any method before the decoder reads."""
 
+import dataclasses
+
 import torch
 
 from llava.pruning import PruningInputs, list_pruners, pruner_class
@@ -8,6 +10,17 @@ TOKENS = 49
 
 
 BEFORE_DECODER = [name for name in list_pruners() if pruner_class(name).place != "decoder"]
+
+
+def inputs_for(name, **options):
+    """`make_inputs`, with scores of a caller for a method that reads nothing else of the question.
+
+    Others would take them instead of what they compare themselves.
+    """
+    inputs = make_inputs(**options)
+    if "relevance" not in pruner_class(name)().needs:
+        return inputs
+    return dataclasses.replace(inputs, relevance=inputs.features[..., 0].float())
 
 
 def make_inputs(seed=0, views=3, tokens=TOKENS, kind="iid", valid=None, dtype=torch.float32):

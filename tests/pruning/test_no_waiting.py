@@ -10,7 +10,7 @@ from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 from llava.pruning import PruningInputs, get_pruner
 from llava.pruning.decoder_pruner import CutInputs
-from method_inputs import BEFORE_DECODER, TOKENS, make_inputs
+from method_inputs import BEFORE_DECODER, TOKENS, inputs_for, make_inputs
 from records import GOLDEN
 
 pytestmark = [
@@ -56,7 +56,7 @@ def some_padding(views=3):
 def test_methods_before_the_decoder(name, padded, dtype):
     if padded and name in LOOKS_AT_PADDING:
         pytest.skip(f"{name} has to know where the padding is")
-    inputs = make_inputs(valid=some_padding() if padded else None, dtype=dtype)
+    inputs = inputs_for(name, valid=some_padding() if padded else None, dtype=dtype)
     pruner = get_pruner(name, keep_tokens=9)
     moved = to_device(inputs)
     selection = without_waiting(lambda: pruner.select(moved))

@@ -22,7 +22,7 @@ from llava.pruning import (
 )
 from llava.pruning.grid import grid_points, grid_shape
 from llava.pruning.options import option_types
-from method_inputs import BEFORE_DECODER, TOKENS, encode_patches, make_inputs
+from method_inputs import BEFORE_DECODER, TOKENS, encode_patches, inputs_for, make_inputs
 
 CHOOSERS = [name for name in BEFORE_DECODER if not pruner_class(name)().makes_tokens]
 pytestmark = pytest.mark.filterwarnings("ignore:.* tokens per view; with")  # budgets below a method's floor
@@ -40,7 +40,7 @@ def split_of(pruner, valid=None, views=3):
 @pytest.mark.parametrize("kind", ["iid", "duplicated", "zero", "constant", "not finite"])
 def test_exactly_m_distinct_ascending_indices(name, keep, kind):
     pruner = get_pruner(name, keep_tokens=keep)
-    inputs = make_inputs(kind=kind)
+    inputs = inputs_for(name, kind=kind)
     selection = pruner.select(inputs)
     assert selection.indices.dtype == torch.int64
     assert (selection.indices.diff(dim=1) > 0).all()
@@ -64,7 +64,7 @@ def test_exactly_m_distinct_ascending_indices(name, keep, kind):
 def test_padding_only_fills_what_valid_tokens_cannot(name, seed, keep, share):
     valid = torch.rand(3, TOKENS, generator=torch.Generator().manual_seed(seed)) < share
     pruner = get_pruner(name, keep_tokens=keep)
-    selection = pruner.select(make_inputs(seed, valid=valid))
+    selection = pruner.select(inputs_for(name, seed=seed, valid=valid))
     if selection.is_identity:  # the closest grid is the whole
         return
     kept, made = split_of(pruner, valid)
@@ -82,9 +82,9 @@ def test_padding_does_not_reach_made_tokens(name):
     valid[0, 1:5], valid[1, :, 2:6], valid[2] = True, True, True
     valid = valid.flatten(1)
     pruner = get_pruner(name, keep_tokens=12)
-    inputs = make_inputs(valid=valid)
+    inputs = inputs_for(name, valid=valid)
     other = {}
-    for field, value in vars(make_inputs(seed=1, valid=valid)).items():
+    for field, value in vars(inputs_for(name, seed=1, valid=valid)).items():
         own = getattr(inputs, field)
         if field in ("features", "encoder_features", "image_embeds", "key_metric"):
             other[field] = torch.where(valid[:, :, None], own, value)
@@ -104,7 +104,7 @@ def test_padding_does_not_reach_made_tokens(name):
 @pytest.mark.parametrize("name", BEFORE_DECODER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_batch_gives_what_its_members_give(name, dtype):
-    inputs = make_inputs(views=5, dtype=dtype)
+    inputs = inputs_for(name, views=5, dtype=dtype)
     pruner = get_pruner(name, keep_tokens=9)
     together = pruner.select(inputs)
     for view in range(5):
@@ -118,7 +118,7 @@ def test_a_batch_gives_what_its_members_give(name, dtype):
 @pytest.mark.parametrize("name", BEFORE_DECODER)
 def test_same_answer_twice(name):
     pruner = get_pruner(name, keep_tokens=9)
-    first, second = pruner.select(make_inputs()), pruner.select(make_inputs())
+    first, second = pruner.select(inputs_for(name)), pruner.select(inputs_for(name))
     assert torch.equal(first.indices, second.indices)
     assert (first.made is None and second.made is None) or torch.equal(first.made, second.made)
 
@@ -126,7 +126,7 @@ def test_same_answer_twice(name):
 @pytest.mark.parametrize("name", BEFORE_DECODER)
 @pytest.mark.parametrize("keep", [TOKENS, TOKENS + 1, 10**6])
 def test_keeping_everything_is_the_identity(name, keep):
-    inputs = make_inputs()
+    inputs = inputs_for(name)
     selection = get_pruner(name, keep_tokens=keep).select(inputs)
     assert selection.is_identity
     assert selection.made is None
@@ -135,7 +135,7 @@ def test_keeping_everything_is_the_identity(name, keep):
 
 @pytest.mark.parametrize("name", BEFORE_DECODER)
 def test_gather_keeps_dtype_and_rows(name):
-    inputs = make_inputs(dtype=torch.bfloat16)
+    inputs = inputs_for(name, dtype=torch.bfloat16)
     selection = get_pruner(name, keep_tokens=5).select(inputs)
     kept = selection.gather(inputs.features)
     assert kept.dtype == torch.bfloat16
@@ -147,7 +147,7 @@ def test_gather_keeps_dtype_and_rows(name):
 @pytest.mark.parametrize("name", BEFORE_DECODER)
 def test_what_a_host_lacks_is_named(name):
     pruner = get_pruner(name, keep_tokens=5)
-    inputs = make_inputs()
+    inputs = inputs_for(name)
     for field in pruner.needs:
         lacking = PruningInputs(**{**vars(inputs), field: None})
         with pytest.raises(ValueError, match=f"pruner '{name}' needs {field}, which this host did not give"):
@@ -157,7 +157,7 @@ def test_what_a_host_lacks_is_named(name):
 @pytest.mark.parametrize("name", BEFORE_DECODER)
 def test_needs_are_all_that_is_read(name):
     pruner = get_pruner(name, keep_tokens=9)
-    inputs = make_inputs()
+    inputs = inputs_for(name)
     told = pruner.needs | {"view_ids", "pictures"}
     given = {"features": inputs.features} | {field: getattr(inputs, field) for field in told}
     first, second = pruner.select(inputs), pruner.select(PruningInputs(**given))
@@ -171,7 +171,7 @@ def test_a_budget_below_the_floor_says_what_will_be_done(name):
     with pytest.warns(UserWarning, match=f"'{name}' needs {floor} tokens per view; with {floor - 1} it gives "):
         get_pruner(name, keep_tokens=floor - 1)
     with pytest.warns(UserWarning, match=f"with {floor - 1} it gives "):
-        get_pruner(name, keep_tokens=(floor - 0.9) / TOKENS).select(make_inputs())
+        get_pruner(name, keep_tokens=(floor - 0.9) / TOKENS).select(inputs_for(name))
 
 
 @pytest.mark.parametrize("name", [name for name in BEFORE_DECODER if name not in CHOOSERS])
@@ -183,7 +183,7 @@ def test_made_tokens_belong_to_a_view(name):
 # Methods whose choice rests on similarities and scores alone, whatever the order of tokens.
 @pytest.mark.parametrize("name", ["cdpruner", "divprune", "trim", "script_release"])
 def test_permuted_tokens_permute_the_selection(name):
-    inputs = make_inputs()
+    inputs = inputs_for(name)
     pruner = get_pruner(name, keep_tokens=9)
     order = torch.randperm(TOKENS)
     fields = {k: getattr(inputs, k)[:, order] for k in ("features", "encoder_features", "image_embeds")}
@@ -196,7 +196,7 @@ def test_permuted_tokens_permute_the_selection(name):
 
 @pytest.mark.parametrize("name", ["cdpruner", "divprune", "trim", "first"])
 def test_more_tokens_keep_those_of_fewer(name):
-    inputs = make_inputs()
+    inputs = inputs_for(name)
     masks = [get_pruner(name, keep_tokens=keep).select(inputs).mask for keep in range(2, TOKENS - 1)]
     for fewer, more in itertools.pairwise(masks):
         assert not (fewer & ~more).any()
@@ -204,7 +204,7 @@ def test_more_tokens_keep_those_of_fewer(name):
 
 @pytest.mark.parametrize("name", ["cdpruner", "divprune"])
 def test_lengths_of_rows_do_not_count(name):
-    inputs = make_inputs()
+    inputs = inputs_for(name)
     longer = {**vars(inputs), "features": inputs.features * torch.rand(3, TOKENS, 1).add(0.5)}
     pruner = get_pruner(name, keep_tokens=9)
     assert torch.equal(pruner.select(inputs).indices, pruner.select(PruningInputs(**longer)).indices)
