@@ -26,7 +26,8 @@ def source_table(sources: Mapping[str, Any]) -> str:
     lines = ["\nsource of relevance (area under the ROC curve on the boxes; 0.5 is chance)"]
     measured = {name: found for name, found in sources.items() if "auc" in found}
     for name, found in sorted(measured.items(), key=lambda item: -item[1]["auc"]):
-        lines.append(f"  {name:10} {found['auc']:.3f} +- {found['error']:.3f}, another question {found['other']:.3f}")
+        line = f"  {name:10} {found['auc']:.3f} +- {found['error']:.3f}; with another question {found['other']:.3f}"
+        lines.append(line + (f", asked thing against the other {found['pair']:.3f}" if "pair" in found else ""))
     lines += [f"  {name:10} {found['refused']}" for name, found in sources.items() if "refused" in found]
     if measured:
         best = max(measured, key=lambda name: measured[name]["auc"])

@@ -98,8 +98,8 @@ class Subject(ABC):
     @contextmanager
     def _watching(self, seen: dict[str, Any]) -> Iterator[None]:
         def watch(module: nn.Module, positional: tuple, named: dict[str, Any]) -> None:
-            if not seen:  # the prompt; later calls are steps
-                seen.update(named)
+            seen.clear()  # the last call counts: a host may look at the whole prompt first
+            seen.update(named)
 
         hook = self.decoder.register_forward_pre_hook(watch, with_kwargs=True)
         try:

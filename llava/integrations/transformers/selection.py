@@ -29,6 +29,8 @@ class KeptPicture:
         per_layer: tokens that enter each layer of the decoder, separators among them, where a method inside it drops
             some; ``None`` where all layers see the same.
         relevance: where the question was read, and why; ``None`` for a method that reads none.
+        scores: (t,) float32 on the CPU, what the method made of the question, scaled within each selection; NaN at
+            separators and where nothing was selected. ``None`` where the method computes none.
     """
 
     picture: Picture
@@ -36,6 +38,7 @@ class KeptPicture:
     made: tuple[Tensor, Tensor] | None = None
     per_layer: tuple[int, ...] | None = None
     relevance: Choice | None = None
+    scores: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -125,6 +128,7 @@ def select_tokens(
         groups.setdefault((len(one.columns), one.keep), []).append(one)
     kept_columns: dict[int, list[Tensor]] = {index: [] for index in range(len(pictures))}
     made: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    scores: dict[int, Tensor] = {}
     whole = dict.fromkeys(range(len(pictures)), True)
     for (tokens, keep), group in groups.items():
         if keep >= tokens:
@@ -152,6 +156,10 @@ def select_tokens(
         _, made_counts = method.kept_and_made(keep, attended)
         for number, one in enumerate(group):
             whole[one.picture] = False
+            if "relevance" in selection.details:
+                own_scores = scores.setdefault(one.picture, torch.full(pictures[one.picture].columns.shape, torch.nan))
+                places = torch.searchsorted(pictures[one.picture].columns, one.columns)
+                own_scores[places] = selection.details["relevance"][number].float().cpu()
             own, own_columns = selection.indices[number], one.columns[chosen[number]]
             if selection.eligible is not None:  # only the data told how many
                 own, own_columns = own[selection.eligible[number]], own_columns[selection.eligible[number].cpu()]
@@ -172,7 +180,7 @@ def select_tokens(
             kept = kept | picture.separators_to_keep(kept & picture.attended)
         parts = made.get(index)
         joined = None if parts is None else tuple(torch.cat(part) for part in zip(*parts, strict=True))
-        answers.append(KeptPicture(picture, kept & picture.attended, joined))
+        answers.append(KeptPicture(picture, kept & picture.attended, joined, scores=scores.get(index)))
     return answers
 
 
