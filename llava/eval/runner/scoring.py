@@ -86,7 +86,13 @@ def score_file(
         print(f"NOT THE WHOLE BENCHMARK: {len(skipped)} questions were skipped, first {skipped[0]['question_id']}")
     if run.limit is not None:
         print(f"NOT THE WHOLE BENCHMARK: only its first {run.limit} questions were asked")
-    result = benchmark.score(run)
+    try:
+        result = benchmark.score(run)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"a file of the benchmark is of another form than EVAL.md, section {benchmark.section!r}, says "
+            f"({type(error).__name__}: {error})"
+        ) from error
     if result is not None:
         result = {"benchmark": name, "skipped": len(skipped) + (0 if compat else len(missing)), **result}
         write_json(folder / "score.json", result, indent=1)
