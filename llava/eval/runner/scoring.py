@@ -14,7 +14,8 @@ from llava.eval.benchmarks import BENCHMARKS, OUTPUT_ROOT, locate
 from llava.eval.benchmarks.base import Scoring
 from llava.eval.benchmarks.mmvet import ask_judge
 from llava.eval.files import read_json, read_whole_lines, require, write_json
-from llava.eval.runner.journal import merge_chunks, run_folder
+from llava.eval.runner.completion import merge_chunks
+from llava.eval.runner.journal import run_folder
 from llava.eval.text import printable
 
 
