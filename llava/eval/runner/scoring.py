@@ -81,10 +81,11 @@ def score_file(
                 f"{said}: {answers_file} is not complete, or of another list than {run.question_file}; "
                 "--allow-missing leaves them out"
             )
-        print(f"NOT THE WHOLE BENCHMARK: {said}")
+        print(printable(f"NOT THE WHOLE BENCHMARK: {said}"))
         run.skip(missing)
     if skipped:
-        print(f"NOT THE WHOLE BENCHMARK: {len(skipped)} questions were skipped, first {skipped[0]['question_id']}")
+        first = printable(str(skipped[0]["question_id"]))
+        print(f"NOT THE WHOLE BENCHMARK: {len(skipped)} questions were skipped, first {first}")
     if run.limit is not None:
         print(f"NOT THE WHOLE BENCHMARK: only its first {run.limit} questions were asked")
     try:
