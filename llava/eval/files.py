@@ -83,6 +83,11 @@ def _object(line: bytes) -> dict | None:
     return row if isinstance(row, dict) else None
 
 
+def encoded(text: str) -> bytes:
+    """A text as its file holds it; halves of characters, as in names that are no UTF-8, as JSON's escapes."""
+    return text.encode(errors="backslashreplace")
+
+
 def write_whole(path: Path, data: str | bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old contents or the new ones and nothing between.
 
@@ -92,7 +97,7 @@ def write_whole(path: Path, data: str | bytes) -> None:
         OSError: it cannot be written (disk full, ...); names the path.
     """
     path = Path(os.path.realpath(path))
-    content = data.encode() if isinstance(data, str) else data
+    content = encoded(data) if isinstance(data, str) else data
     path.parent.mkdir(parents=True, exist_ok=True)
     replaced = not path.exists() or path.is_file()
     target = path.with_name(f".{path.name}.partial") if replaced else path  # one name: kills leave no more than one

@@ -25,7 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from llava.conversation import template_for
 from llava.eval.benchmarks import BENCHMARKS, OUTPUT_ROOT, Question, load_questions, locate, run_tag
 from llava.eval.files import require
-from llava.eval.runner import identity, journal, scoring
+from llava.eval.runner import completion, identity, journal, scoring
 from llava.eval.runner.answering import Answerer, BrokenQuestion, Prepared, Stopwatch, prepared_batches
 from llava.eval.runner.launch import barrier, is_launched, join_processes, run_processes
 from llava.eval.runner.loading import Checkpoint
@@ -212,18 +212,18 @@ def begin(run: Run, processes: int) -> bool:
         RunRefused: old answers with other settings, or about other pictures, or no longer what the run wrote.
     """
     if run.options.overwrite:
-        journal.discard(run.answers_file, run.folder)
+        completion.discard(run.answers_file, run.folder)
     settings = run.settings()
     known = journal.check_settings(run.folder, settings)
     if run.answers_file.exists():
         if known is None:
             raise journal.RunRefused(f"{run.answers_file} exists, but not by this runner: --overwrite deletes it")
-        journal.check_complete(run.answers_file, run.folder)
+        completion.check_complete(run.answers_file, run.folder)
         return False
     known = known or journal.save_settings(run.folder, settings, run.record(processes))
     found = journal.read_journals(run.folder, known)
     found.report()
-    journal.check_pictures([row["picture"] for row in found if row.get("picture")])
+    completion.check_pictures([row["picture"] for row in found if row.get("picture")])
     return True
 
 
@@ -330,7 +330,7 @@ def answer_share(run: Run, state: PartialState) -> None:
     barrier(state)
     if main:
         chunked = run.benchmark is not None and run.benchmark.chunked and run.options.answers_file is None
-        summary = journal.finish(
+        summary = completion.finish(
             run.answers_file,
             folder,
             known,

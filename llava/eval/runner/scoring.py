@@ -14,7 +14,8 @@ from llava.eval.benchmarks import BENCHMARKS, OUTPUT_ROOT, locate
 from llava.eval.benchmarks.base import Scoring
 from llava.eval.benchmarks.mmvet import ask_judge
 from llava.eval.files import read_json, read_whole_lines, require, write_json
-from llava.eval.runner.journal import merge_chunks, run_folder
+from llava.eval.runner.completion import merge_chunks
+from llava.eval.runner.journal import run_folder
 from llava.eval.text import printable
 
 
@@ -80,13 +81,20 @@ def score_file(
                 f"{said}: {answers_file} is not complete, or of another list than {run.question_file}; "
                 "--allow-missing leaves them out"
             )
-        print(f"NOT THE WHOLE BENCHMARK: {said}")
+        print(printable(f"NOT THE WHOLE BENCHMARK: {said}"))
         run.skip(missing)
     if skipped:
-        print(f"NOT THE WHOLE BENCHMARK: {len(skipped)} questions were skipped, first {skipped[0]['question_id']}")
+        first = printable(str(skipped[0]["question_id"]))
+        print(f"NOT THE WHOLE BENCHMARK: {len(skipped)} questions were skipped, first {first}")
     if run.limit is not None:
         print(f"NOT THE WHOLE BENCHMARK: only its first {run.limit} questions were asked")
-    result = benchmark.score(run)
+    try:
+        result = benchmark.score(run)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"a file of the benchmark is of another form than EVAL.md, section {benchmark.section!r}, says "
+            f"({type(error).__name__}: {error})"
+        ) from error
     if result is not None:
         result = {"benchmark": name, "skipped": len(skipped) + (0 if compat else len(missing)), **result}
         write_json(folder / "score.json", result, indent=1)

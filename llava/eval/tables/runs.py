@@ -57,6 +57,19 @@ def read_run(path: Path) -> StudyRun:
     config = read_json(folder / "config.json")
     score = read_json(folder / "score.json") if (folder / "score.json").is_file() else None
     summary = read_json(folder / "summary.json")
+    for name, values, needed in (
+        ("config.json", config, ("settings", "record")),
+        (
+            "config.json, under settings,",
+            config.get("settings", {}),
+            ("benchmark", "model", "checkpoint", "pruner", "seed", "code"),
+        ),
+        ("summary.json", summary, ("questions", "skipped", "visual_tokens", "newline_tokens", "wall_seconds")),
+        ("score.json", {"score": 0} if score is None else score, ("score",)),
+    ):
+        missing = [key for key in needed if key not in values]
+        if missing:
+            raise ValueError(f"{folder}/{name} lacks {', '.join(missing)}: it is not what a run writes")
     return StudyRun(folder, config["settings"], config["record"], summary, score)
 
 

@@ -14,7 +14,7 @@ from task_files import write_pictures, write_task
 
 from llava.eval.files import read_json
 from llava.eval.lmms_eval.judge_free import JUDGE_FREE, JUDGE_FREE_METRICS
-from llava.eval.lmms_eval.results import newest_results, read_scores
+from llava.eval.lmms_eval.results import TOLERANCE, newest_results, read_scores
 
 ROOT = Path(__file__).parents[3]
 TOY = ROOT / "playground/toy"
@@ -102,6 +102,8 @@ def test_official_tasks_are_scored_and_say_what_was_pruned(root, pruned):
     assert scores["chartqa"].scores["chartqa"] == 100 * sum(scores["chartqa"].items.values()) / 4
     assert scores["hallusionbench"].scores["hallusionbench"] > 50  # the mean of three metrics, no judge asked
     assert scores["ocrbench"].scores["ocrbench"] <= 4.0
+    for name, score in scores.items():  # our own scorers give the same to the answers that were logged
+        assert score.own == pytest.approx(score.scores[name], abs=TOLERANCE), score.unchecked
 
 
 def test_same_answers_as_our_own_runner(root, pruned, tmp_path):

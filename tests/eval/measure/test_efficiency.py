@@ -28,6 +28,7 @@ def tiled():
     return Subject(model, image_processor, (672, 672), 1, "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [320, 2880])
 def test_counted_work_of_a_language_model_is_the_formula_and_the_head(tokens):
     """7B without storage: torch's counter and methods.md 1.1 agree.
@@ -70,6 +71,7 @@ def test_stages_and_the_whole_lead_to_the_same_prompt(subject):
         torch.testing.assert_close(embeds[start : start + 32], picture)
 
 
+@pytest.mark.slow
 def test_figures_of_the_table(subject):
     rows = make_rows(["script", "fastv"], [64], 576)
     assert measure(subject, rows, repeats=2, warm_up=1, new_tokens=3) == 2
@@ -228,6 +230,7 @@ def test_an_interruption_keeps_the_complete_repeats(subject, monkeypatch, capsys
     assert "interrupted after 1 of 3 repeats" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_one_json_object_and_draws(tmp_path, capsys):
     drawing = tmp_path / "time.svg"
     arguments = ["--preset", "toy", "--keep-tokens", "64", "16", "--pruners", "script", "random"]

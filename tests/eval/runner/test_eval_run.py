@@ -15,7 +15,7 @@ from PIL import Image
 from llava.eval.benchmarks import BENCHMARKS, load_questions, run_tag
 from llava.eval.files import read_json, read_whole_lines
 from llava.eval.measure.cost import prefill_flops
-from llava.eval.runner import journal, run
+from llava.eval.runner import completion, journal, run
 from llava.pruning import get_pruner
 from own_questions import CHECKPOINT, PICTURES, write_questions
 from records import GOLDEN
@@ -145,6 +145,7 @@ def test_missing_and_broken_pictures(own, tmp_path, capsys):
     assert "it skipped questions" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_processes_killed_and_resumed(own, tmp_path):
     """kill -9 of the launcher, its children die with it; the next runs finish with what an undisturbed run gives."""
     assert ask(own, tmp_path / "calm.jsonl") == 0
@@ -163,6 +164,7 @@ def test_two_processes_killed_and_resumed(own, tmp_path):
     assert texts(answers) == texts(tmp_path / "calm.jsonl")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the system's signal at a parent's death is Linux's")
 def test_no_process_outlives_its_launcher(own, tmp_path):
     """Killed right after it started its processes, while they still load libraries."""
@@ -187,6 +189,7 @@ def _state(process):
         return "gone"
 
 
+@pytest.mark.slow
 def test_started_by_a_launcher_on_two_machines(own, tmp_path):
     """One process on each of two machines, told its place as accelerate and torchrun do: the same answers."""
     assert ask(own, tmp_path / "one.jsonl") == 0
@@ -248,7 +251,7 @@ def test_run_that_is_not_complete_does_not_finish(tmp_path):
     book = journal.Journal(tmp_path / "a.run" / "journal" / "000_0.jsonl", RUN)
     book.append([{"position": 1, "answer": {}, "tokens": None, "seconds": 1.0, "elapsed": 1.0}])
     with pytest.raises(journal.RunRefused, match="first number 0"):
-        journal.finish(tmp_path / "a.jsonl", tmp_path / "a.run", RUN, 2, None, {})
+        completion.finish(tmp_path / "a.jsonl", tmp_path / "a.run", RUN, 2, None, {})
     assert not (tmp_path / "a.jsonl").exists()
 
 
@@ -256,7 +259,7 @@ def test_run_that_is_not_complete_does_not_finish(tmp_path):
     "questions, chunks, sizes", [(5, 4, [2, 2, 1, 0]), (0, 2, [0, 0]), (6, 2, [3, 3]), (1, 1, [1])]
 )
 def test_chunks(questions, chunks, sizes):
-    slices = journal.chunk_slices(questions, chunks)
+    slices = completion.chunk_slices(questions, chunks)
     assert [len(range(questions)[piece]) for piece in slices] == sizes
 
 
@@ -267,7 +270,7 @@ def test_empty_chunk_gets_an_empty_file(tmp_path):
     book = journal.Journal(folder / "journal" / "000_0.jsonl", RUN)
     row = {"tokens": COST, "seconds": 1.0, "elapsed": 1.0}
     book.append([{"position": i, "answer": {"question_id": i}, **row} for i in (2, 0, 4, 1, 3)])
-    journal.finish(answers, folder, RUN, 5, 4, {})
+    completion.finish(answers, folder, RUN, 5, 4, {})
     sizes = [len(read_whole_lines(answers.parent / f"4_{i}.jsonl")) for i in range(4)]
     assert sizes == [2, 2, 1, 0]
     assert [line["question_id"] for line in read_whole_lines(answers)] == [0, 1, 2, 3, 4]

@@ -10,7 +10,7 @@ import pytest
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.files import read_json, read_whole_lines, write_json
 from llava.eval.runner import scoring as score
-from llava.eval.runner.journal import merge_chunks
+from llava.eval.runner.completion import merge_chunks
 from records import GOLDEN
 
 SCORERS = GOLDEN / "scorers"

@@ -53,6 +53,7 @@ def test_every_section_that_errors_name_is_in_the_guide():
     assert {benchmark.section for benchmark in BENCHMARKS.values()} | {"Your own questions"} <= headings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family, checkpoint, tag", [("v1_5", "llava-v1.5-tiny", 4), ("v1_6", "llava-v1.6-vicuna-tiny", 20)]
 )

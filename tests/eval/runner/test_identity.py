@@ -68,6 +68,7 @@ def tree(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_a_new_method_joins_the_table(tree, tmp_path):
     """Two benchmarks with all tokens and with Script, then a method that did not exist: three rows, all comparable."""
     out = tmp_path / "out"

@@ -11,7 +11,7 @@ import pytest
 
 from llava.eval.files import read_json, read_whole_lines, write_whole
 from llava.eval.lmms_eval.answers import Answer, AnswerBook
-from llava.eval.runner import journal, launch, pictures, run
+from llava.eval.runner import completion, journal, launch, pictures, run
 from own_questions import PICTURES, write_questions
 
 RUN, OTHER = "0123456789abcdef", "fedcba9876543210"
@@ -29,7 +29,7 @@ def ask(own, answers, *more):
 def begun(own, answers, monkeypatch):
     """A run that was stopped after its answers were journalled and before they were put together."""
     with monkeypatch.context() as patched:
-        patched.setattr(journal, "finish", lambda *_: (_ for _ in ()).throw(OSError("stopped here")))
+        patched.setattr(completion, "finish", lambda *_: (_ for _ in ()).throw(OSError("stopped here")))
         assert ask(own, answers) == 2
     [book] = (answers.with_suffix(".run") / "journal").glob("*.jsonl")
     return book
@@ -89,7 +89,7 @@ def test_overwriting_that_is_killed_leaves_nothing_to_adopt(own, tmp_path, monke
             name,
             lambda *given, plain=plain, **more: (removed.append(Path(given[0]).name), plain(*given, **more)),
         )
-    journal.discard(answers, folder)
+    completion.discard(answers, folder)
     assert removed[0] == "journal"
     assert removed[-1] == "config.json"
     monkeypatch.undo()
@@ -193,6 +193,17 @@ def test_lmms_evals_answers_are_checked_as_well(tmp_path, capsys):
     again = AnswerBook(tmp_path, {})
     assert set(again.answers) == {"a", "c"}
     assert f"{file}, line 2, is damaged" in capsys.readouterr().err
+
+
+def test_names_that_are_no_utf_8_are_kept(tmp_path):
+    path = tmp_path / "journal" / "000_0.jsonl"
+    book = journal.Journal(path, RUN)
+    row = {"position": 0, "skipped": "no file at \udcff.png", "elapsed": 1.0}
+    book.append([row])
+    book.close()
+    assert list(journal.read_journals(tmp_path, RUN)) == [row]
+    completion.finish(tmp_path / "a.jsonl", tmp_path, RUN, 1, None, {})
+    assert read_whole_lines(tmp_path / "skipped.jsonl") == [row]
 
 
 def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path):

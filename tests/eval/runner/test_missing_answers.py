@@ -145,3 +145,11 @@ def test_a_formula_in_an_answer_is_text_in_the_upload(tmp_path):
     assert ">'=HYPERLINK(" in sheet
     assert "<f>" not in sheet
     assert read_whole_lines(tmp_path / "a.jsonl")[0]["text"].startswith("=")
+
+
+def test_annotations_of_another_form_are_an_error_and_no_traceback(tmp_path, capsys):
+    text = "what?\nShort."
+    put(tmp_path / "textvqa" / BENCHMARKS["textvqa"].question_file, [{"question_id": "a", "text": text}])
+    write_json(tmp_path / "textvqa/TextVQA_0.5.1_val.json", {"questions": []})
+    assert score(tmp_path, "textvqa", [{"question_id": "a", "prompt": text, "text": "x"}]) == 2
+    assert "of another form than EVAL.md, section 'TextVQA', says (KeyError: 'data')" in capsys.readouterr().err

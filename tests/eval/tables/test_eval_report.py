@@ -250,3 +250,15 @@ def test_a_device_is_not_replaced_and_a_run_not_overwritten(tmp_path, capsys):
     assert report.main([str(path), "--json", str(path / "summary.json")]) == 2
     assert "lies in a run that the table is made from" in capsys.readouterr().err
     assert (path / "summary.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "file, key", [("summary.json", "questions"), ("config.json", "settings"), ("score.json", "score")]
+)
+def test_a_run_that_lacks_something_is_named(tmp_path, file, key, capsys):
+    path = make_run(tmp_path, "gqa", "full", 60.0)
+    values = read_json(path / file)
+    del values[key]
+    write_json(path / file, values)
+    assert report.main([str(path)]) == 2
+    assert f"{path}/{file} lacks {key}" in capsys.readouterr().err
