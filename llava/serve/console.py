@@ -26,7 +26,9 @@ def usage() -> str:
     """What there is, one line for each command."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {what} (python -m {module})" for name, (module, what) in COMMANDS.items()]
-    return "\n".join(["usage: script-llava COMMAND [options]", "", *lines, "", "script-llava COMMAND --help: its options"])
+    return "\n".join(
+        ["usage: script-llava COMMAND [options]", "", *lines, "", "script-llava COMMAND --help: its options"]
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
