@@ -18,6 +18,7 @@ else
     default=llava-v1.5-7b
     model=()
 fi
+source "$(dirname "${BASH_SOURCE[0]}")/checkpoint.sh"
 processes=()
 if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then # one process per device that the list names
     IFS=, read -ra devices <<<"$CUDA_VISIBLE_DEVICES"
@@ -26,7 +27,7 @@ fi
 
 exec "${PYTHON:-python}" -m llava.eval.harness \
     --benchmark "$benchmark" \
-    --model-path "${CKPT_DIR:-checkpoints}/${CKPT:-$default}" \
+    --model-path "$checkpoint" \
     --pruner "${PRUNER:-script}" \
     --keep-tokens "$keep" \
     ${model[@]+"${model[@]}"} \

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,16 +110,12 @@ def load_pretrained_model(
         ValueError: a checkpoint of another model family, or options that contradict each other.
         ImportError: bitsandbytes is needed and not installed; says how to install it.
     """
-    try:
-        folder, base_folder, config = find_checkpoint(model_path, model_base)
-        joint_folder = None if joint_space_path is None else find_folder(joint_space_path)
-        if joint_folder is not None and config.mm_vision_tower_type != "siglip":
-            raise ValueError(f"joint_space_path goes with towers of SigLIP; {config.mm_vision_tower} is its own")
+    folder, base_folder, config = find_checkpoint(model_path, model_base)
+    joint_folder = None if joint_space_path is None else find_folder(joint_space_path)
+    if joint_folder is not None and config.mm_vision_tower_type != "siglip":
+        raise ValueError(f"joint_space_path goes with towers of SigLIP; {config.mm_vision_tower} is its own")
+    with _saying_where_the_toy_is(model_path):
         check_files(folder, base_folder, config, pruner, joint_folder)
-    except CheckpointError as error:
-        if TOY_FOLDER in Path(model_path).resolve().parents:
-            raise CheckpointError(f"{error}. {_where_the_toy_is()}") from error
-        raise
     quantization = _quantization(load_8bit, load_4bit)
     if quantization is not None and has_adapter(folder):
         raise ValueError("a LoRA adapter cannot be merged into quantised weights: merge it first, save, and load that")
@@ -168,13 +166,21 @@ def load_pretrained_model(
     return tokenizer, model, tower.image_processor, context_length(config)
 
 
-def _where_the_toy_is() -> str:
-    if (TOY_FOLDER.parents[1] / "scripts" / "toy").is_dir():
-        return f"`python scripts/toy/train.py` rebuilds the toy in {TOY_FOLDER}"
-    return (
-        "The toy is no part of the installed package: it comes with a checkout of the repository, in playground/toy; "
-        "give that or another checkpoint (--model-path)"
-    )
+@contextmanager
+def _saying_where_the_toy_is(model_path: str) -> Iterator[None]:
+    """Add to errors about the toy, the default checkpoint, how it is come by."""
+    try:
+        yield
+    except CheckpointError as error:
+        if TOY_FOLDER not in Path(model_path).resolve().parents:
+            raise
+        hint = (
+            "The toy is no part of the installed package: it comes with a checkout of the repository, in "
+            "playground/toy; give that or another checkpoint (--model-path)"
+        )
+        if (TOY_FOLDER.parents[1] / "scripts" / "toy").is_dir():
+            hint = f"`python scripts/toy/train.py` rebuilds the toy in {TOY_FOLDER}"
+        raise CheckpointError(f"{error}. {hint}") from error
 
 
 def find_checkpoint(model_path: str, model_base: str | None = None) -> tuple[Path, Path, AnyLlavaConfig]:
@@ -184,7 +190,8 @@ def find_checkpoint(model_path: str, model_base: str | None = None) -> tuple[Pat
         CheckpointError: a folder or file is missing; or weights, base and adapter do not go together.
         ValueError: a checkpoint of another kind.
     """
-    folder = find_folder(model_path)
+    with _saying_where_the_toy_is(model_path):
+        folder = find_folder(model_path)
     if model_base is None and has_adapter(folder):
         whole = ""
         if has_weights(folder):

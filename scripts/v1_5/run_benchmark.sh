@@ -12,6 +12,7 @@ fi
 keep=$1
 shift
 [ "$family" = v1_6 ] && default=llava-v1.6-vicuna-7b || default=llava-v1.5-7b
+source "$(dirname "${BASH_SOURCE[0]}")/../checkpoint.sh"
 processes=()
 if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then # one process per device that the list names
     IFS=, read -ra devices <<<"$CUDA_VISIBLE_DEVICES"
@@ -20,7 +21,7 @@ fi
 
 exec "${PYTHON:-python}" -m llava.eval.run \
     --benchmark "$benchmark" \
-    --model-path "${CKPT_DIR:-checkpoints}/${CKPT:-$default}" \
+    --model-path "$checkpoint" \
     --data-root "${DATA_DIR:-playground/data/eval}" \
     --pruner "${PRUNER:-script}" \
     --keep-tokens "$keep" \

@@ -137,6 +137,8 @@ def test_missing_toy_says_how_to_rebuild_it_or_where_it_is(monkeypatch, tmp_path
     monkeypatch.setattr(builder, "TOY_FOLDER", toy)
     with pytest.raises(CheckpointError, match=r"no checkpoint at .* comes with a checkout of the repository"):
         load_cpu(toy / "llava-toy-v1.5")
+    with pytest.raises(CheckpointError, match="comes with a checkout of the repository"):
+        builder.find_template(str(toy / "llava-toy-v1.5"))
     (tmp_path / "scripts" / "toy").mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"no checkpoint at .*`python scripts/toy/train\.py` rebuilds the toy"):
         load_cpu(toy / "llava-toy-v1.5")
