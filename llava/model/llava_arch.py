@@ -176,7 +176,7 @@ class LlavaMetaForCausalLM(ABC):
         placeholders = [int((row == IMAGE_TOKEN_INDEX).sum()) for row in rows]
         given = 0 if images is None else len(images)
         of_row, used = match_images(placeholders, given)
-        plan, kept, features = CallPlan(()), [], []
+        plan, kept, features = CallPlan(), [], []
         if used:
             shown = self._shown(images, image_sizes, modalities)
             shown = shown if len(used) == given else shown.pick(used)
@@ -226,11 +226,11 @@ class LlavaMetaForCausalLM(ABC):
             ValueError: the method cannot be used on one of the pictures or videos.
         """
         if isinstance(shown, EncodedImages):
-            layouts = zip(shown.layouts, shown.layouts_with_padding, strict=True)
+            layouts = tuple(zip(shown.layouts, shown.layouts_with_padding, strict=True))
         else:
-            layouts = self.vision.layouts(shown)
+            layouts = tuple(self.vision.layouts(shown))
         layers = self.config.num_hidden_layers
-        return CallPlan(tuple(plan_picture(pruner, *pair, layers) for pair in layouts), pruner)
+        return CallPlan(tuple(plan_picture(pruner, *pair, layers) for pair in layouts), layouts, pruner)
 
     def asked(
         self,
@@ -276,11 +276,10 @@ class LlavaMetaForCausalLM(ABC):
         vision, is_encoded = self.vision, isinstance(shown, EncodedImages)
         kept: dict[int, KeptTokens] = {}
         tokens: dict[int, Tensor] = {}
-        layouts = None if is_encoded else vision.layouts(shown)
         for group in [list(range(len(shown)))] if is_encoded else shown.groups():
             encoded = shown
             if not is_encoded:
-                encoded = vision.encode(shown.pick(group), [layouts[number] for number in group])
+                encoded = vision.encode(shown.pick(group), [plan.layouts[number] for number in group])
             # Script: choose the visual tokens that are kept, by the question of the row that a picture is in
             chosen = select_tokens(vision, plan, encoded, group)
             kept |= zip(group, chosen, strict=True)

@@ -63,9 +63,10 @@ class QuestionSide:
         plan = replace(plan, sample_ids=None if sample_ids is None else tuple(sample_ids))
         if not plan.selects:
             return plan
-        method, choice = settle(plan.method, self.offer())
         of_row = range(len(questions)) if of_row is None else of_row
+        method, choice = plan.method, None
         if method.reads_question:
+            method, choice = settle(method, self.offer())
             check_asked(questions, method.name, of_row)
             self.announcer.tell(method, choice)
         tower, sign = self.vision.tower, self.vision.relevance_sign
