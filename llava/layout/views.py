@@ -1,4 +1,4 @@
-"""Where the visual tokens of a picture or video stand in the prompt, and which of them show only padding.
+"""The order of the visual tokens of a picture or video in the prompt, and which of them show only padding.
 
 A picture gives V views of n patches each; patch p of view v has the flat number v * n + p. The views of a video are
 its frames, the patches what is left of them after pooling. A layout is the sequence of flat numbers in the order in
@@ -201,7 +201,7 @@ def kept_sequence(layout: ViewLayout, kept: Tensor, count: int, keep_newlines: b
 
 
 def kept_places(layout: ViewLayout, kept: Tensor, count: int, keep_newlines: bool) -> Tensor:
-    """Where in a layout's sequence the tokens of `kept_sequence` stand, ascending."""
+    """Places of the tokens of `kept_sequence` in a layout's sequence, ascending."""
     place = torch.full((layout.eligible.numel(),), layout.sequence.numel())
     patches = layout.sequence != NEWLINE
     place[layout.sequence[patches]] = torch.arange(layout.sequence.numel())[patches]
@@ -220,11 +220,11 @@ def kept_places(layout: ViewLayout, kept: Tensor, count: int, keep_newlines: boo
 def with_made_tokens(layout: ViewLayout, places: Tensor, made: Sequence[int], width: int, leading: int) -> Tensor:
     """Put made tokens between kept ones.
 
-    Those of a group of views stand after its kept tokens, view by view; the ``leading`` ones stand before the kept
+    Those of a group of views come after its kept tokens, view by view; the ``leading`` ones come before the kept
     tokens where the group is one view, and before the other made tokens where it is the tiles of a grid.
 
     Args:
-        places: (t,) where kept tokens and newlines stand in the layout's sequence, ascending.
+        places: (t,) of kept tokens and newlines in the layout's sequence, ascending.
         made: how many made tokens each view gives, the first ones.
         width: k, how many it might give.
 

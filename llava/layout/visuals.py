@@ -1,4 +1,4 @@
-"""Pictures and videos as a call brings them, and how a checkpoint reads them: how many views, where tokens stand.
+"""Pictures and videos as a call brings them, and how a checkpoint reads them: views, order of tokens.
 
 The place where LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision and LLaVA-Video differ in how they read what they see.
 """
@@ -56,8 +56,9 @@ def modality_list(modalities: str | Sequence[str] | None, count: int) -> list[st
 class Reading:
     """How pictures and videos are read: the keys of a checkpoint's configuration that say so, under their own names.
 
-    ``Reading.of(model.config, image_grid_pinpoints=[[672, 672]])`` reads in another way for a call; it can stand for
-    the configuration in `process_images`, and goes with the pixels in `Visuals`. The configuration stays as it is.
+    ``Reading.of(model.config, image_grid_pinpoints=[[672, 672]])`` reads in another way for a call; it is taken in
+    place of the configuration by `process_images`, and goes with the pixels in `Visuals`. The configuration itself is
+    not changed.
 
     Args:
         image_aspect_ratio, image_grid_pinpoints, mm_patch_merge_type: of pictures; see `picture_layouts`.
@@ -150,9 +151,9 @@ class Visuals:
         return Visuals(tuple(self.each[number] for number in numbers))
 
     def in_prompts(self, of_prompt: Sequence[Sequence[int]]) -> Visuals:
-        """The same, read as it is right for pictures that stand together in a prompt: see `Reading.for_pictures`.
+        """The same, read as it is right for pictures that are together in a prompt: see `Reading.for_pictures`.
 
-        Tiles stay tiles: whoever cut several pictures into them has chosen to.
+        Tiles are read as tiles: whoever cut several pictures into them has chosen to.
 
         Args:
             of_prompt: numbers of the visuals in each prompt.
@@ -215,7 +216,7 @@ class VideoReading:
         return cls(mode, position, merge_type_of(config), slow_every)
 
     def layout(self, frames: int, side: int) -> ViewLayout:
-        """Where the tokens of a video of so many frames of side x side patches stand."""
+        """The order of the tokens of a video of so many frames of side x side patches."""
         slow = pooled_side(side, self.pool_mode)
         if self.slow_every is None:
             layout = video_layout(frames, slow, self.newline_position, self.merge_type)

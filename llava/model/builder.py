@@ -40,6 +40,7 @@ from llava.model.multimodal_encoder.builder import tower_type
 from llava.model.multimodal_encoder.siglip_encoder import folder_at_hand
 from llava.model.multimodal_projector.builder import projector_depth
 from llava.pruning import Pruner
+from llava.pruning.question_reader import QuestionReader
 from llava.relevance.clip import check_joint_space
 from llava.relevance.siglip import check_siglip_folder
 
@@ -330,14 +331,15 @@ def check_files(
     if base_folder != folder and not has_adapter(folder) and not (folder / PROJECTOR_FILE).is_file():
         raise CheckpointError(f"missing file {folder / PROJECTOR_FILE}")
     if config.mm_vision_tower_type == "siglip":
+        named = joint_folder is not None
         joint_folder = joint_folder or folder_at_hand(config.mm_vision_tower, near=folder)
-        if joint_folder is not None and pruner is not None and "text_embeds" in pruner.needs:
+        if joint_folder is not None and (named or insists_on_clip(pruner)):
             check_siglip_folder(joint_folder)
         return
     tower_folder = find_folder(config.mm_vision_tower, near=folder)
     if not (tower_folder / "preprocessor_config.json").is_file():
         raise CheckpointError(f"missing file {tower_folder / 'preprocessor_config.json'}")
-    if pruner is not None and "text_embeds" in pruner.needs:
+    if insists_on_clip(pruner):
         check_joint_space(tower_folder)
 
 
@@ -390,6 +392,11 @@ def check_weights(base_folder: Path, config: AnyLlavaConfig, added: dict[str, Te
             f"(num_hidden_layers={config.num_hidden_layers}, mm_projector_type="
             f"{getattr(config, 'mm_projector_type', 'linear')}) has no place for"
         )
+
+
+def insists_on_clip(pruner: Pruner | None) -> bool:
+    """Whether a method cannot do without the joint space: "auto" reads the question elsewhere where it is missing."""
+    return isinstance(pruner, QuestionReader) and pruner.relevance == "clip"
 
 
 def pick_device(device: str) -> str:

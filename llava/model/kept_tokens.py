@@ -27,8 +27,8 @@ class KeptTokens:
         made: (V, k, d) the method's own tokens, projected; ``None`` if it makes none.
         per_layer: visual tokens, newlines among them, that enter each layer of the decoder, where a method inside it
             drops some; ``None`` where all layers see ``sequence``.
-        recycled: how many tokens a method inside the decoder has made of dropped ones, which stand beside ``sequence``
-            at its end.
+        recycled: how many tokens a method inside the decoder has made of dropped ones; they are in the prompt behind
+            the picture's kept tokens, not in ``sequence``.
         relevance: where the method read the question, and why there; ``None`` if it reads none.
     """
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +19,6 @@ from llava.decoder.attachment import check_host
 from llava.decoder.stages import PictureSpan
 from llava.layout.plan import PicturePlan, plan_picture
 from llava.layout.visuals import Reading, Visuals
-from llava.mm_utils import encode_text
 from llava.model.attached_pruner import AttachedPruner
 from llava.model.encoded_images import EncodedImages
 from llava.model.kept_tokens import KeptTokens
@@ -28,13 +26,11 @@ from llava.model.multimodal_encoder.builder import build_vision_tower
 from llava.model.multimodal_encoder.vision_tower import VisionTower
 from llava.model.multimodal_projector.builder import build_vision_projector
 from llava.model.prompt_splicing import EmbeddedPrompts, match_images, pad_rows, splice
+from llava.model.question_side import QuestionSide
 from llava.model.token_selection import CallPlan, select_tokens
 from llava.model.vision_side import VisionSide
 from llava.pruning import DecoderPruner, Method
-from llava.relevance.asked import Asked, LanguageSpace
-from llava.relevance.first_attention import FirstAttention, UnreadableAttentionError
 from llava.relevance.policy import Announcer, Offer, settle
-from llava.relevance.question import check_asked, given_questions, last_question
 
 Shown = Tensor | Sequence[Tensor] | Visuals | EncodedImages  # pictures and videos as a call may bring them
 
@@ -94,7 +90,7 @@ class LlavaMetaForCausalLM(ABC):
         modalities: str | Sequence[str] | None = None,
         reading: Reading | None = None,
     ) -> Visuals:
-        """Pictures and videos as one value, which can stand for ``images`` anywhere.
+        """Pictures and videos as one value, which can be given as ``images`` anywhere.
 
         Args:
             images: as `process_images` and `process_video` return them.
@@ -111,7 +107,7 @@ class LlavaMetaForCausalLM(ABC):
         image_sizes: Sequence[tuple[int, int]] | None = None,
         modality: str | None = None,
     ) -> EncodedImages:
-        """Encode pictures as `process_images` returns them, or videos; the result can stand for ``images`` anywhere.
+        """Encode pictures as `process_images` returns them, or videos; the result can be given as ``images`` anywhere.
 
         Args:
             images: (N, 3, s, s), one view each; or (N, V, 3, s, s) or a list of (V, 3, s, s) or (3, s, s). The views
@@ -180,7 +176,7 @@ class LlavaMetaForCausalLM(ABC):
         placeholders = [int((row == IMAGE_TOKEN_INDEX).sum()) for row in rows]
         given = 0 if images is None else len(images)
         of_row, used = match_images(placeholders, given)
-        plan, kept, features = CallPlan(()), [], []
+        plan, kept, features = CallPlan(), [], []
         if used:
             shown = self._shown(images, image_sizes, modalities)
             shown = shown if len(used) == given else shown.pick(used)
@@ -193,7 +189,7 @@ class LlavaMetaForCausalLM(ABC):
             self._check_length(max(lengths), truncate)  # before the tower runs
             owners = [row for row, pictures in enumerate(of_row) for _ in pictures]
             seeds = None if sample_ids is None else [sample_ids[row] for row in owners]
-            plan = self.asked(plan, self._questions(rows, query), owners, seeds)
+            plan = self.asked(plan, self.questions.read(rows, query), owners, seeds)
             kept, features = self._visual_tokens(shown, plan)
         embed = self.get_input_embeddings()
         texts = embed(torch.cat(rows).clamp_min(0).to(embed.weight.device, non_blocking=True)).split(
@@ -230,11 +226,11 @@ class LlavaMetaForCausalLM(ABC):
             ValueError: the method cannot be used on one of the pictures or videos.
         """
         if isinstance(shown, EncodedImages):
-            layouts = zip(shown.layouts, shown.layouts_with_padding, strict=True)
+            layouts = tuple(zip(shown.layouts, shown.layouts_with_padding, strict=True))
         else:
-            layouts = self.vision.layouts(shown)
+            layouts = tuple(self.vision.layouts(shown))
         layers = self.config.num_hidden_layers
-        return CallPlan(tuple(plan_picture(pruner, *pair, layers) for pair in layouts), pruner)
+        return CallPlan(tuple(plan_picture(pruner, *pair, layers) for pair in layouts), layouts, pruner)
 
     def asked(
         self,
@@ -253,62 +249,24 @@ class LlavaMetaForCausalLM(ABC):
         Raises:
             ValueError: the method reads the question, and there is none, or no way to read it.
         """
-        plan = replace(plan, sample_ids=None if sample_ids is None else tuple(sample_ids))
-        if not plan.selects:
-            return plan
-        method, choice = settle(plan.method, self.relevance_offer())
-        of_row = range(len(questions)) if of_row is None else of_row
-        if method.reads_question:
-            check_asked({row: questions[row] for row in of_row}, method.name)
-            self.announcer.tell(method, choice)
-        tower = self.get_vision_tower()
-        asked = Asked(
-            method,
-            [questions[row] for row in of_row],
-            tower,
-            self._language_space(),
-            self.relevance_sign,
-            tower.device,
-        )
-        return replace(plan, method=method, choice=choice, asked=asked)
+        return self.questions.ask(plan, questions, of_row, sample_ids)
+
+    def relevance_offer(self) -> Offer:
+        """Which sources of relevance can be had here, and why the others cannot."""
+        return self.questions.offer()
+
+    @property
+    def questions(self) -> QuestionSide:
+        """What reads and embeds questions; its tokenizer is the model's, or one that a method was attached with."""
+        tokenizer = self.tokenizer
+        if tokenizer is None and self.attached_pruner is not None:
+            tokenizer = self.attached_pruner.tokenizer
+        return QuestionSide(self.vision, self.get_input_embeddings(), tokenizer, self.announcer)
 
     @property
     def announcer(self) -> Announcer:
         """Tells once where the question is read."""
         return self.__dict__.setdefault("_announcer", Announcer())
-
-    def relevance_offer(self) -> Offer:
-        """Which sources of relevance can be had here, and why the others cannot."""
-        tower = self.get_vision_tower()
-        no_words = None
-        if self._tokenizer is None:
-            no_words = "the model has no tokenizer: load it with load_pretrained_model, or attach the method with one"
-        _, no_attention = self._first_attention()
-        return Offer(tower.why_no_joint_space(), no_words, no_attention, f"the vision tower's {tower.kind}")
-
-    def _language_space(self) -> LanguageSpace | None:
-        tokenizer, embed = self._tokenizer, self.get_input_embeddings()
-        if tokenizer is None:
-            return None
-        return LanguageSpace(
-            lambda question: encode_text(question, tokenizer),
-            lambda ids: embed(ids.to(embed.weight.device, non_blocking=True)),
-            self._first_attention()[0],
-        )
-
-    def _first_attention(self) -> tuple[FirstAttention | None, str | None]:
-        """The decoder's first attention, or why it cannot be read."""
-        try:
-            return FirstAttention.find(self.get_model()), None
-        except UnreadableAttentionError as error:
-            return None, str(error)
-
-    @property
-    def _tokenizer(self) -> Any:
-        """The model's own, or the one that a method was attached with."""
-        if self.tokenizer is None and self.attached_pruner is not None:
-            return self.attached_pruner.tokenizer
-        return self.tokenizer
 
     def _visual_tokens(self, shown: Visuals | EncodedImages, plan: CallPlan) -> tuple[list[KeptTokens], list[Tensor]]:
         """For each picture and video what is kept of it, and its tokens (t, d).
@@ -318,25 +276,15 @@ class LlavaMetaForCausalLM(ABC):
         vision, is_encoded = self.vision, isinstance(shown, EncodedImages)
         kept: dict[int, KeptTokens] = {}
         tokens: dict[int, Tensor] = {}
-        layouts = None if is_encoded else vision.layouts(shown)
         for group in [list(range(len(shown)))] if is_encoded else shown.groups():
             encoded = shown
             if not is_encoded:
-                encoded = vision.encode(shown.pick(group), [layouts[number] for number in group])
+                encoded = vision.encode(shown.pick(group), [plan.layouts[number] for number in group])
             # Script: choose the visual tokens that are kept, by the question of the row that a picture is in
             chosen = select_tokens(vision, plan, encoded, group)
             kept |= zip(group, chosen, strict=True)
             tokens |= zip(group, vision.gather(encoded, chosen), strict=True)
         return [kept[i] for i in range(len(shown))], [tokens[i] for i in range(len(shown))]
-
-    def _questions(self, rows: list[Tensor], query: str | Sequence[str] | None) -> list[str | None]:
-        """The question of every row, as given or as read from the prompt; ``None`` without a tokenizer."""
-        given = given_questions(query, len(rows))
-        if given is not None:
-            return given
-        if self._tokenizer is None:
-            return [None] * len(rows)
-        return [last_question(self._tokenizer.decode(row[row != IMAGE_TOKEN_INDEX])) for row in rows]
 
     def check_prompt(
         self,

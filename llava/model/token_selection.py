@@ -20,7 +20,7 @@ from llava.layout.plan import PicturePlan
 from llava.layout.views import kept_places, kept_sequence, with_made_tokens
 from llava.model.encoded_images import EncodedImages
 from llava.model.kept_tokens import KeptTokens
-from llava.model.vision_side import VisionSide
+from llava.model.vision_side import Layouts, VisionSide
 from llava.pruning import Method, PruningInputs, Selection
 from llava.relevance.asked import Asked
 from llava.relevance.policy import Choice
@@ -36,13 +36,15 @@ class CallPlan:
 
     Args:
         pictures: for each, its counts.
+        layouts: for each, the layout that it is encoded with, and the one where padding counts like the rest.
         method: with its source of relevance settled; ``None`` keeps all.
         asked: the questions, for the method; ``None`` where it selects nothing before the decoder.
         choice: of the source of relevance, where the method reads the question.
         sample_ids: a number for each that seeds random methods; 0 where not given.
     """
 
-    pictures: tuple[PicturePlan, ...]
+    pictures: tuple[PicturePlan, ...] = ()
+    layouts: tuple[Layouts, ...] = ()
     method: Method | None = None
     asked: Asked | None = None
     choice: Choice | None = None

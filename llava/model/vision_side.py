@@ -23,7 +23,7 @@ Layouts = tuple[ViewLayout, ViewLayout]  # of a picture, and the one it would ha
 
 
 class VisionSide:
-    """Tower, projector and learned tokens of a language model's body, which goes on owning them.
+    """What a language model's body has of tower, projector and learned tokens, put to work; the body owns them.
 
     Args:
         body: holds ``vision_tower``, ``mm_projector`` and, where the checkpoint has them, ``image_newline`` and
@@ -125,7 +125,7 @@ class VisionSide:
     # --- behind the selection --------------------------------------------------------------------------------------
 
     def gather(self, encoded: EncodedImages, kept: Sequence[KeptTokens]) -> list[Tensor]:
-        """Visual tokens (t, d) of every picture in reading order, with the learned ones that stand between them."""
+        """Visual tokens (t, d) of every picture in reading order, with the learned ones between them."""
         rows, first = [], 0
         for picture, tokens in enumerate(kept):
             table = encoded.features[first : first + tokens.layout.views].flatten(0, 1)

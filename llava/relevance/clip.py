@@ -109,5 +109,5 @@ def check_joint_space(folder: Path) -> None:
     if missing:
         raise CheckpointError(
             f"relevance=clip needs CLIP's text tower, but {folder} lacks: {'; '.join(missing)}. "
-            f"relevance=projector needs no text tower"
+            f"relevance=language needs no text tower"
         )

@@ -172,5 +172,5 @@ def check_siglip_folder(folder: Path) -> None:
     if missing:
         raise CheckpointError(
             f"relevance=clip needs the full SigLIP (text tower and pooling head), but {folder} lacks: "
-            f"{'; '.join(missing)}. relevance=projector needs neither"
+            f"{'; '.join(missing)}. relevance=language needs neither"
         )

@@ -22,6 +22,7 @@ from questions import NO, YES, Descriptor, Question, article
 from scenes import CELL, COLOR_NAMES, REFERENCE_SIDE, SHAPES, Scene, SceneObject, draw_shape, make_scene, scene_rng
 
 from llava.conversation import conv_templates
+from llava.layout.visuals import Reading
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import DEFAULT_CHECKPOINT, load_pretrained_model
 from llava.model.encoded_images import EncodedImages
@@ -145,7 +146,7 @@ def _questions(actors: tuple[Actor, ...]) -> tuple[Question, ...]:
 
 
 def kept_per_frame(model, question: Question, pruner: Pruner, encoded: EncodedImages) -> np.ndarray:
-    """(T, n) bool: the tokens of each frame that go on for a question."""
+    """(T, n) bool: the tokens of each frame that are kept for a question."""
     conversation = conv_templates["vicuna_v1"].copy()
     conversation.append_message(conversation.roles[0], f"<image>\n{question.text}")
     ids = torch.tensor([tokenizer_image_token(conversation.get_prompt(), model.tokenizer)])
@@ -153,10 +154,11 @@ def kept_per_frame(model, question: Question, pruner: Pruner, encoded: EncodedIm
 
 
 def encode_clip(model, processor, clip: Clip) -> EncodedImages:
-    """A clip after the vision side, pooled as LLaVA-Video's evaluation pools it (``mm_spatial_pool_mode``)."""
+    """A clip after the vision side, pooled as LLaVA-Video's evaluation pools it."""
     video = Video(list(clip.frames), list(range(len(clip.frames))))
+    reading = Reading.of(model.config, mm_spatial_pool_mode="average")
     with torch.inference_mode():
-        return model.encode_pictures([process_video(video, processor)], modality="video")
+        return model.encode_pictures(model.visuals([process_video(video, processor)], None, "video", reading))
 
 
 def found_over_time(model, processor, clips: int, pruners: dict[str, Pruner]) -> dict[str, dict[str, float]]:
@@ -194,11 +196,10 @@ def main() -> None:
         write_clip(make_clip("test", FIRST_CLIP), options.write)
         return
     _, model, processor, _ = load_pretrained_model(DEFAULT_CHECKPOINT, device="cpu")
-    model.config.mm_spatial_pool_mode = "average"
     keep = options.keep_tokens
     pruners = {
         "script": get_pruner("script", keep_tokens=keep),
-        "script, a budget for the clip": get_pruner("script", keep_tokens=keep, scope="clip"),
+        "script, a budget for the clip": get_pruner("script", keep_tokens=keep, scope="global"),
         "script without the question": get_pruner("script", keep_tokens=keep, relevance="none"),
         "wrong sign": get_pruner("script", keep_tokens=keep, relevance_sign=-model.relevance_sign),
         "random": get_pruner("random", keep_tokens=keep),

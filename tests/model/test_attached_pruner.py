@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from llava.model.multimodal_encoder import clip_encoder
 from llava.pruning import get_pruner
 from prompts import QUESTIONS, V15, answer, ids_of, prompt_of
 
@@ -71,7 +72,7 @@ def test_a_second_method_and_what_does_not_fit_are_refused(asked, monkeypatch):
         model.attach_pruner("script")
     with monkeypatch.context() as patch:
         patch.setattr(model.get_vision_tower(), "_joint_space", None)
-        patch.setattr(model.get_vision_tower(), "_checked", (model.get_vision_tower().folder, "no text tower"))
+        patch.setattr(clip_encoder, "why_incomplete", lambda folder: "no text tower")
         with pytest.raises(ValueError, match="cannot have relevance=clip: no text tower"):
             get_pruner("script", relevance="clip").attach(model)
         patch.delattr(model.get_model().layers[0], "input_layernorm")

@@ -14,6 +14,7 @@ from llava.model import builder
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.pruning import get_pruner
+from llava.relevance.policy import settle
 
 
 @pytest.fixture
@@ -44,11 +45,11 @@ def test_vision_weights_in_the_checkpoint_win(load):
 def test_checkpoint_with_its_own_vision_weights_needs_no_clip_weights(copy):
     folder = copy("llava-v1.6-vicuna-tiny")
     (folder.parent / CLIP / "pytorch_model.bin").unlink()
-    load_cpu(folder, pruner=get_pruner("script", relevance="projector"))
-    with pytest.raises(
-        CheckpointError, match=r"needs CLIP's text tower, but .* lacks: .*relevance=projector needs no"
-    ):
-        load_cpu(folder, pruner=get_pruner("script"))
+    _, model, _, _ = load_cpu(folder, pruner=get_pruner("script"))  # reads the question elsewhere
+    assert "lacks: " in model.get_vision_tower().why_no_joint_space()
+    assert settle(get_pruner("script"), model.relevance_offer())[1].source == "language"
+    with pytest.raises(CheckpointError, match=r"needs CLIP's text tower, but .* lacks: .*relevance=language needs no"):
+        load_cpu(folder, pruner=get_pruner("script", relevance="clip"))
 
 
 def test_text_tower_without_tokenizer_is_named(copy):
@@ -57,7 +58,7 @@ def test_text_tower_without_tokenizer_is_named(copy):
         (folder.parent / CLIP / name).unlink()
     load_cpu(folder)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json \(or vocab\.json and merges\.txt\)"):
-        load_cpu(folder, pruner=get_pruner("script"))
+        load_cpu(folder, pruner=get_pruner("script", relevance="clip"))
 
 
 def test_what_is_saved_can_be_loaded_again(load, tmp_path):

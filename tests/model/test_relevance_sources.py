@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 
+from llava.model.multimodal_encoder import clip_encoder
 from llava.pruning import get_pruner
 from llava.relevance.first_attention import FirstAttention
 from llava.relevance.language import language_relevance, word_distribution
@@ -30,9 +31,8 @@ def host(load, pixels_of, monkeypatch):
 
 
 def without_text_tower(model, monkeypatch):
-    tower = model.get_vision_tower()
-    monkeypatch.setattr(tower, "_joint_space", None)
-    monkeypatch.setattr(tower, "_checked", (tower.folder, "its folder has no text tower"))
+    monkeypatch.setattr(model.get_vision_tower(), "_joint_space", None)
+    monkeypatch.setattr(clip_encoder, "why_incomplete", lambda folder: "its folder has no text tower")
 
 
 def kept(model, ids, encoded, pruner, **options):

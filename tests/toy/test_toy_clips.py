@@ -14,10 +14,9 @@ KEEP = 8  # of 144 tokens of a frame
 def found():
     """How often the asked object is found, by method."""
     _, model, processor, _ = load_pretrained_model(DEFAULT_CHECKPOINT, device="cpu")
-    model.config.mm_spatial_pool_mode = "average"
     pruners = {
         "script": get_pruner("script", keep_tokens=KEEP),
-        "clip": get_pruner("script", keep_tokens=KEEP, scope="clip"),
+        "clip": get_pruner("script", keep_tokens=KEEP, scope="global"),
         "without the question": get_pruner("script", keep_tokens=KEEP, relevance="none"),
         "random": get_pruner("random", keep_tokens=KEEP),
     }

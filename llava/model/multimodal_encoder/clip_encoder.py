@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -42,7 +43,6 @@ class CLIPVisionTower(VisionTower):
         self.select_layer = select_layer
         self.folder: Path | None = None
         self._joint_space: ClipJointSpace | None = None
-        self._checked: tuple[Path | None, str | None] | None = None  # a folder, and why it gives no joint space
 
     def load_model(
         self,
@@ -97,16 +97,20 @@ class CLIPVisionTower(VisionTower):
     def why_no_joint_space(self) -> str | None:
         if self._joint_space is not None:
             return None
-        if self._checked is None or self._checked[0] != self.folder:  # files are read: once
-            reason = None if self.folder else "the vision tower was not loaded from a folder of CLIP"
-            if self.folder:
-                try:
-                    check_joint_space(self.folder)
-                except CheckpointError as error:
-                    reason = str(error)
-            self._checked = self.folder, reason
-        return self._checked[1]
+        if self.folder is None:
+            return "the vision tower was not loaded from a folder of CLIP"
+        return why_incomplete(self.folder)
 
     def use_joint_space(self, space: ClipJointSpace) -> None:
         """Take a text tower and projections that were not loaded from this tower's folder."""
         self._joint_space = space
+
+
+@cache
+def why_incomplete(folder: Path) -> str | None:
+    """What a folder of CLIP lacks for its joint space; ``None`` if nothing. Its files are read once."""
+    try:
+        check_joint_space(folder)
+    except CheckpointError as error:
+        return str(error)
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -13,7 +14,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from llava.checkpoint import CheckpointError, fill_module, find_folder, read_tensors
 from llava.model.multimodal_encoder.vision_tower import VisionTower
-from llava.relevance.siglip import VISION_PREFIX, SiglipJointSpace
+from llava.relevance.siglip import VISION_PREFIX, SiglipJointSpace, check_siglip_folder
 
 # Pillow resizes as LLaVA's training did; the library's default is torchvision, whose bicubic differs, where installed.
 SiglipImageProcessor = getattr(transformers, "SiglipImageProcessorPil", None) or transformers.SiglipImageProcessor
@@ -85,9 +86,11 @@ class SigLIPVisionTower(VisionTower):
         return space.image_embeds_of_pixels(source) if source.ndim == 4 else space.image_embeds(source)
 
     def why_no_joint_space(self) -> str | None:
-        if self._joint_space is not None or self.joint_folder is not None:
+        if self._joint_space is not None:
             return None
-        return f"the full SigLIP {self.name} is not at hand; joint_space_path (--siglip-path) says where it is"
+        if self.joint_folder is None:
+            return f"the full SigLIP {self.name} is not at hand; joint_space_path (--siglip-path) says where it is"
+        return why_incomplete(self.joint_folder)
 
     def joint_space(self) -> SiglipJointSpace:
         """SigLIP's text tower, last layer and head, loaded when first asked for.
@@ -99,10 +102,20 @@ class SigLIPVisionTower(VisionTower):
             if self.joint_folder is None:
                 raise CheckpointError(
                     f"relevance=clip needs the full SigLIP, and {self.name} is not at hand: download it and give its "
-                    "folder (joint_space_path, on the command line --siglip-path), or take relevance=projector"
+                    "folder (joint_space_path, on the command line --siglip-path), or take relevance=language"
                 )
             self._joint_space = SiglipJointSpace(self.joint_folder, self.dtype, self.device)
         return self._joint_space
+
+
+@cache
+def why_incomplete(folder: Path) -> str | None:
+    """What a folder of SigLIP lacks for its joint space; ``None`` if nothing. Its files are read once."""
+    try:
+        check_siglip_folder(folder)
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def folder_at_hand(name: str, near: Path | None) -> Path | None:
