@@ -136,7 +136,7 @@ class HostJointSpace:
         weight = next(projector.parameters())
         features = torch.zeros(1, patches, config.hidden_size, dtype=weight.dtype, device=_device(self.host))
         with torch.no_grad():
-            tokens = projector(features).shape[1]
+            tokens = projector(features).shape[1:-1].numel()
         if tokens != patches:
             raise ValueError(
                 f"the projector of {type(self.host.model).__name__} makes {tokens} tokens of {patches} patches: no "
