@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 
 from llava.checkpoint import find_folder
@@ -25,7 +24,7 @@ from llava.relevance.first_attention import FirstAttention
 from llava.relevance.language import language_relevance, word_distribution
 from llava.relevance.policy import Announcer
 from llava.relevance.siglip import SiglipJointSpace
-from transformers_families import IMAGE, MAKERS, TEXT, VIDEO, Family, built, family, pixels
+from transformers_families import IMAGE, MAKERS, TEXT, VIDEO, Family, built, family, pixels, word_tokenizer
 
 TOY_CLIP = TOY_FOLDER / "clip-toy-336"
 ON_ALL_HOSTS = [
@@ -39,11 +38,7 @@ IN_DECODERS = [name for name in list_pruners() if pruner_class(name).place == "d
 
 @pytest.fixture(scope="module")
 def words():
-    """A tokenizer whose tokens are the words w0, w1, ..., with the placeholders as the models know them."""
-    vocabulary = {f"w{number}": number for number in range(128)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w3", pad_token="w0")
+    return word_tokenizer()
 
 
 def kept(handle):

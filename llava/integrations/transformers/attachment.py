@@ -33,7 +33,7 @@ from llava.integrations.transformers.arguments import (
     of_shorter_prompt,
 )
 from llava.integrations.transformers.boundary import Plan
-from llava.integrations.transformers.capture import ABSENT, Capture, capture_prompt, replaced
+from llava.integrations.transformers.capture import Absent, Capture, capture_prompt, replaced
 from llava.integrations.transformers.compiled import SetAside, original, refuse_to_be_compiled
 from llava.integrations.transformers.host import TOKEN_TYPES, Host, find_host
 from llava.integrations.transformers.inside_decoder import (
@@ -161,7 +161,7 @@ class AttachedPruner:
         if self._reader.reads_encoder:
             watched.append(self.host.base.multi_modal_projector)
         self._compiled = SetAside(model, [model, self.host.base, language_model, *watched, *layers])
-        self._generate_before = model.__dict__.get("generate", ABSENT)
+        self._generate_before = model.__dict__.get("generate", Absent)
         self._generate = original(model.generate)
         model.generate = PrunedGenerate(self)
         self._hooks = [
@@ -177,7 +177,7 @@ class AttachedPruner:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        if self._generate_before is ABSENT:
+        if self._generate_before is Absent:
             del self.host.model.generate
         else:
             self.host.model.generate = self._generate_before
@@ -388,24 +388,15 @@ class AttachedPruner:
         kept = [replace(one, relevance=self.relevance) for one in kept]
         if len(self._calls) == 1:
             self.kept = kept
-        shortening = self._shortening(kept, mask, pad_left=call.generating or bool((mask[:, 0] == 0).any()))
+        cuts = inside and any(target_of(method, picture) < len(picture.columns) for picture in pictures)
+        pad_left = call.generating or bool((mask[:, 0] == 0).any())
+        shortening = shorten(dropped_columns(kept, mask), mask.cpu(), pad_left, may_stay=not cuts)
         call.plan = self._make_plan(capture, mask, shortening, kept, call.generating)
-        if inside:
+        if cuts:
             call.in_decoder = decoder_pruning(self.host, method, pictures, shortening)
             call.resume()
         self._look_at_innermost()
         return shortening
-
-    def _shortening(self, kept: Sequence[KeptPicture], mask: Tensor, pad_left: bool) -> Shortening:
-        """The columns of the prompts that the language model gets; all of them where nothing is dropped at all."""
-        dropped = torch.zeros(mask.shape, dtype=torch.bool)
-        for one in kept:
-            dropped[one.picture.row, one.picture.columns] = one.picture.attended & ~one.kept
-        method = self._reader.method
-        cuts = isinstance(method, DecoderPruner) and any(
-            target_of(method, one.picture) < len(one.picture.columns) for one in kept
-        )
-        return shorten(dropped, mask.cpu(), pad_left, unchanged=not cuts and not bool(dropped.any()))
 
     def _make_plan(
         self, capture: Capture, mask: Tensor, shortening: Shortening, kept: Sequence[KeptPicture], generating: bool
@@ -445,6 +436,14 @@ class AttachedPruner:
             visual_mask=visual_mask,
             deepstack=deepstack,
         )
+
+
+def dropped_columns(kept: Sequence[KeptPicture], attention_mask: Tensor) -> Tensor:
+    """(B, L) bool on the CPU, True at visual tokens of prompts (B, L) that are not kept though the mask shows them."""
+    dropped = torch.zeros(attention_mask.shape, dtype=torch.bool)
+    for one in kept:
+        dropped[one.picture.row, one.picture.columns] = one.picture.attended & ~one.kept
+    return dropped
 
 
 class PrunedGenerate:
