@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -181,6 +182,27 @@ def test_classifier_free_guidance(name, negative):
     with pruner()(host.model):
         found = greedy(host.model, host.single(0), **options)
         assert torch.equal(greedy(host.model, host.single(0), **options), found)
+
+
+def test_a_users_own_loop(host):
+    """Steps that are made as `generate` makes them are pruned; others are refused, not answered without a picture."""
+
+    def loop(model, input_ids, prepared=True, **named):
+        for _ in range(NEW):
+            mask = torch.ones_like(input_ids)
+            inputs = {"input_ids": input_ids, "attention_mask": mask}
+            if prepared:
+                inputs = model.prepare_inputs_for_generation(input_ids, attention_mask=mask, use_cache=False)
+            scores = model(**inputs | {"use_cache": False}).logits
+            input_ids = torch.cat([input_ids, scores[:, -1:].argmax(-1)], dim=1)
+        return input_ids
+
+    with pruner()(host.model):
+        expected = greedy(host.model, host.single(0), use_cache=False)
+        assert torch.equal(greedy(host.model, host.single(0), custom_generate=loop), expected)
+        with pytest.raises(ValueError, match="placeholders that prepare_inputs_for_generation did not make"):
+            greedy(host.model, host.single(0), custom_generate=partial(loop, prepared=False))
+        assert torch.equal(greedy(host.model, host.single(0), use_cache=False), expected)
 
 
 # --- whoever counts the prompt -------------------------------------------------------------------------------------

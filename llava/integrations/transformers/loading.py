@@ -32,6 +32,7 @@ def load_transformers_model(
     Raises:
         CheckpointError: no such checkpoint, or a file is missing.
         UnsupportedModelError: a class that a pruner cannot attach to.
+        CheckpointError: the processor does not say how many tokens a picture takes.
         ValueError: a model whose code comes with the checkpoint, or one that reads no pictures.
         ImportError: the processor needs torchvision; says how to install it.
     """
@@ -67,6 +68,19 @@ def load_transformers_model(
             ) from error
         raise
     find_host(model)
+    check_processor(processor, name)
     if device_map is None and quantization_config is None:
         model.to(device)
     return processor, model.eval()
+
+
+def check_processor(processor: Any, name: str) -> None:
+    """Raise CheckpointError if a processor of LLaVA's kind lacks what it counts a picture's tokens by."""
+    wanted = ("patch_size", "vision_feature_select_strategy")
+    missing = [part for part in wanted if hasattr(processor, part) and getattr(processor, part) is None]
+    if missing:
+        raise CheckpointError(
+            f"the processor of {name} does not say {' and '.join(missing)}, without which it cannot count the tokens "
+            f"of a picture: write them into {name}/processor_config.json as they stand in config.json (patch_size in "
+            "its vision_config)"
+        )
