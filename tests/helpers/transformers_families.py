@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 import transformers as hf
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 IMAGE, VIDEO, BREAK = 120, 121, 119  # token ids
 VOCABULARY = 128
@@ -392,3 +393,11 @@ MAKERS = {name.removeprefix("make_"): make for name, make in globals().items() i
 @cache
 def family(name: str) -> Family:
     return MAKERS[name]()
+
+
+def word_tokenizer():
+    """A tokenizer whose tokens are the words w0, w1, ..., with the placeholders as the models know them."""
+    vocabulary = {f"w{number}": number for number in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w3", pad_token="w0")

@@ -13,7 +13,9 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
+from llava.checkpoint import CheckpointError
 from llava.integrations.transformers import UnsupportedModelError
+from llava.integrations.transformers.loading import check_processor
 from llava.model.multimodal_encoder.clip_encoder import CLIPImageProcessor
 from llava.pruning import get_pruner
 from transformers_families import IMAGE, TEXT, built, clip, family
@@ -305,16 +307,17 @@ def test_calls_that_cannot_be_pruned(host):
 
 def test_questions_that_cannot_be_read(host):
     script = get_pruner("script", keep_tokens=3)
-    with torch.no_grad(), script(host.model):
-        with pytest.raises(ValueError, match=r"attach it with the model's processor, pruner\(model, processor\)"):
-            host.model(**host.batch())
-        with pytest.raises(ValueError, match="whose tokenizer reads it"):
-            host.model(**host.batch(), query="w1")
+    with pytest.raises(ValueError, match=r"attach the model with its processor, pruner\(model, processor\)"):
+        script.attach(host.model)
+    assert "generate" not in host.model.__dict__
     with torch.no_grad(), script(host.model, family_tokenizer()) as handle:
-        with pytest.raises(ValueError, match="3 questions for a batch of 2 prompts"):
+        with pytest.raises(ValueError, match="2 prompts but 3 queries"):
             host.model.generate(**host.batch(), query=["a", "b", "c"])
-        with pytest.raises(ValueError, match="empty question"):
-            host.model.generate(**host.batch(), query="")
+        with pytest.raises(TypeError, match="query must be text"):
+            host.model(**host.batch(), query=["a", 3])
+        for nothing in ("", "<image>\n ", "Answer the question using a single word or phrase."):
+            with pytest.raises(ValueError, match=r"prompt 0 asks nothing.*pass query="):
+                host.model.generate(**host.batch(), query=nothing)
         bare = host.prompts([["image"]], [0])
         with pytest.raises(ValueError, match="pass query="):
             host.model.generate(**bare)
@@ -322,8 +325,18 @@ def test_questions_that_cannot_be_read(host):
         greedy(host.model, bare)
         by_handle = handle.kept[0].kept
         handle.query = None
-        greedy(host.model, bare, query="w7 w8")
+        greedy(host.model, bare, query="<image>\nw7 w8\nAnswer the question using a single word or phrase.")
         assert torch.equal(handle.kept[0].kept, by_handle)
+
+
+def test_only_prompts_with_pictures_must_ask_something(host):
+    """A row of text alone may be anything; the number of the row that asks nothing is that of the batch."""
+    rows = host.prompts([[], ["image", 4]], [0])
+    with torch.no_grad(), get_pruner("script", keep_tokens=3)(host.model, family_tokenizer()) as handle:
+        host.model(**rows)
+        assert handle.kept[0].per_view == [3]
+        with pytest.raises(ValueError, match="prompt 1 asks nothing"):
+            host.model(**rows, query=["w4", " "])
 
 
 def test_processors_that_do_not_fit(host):
@@ -340,6 +353,15 @@ def test_processors_that_do_not_fit(host):
     with pytest.raises(ValueError, match="positions must be auto, packed or original, got 'kept'"):
         script.attach(host.model, positions="kept")
     assert hooks(host.model) == before
+
+
+def test_a_processor_that_cannot_count_a_pictures_tokens():
+    whole = simple_processor(family_tokenizer())
+    check_processor(whole, "folder")
+    check_processor(SimpleNamespace(), "folder")  # another kind, which counts otherwise
+    whole.patch_size = None
+    with pytest.raises(CheckpointError, match=r"does not say patch_size, .*folder/processor_config\.json"):
+        check_processor(whole, "folder")
 
 
 # --- classes that nobody has listed --------------------------------------------------------------------------------

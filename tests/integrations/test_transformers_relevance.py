@@ -1,20 +1,30 @@
 """What selects on foreign hosts: the question in the language model's space, or in the tower's own joint space."""
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 
 from llava.checkpoint import find_folder
+from llava.integrations.transformers import relevance as host_relevance
 from llava.integrations.transformers.capture import capture_prompt
 from llava.integrations.transformers.host import find_host
+from llava.integrations.transformers.joint_space import HostJointSpace
 from llava.integrations.transformers.pictures import find_pictures
+from llava.integrations.transformers.relevance import HostRelevance
 from llava.model.builder import TOY_FOLDER
 from llava.pruning import PruningInputs, get_pruner, list_pruners, pruner_class
+from llava.relevance import known
+from llava.relevance.asked import LanguageSpace
 from llava.relevance.clip import ClipJointSpace
+from llava.relevance.first_attention import FirstAttention
+from llava.relevance.language import language_relevance, word_distribution
+from llava.relevance.policy import Announcer
 from llava.relevance.siglip import SiglipJointSpace
-from transformers_families import IMAGE, MAKERS, TEXT, VIDEO, Family, built, family, pixels
+from transformers_families import IMAGE, MAKERS, TEXT, VIDEO, Family, built, family, pixels, word_tokenizer
 
 TOY_CLIP = TOY_FOLDER / "clip-toy-336"
 ON_ALL_HOSTS = [
@@ -28,11 +38,7 @@ IN_DECODERS = [name for name in list_pruners() if pruner_class(name).place == "d
 
 @pytest.fixture(scope="module")
 def words():
-    """A tokenizer whose tokens are the words w0, w1, ..., with the placeholders as the models know them."""
-    vocabulary = {f"w{number}": number for number in range(128)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w3"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w3", pad_token="w0")
+    return word_tokenizer()
 
 
 def kept(handle):
@@ -77,40 +83,112 @@ def test_two_questions_on_one_picture_get_tokens_of_their_own(name, words):
     assert any(own != by_row[0] for own in by_row)
 
 
-def test_relevance_is_the_cosine_with_the_mean_embedding(words):
-    host = family("qwen2_5_vl")
-    arguments = host.batch()
-    captured = {}
-    watch = host.model.model.language_model.register_forward_pre_hook(
-        lambda module, positional, named: captured.update(named), with_kwargs=True
+def captured_by(host, arguments):
+    """What the language model of an unpruned model receives."""
+    received = {}
+    language_model = getattr(host.model.model, "language_model", None) or host.model.model.text_model
+    watch = language_model.register_forward_pre_hook(
+        lambda module, positional, named: received.update(named), with_kwargs=True
     )
     with torch.no_grad():
         host.model(**arguments)
     watch.remove()
+    return received
+
+
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_words_are_embedded_as_the_language_model_receives_them(name, words):
+    """Gemma scales its embeddings in their own module, others in the language model: whatever stands at its door."""
+    host = family(name)
+    arguments = host.batch()
+    received = captured_by(host, arguments)["inputs_embeds"]
+    reader = HostRelevance(find_host(host.model), get_pruner("script"), words, None, None)
+    text = arguments["attention_mask"].bool() & (arguments["input_ids"] != IMAGE)
+    assert torch.equal(reader._embedded(arguments["input_ids"])[text], received[text])
+    with torch.no_grad():
+        embeds, mask = LanguageSpace(reader._token_ids, reader._embedded).embed(["w10 w20", "w45"])
+        table = reader._embedded(torch.tensor([[10, 20], [45, 0]]))
+    assert torch.equal(embeds[mask], table[mask])
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl", "gemma3", "llava"])
+def test_language_relevance_by_hand(name, words):
+    """On tokens and words as the unpruned model's decoder receives them."""
+    host = family(name)
+    received = captured_by(host, host.batch())["inputs_embeds"]
+    method = get_pruner("script", keep_tokens=3)
+    attention = FirstAttention.find(host.model.model.language_model)
+    asked = host.model.get_input_embeddings()(torch.tensor([[10, 20]]))
+    with torch.no_grad(), method(host.model, words, query="w10 w20") as handle:
+        host.model(**host.batch())
+        for one in handle.kept:
+            tokens = received[one.picture.row, one.picture.columns][None]
+            relevance = language_relevance(word_distribution(asked, tokens), attention.distribution(asked, tokens))
+            inputs = PruningInputs(tokens, relevance=relevance)
+            expected = get_pruner("script", keep_tokens=3, relevance="language").select(inputs)
+            assert one.kept.nonzero().flatten().tolist() == expected.indices[0].tolist()
+
+
+def test_projector_relevance_is_the_cosine_with_the_mean_embedding(words):
+    host = family("qwen2_5_vl")
+    received = captured_by(host, host.batch())["inputs_embeds"]
     table = host.model.get_input_embeddings().weight
-    query = table[[10, 20]].mean(0)
-    with torch.no_grad(), get_pruner("script", keep_tokens=3)(host.model, words, query="w10 w20") as handle:
+    method = get_pruner("script", keep_tokens=3, relevance="projector")
+    with torch.no_grad(), method(host.model, words, query="w10 w20") as handle:
         host.model(**host.batch())
     for one in handle.kept:
-        features = captured["inputs_embeds"][one.picture.row, one.picture.columns][None]
-        cosine = F.cosine_similarity(features, query, dim=-1)
-        expected = get_pruner("script", keep_tokens=3).select(PruningInputs(features, relevance=cosine))
+        features = received[one.picture.row, one.picture.columns][None]
+        cosine = F.cosine_similarity(features, table[[10, 20]].mean(0), dim=-1)
+        expected = method.select(PruningInputs(features, relevance=cosine))
         assert one.kept.nonzero().flatten().tolist() == expected.indices[0].tolist()
-        by_option = get_pruner("script", keep_tokens=3, relevance="projector")
-        inputs = PruningInputs(features, query_embeds=table[[10, 20]][None])
-        assert torch.equal(by_option.select(inputs).indices, expected.indices)
 
 
 def test_the_sign_can_be_turned_round(words):
     host = family("llava")
     answers = {}
     for sign in (None, 1, -1):
-        pruner = get_pruner("script", keep_tokens=4, relevance_sign=sign, gsp=False, dpp=False)
+        pruner = get_pruner("script", keep_tokens=4, relevance="projector", relevance_sign=sign, gsp=False, dpp=False)
         with torch.no_grad(), pruner(host.model, words, query="w10 w20") as handle:
             host.model(**host.single(0))
         answers[sign] = set(kept(handle)[0])
     assert answers[None] == answers[1]
     assert not answers[1] & answers[-1]
+
+
+def test_a_first_attention_that_cannot_be_read_leaves_the_words(words, caplog, monkeypatch):
+    """Said once, in the log and by the handle, whatever number of times the pruner is attached."""
+    monkeypatch.setattr(host_relevance, "announcer", Announcer())
+    model = copy.deepcopy(family("llava").model)
+    for layer in model.model.language_model.layers:
+        layer.self_attn.query = layer.self_attn.__dict__["_modules"].pop("q_proj")
+    host = find_host(model)
+    with caplog.at_level("WARNING", logger="llava.relevance.policy"):
+        for _ in range(2):
+            reader = HostRelevance(host, get_pruner("script", keep_tokens=3), words, None, None)
+    assert reader.choice.source == "language"
+    assert "embeddings alone" in reader.choice.reason
+    assert "neither q_proj and k_proj" in reader.choice.reason
+    assert [str(reader.choice) in record.message for record in caplog.records] == [True]
+    with pytest.raises(ValueError, match=r"cannot have relevance=qk.*work relevance=language, words, projector"):
+        HostRelevance(host, get_pruner("script", relevance="qk"), words, None, None)
+
+
+def test_one_budget_for_a_picture_of_two_tiles(words):
+    """InternVL's tiles share the budget of their picture; all of it is the unpruned model, bit for bit."""
+    host = family("internvl")
+    with torch.no_grad():
+        expected = host.model(**host.batch()).logits
+        for scope in ("view", "global"):
+            with get_pruner("script", keep_tokens=5, per="picture", scope=scope)(host.model, words) as handle:
+                host.model(**host.batch())
+            assert [sum(one.per_view) for one in handle.kept] == [5, 5, 5]
+            assert all(len(one.per_view) == 2 for one in handle.kept)
+            if scope == "view":
+                assert {tuple(one.per_view) for one in handle.kept} == {(3, 2)}
+        with get_pruner("script", keep_tokens=8, per="picture")(host.model, words):
+            found = host.model(**host.batch()).logits
+    real = host.batch()["attention_mask"].bool()
+    assert torch.equal(found[real], expected[real])
 
 
 @pytest.mark.parametrize("name", ON_ALL_HOSTS)
@@ -191,6 +269,37 @@ def test_clip_relevance_is_read_in_clips_space(words):
         model(**host.batch(), query=questions)
     found = [one.kept.nonzero().flatten().tolist() for one in handle.kept]
     assert found == expected.indices.tolist()
+
+
+def test_a_tower_known_by_its_shape_is_read_in_its_own_space(words, monkeypatch):
+    """`clip` without being named, where the files are at hand; `language`, and why, where they are not."""
+    model = llava_like_the_toy()
+    host = Family("llava", model, {"pixel_values": pixels(3, 3, 336, 336)}, [576] * 3)
+    shape = known.KnownTower("clip_vision_model", 128, (model.config.vision_config.num_hidden_layers,), 336, 14)
+    found = {}
+    for name, options in (("nobody/has-this-clip", {}), (str(TOY_CLIP), {}), ("named", {"clip": str(TOY_CLIP)})):
+        monkeypatch.setattr(known, "KNOWN_TOWERS", {name: shape})
+        with torch.no_grad(), get_pruner("script", keep_tokens=20)(model, words, query="w1 w2", **options) as handle:
+            model(**host.single(0))
+        found[name] = (handle.relevance.source, kept(handle))
+        if name == "nobody/has-this-clip":
+            assert "has the shape of nobody/has-this-clip, whose files are not on this machine" in str(
+                handle.relevance
+            )
+    assert found[str(TOY_CLIP)] == found["named"]
+    assert found["named"][0] == "clip"
+    assert found["nobody/has-this-clip"][0] == "language"
+    with pytest.raises(
+        ValueError, match=r"cannot have relevance=clip: .*work relevance=language, qk, words, projector"
+    ):
+        get_pruner("script", relevance="clip").attach(family("llava").model, words)
+
+
+def test_a_projector_that_joins_patches_has_no_joint_space(words):
+    """Aya's makes one token of four patches: refused when named, passed over when it would be found by itself."""
+    model = family("aya_vision").model
+    with pytest.raises(ValueError, match="makes 4 tokens of 16 patches"):
+        HostJointSpace._check_projector(SimpleNamespace(host=find_host(model)), model.config.vision_config)
 
 
 def test_clip_relevance_of_pooled_frames(words):
@@ -380,5 +489,7 @@ def test_joint_spaces_are_refused_where_they_do_not_fit(words):
             get_pruner("script").attach(family(name).model, words, **options)
     with pytest.raises(ValueError, match="reads no joint space"):
         get_pruner("divprune").attach(family("llava").model, words, clip=str(TOY_CLIP))
+    with pytest.raises(ValueError, match="reads no joint space"):
+        get_pruner("script", relevance="words").attach(family("llava").model, words, clip=str(TOY_CLIP))
     with pytest.raises(OSError, match="no checkpoint at"):
         get_pruner("script").attach(llava_like_the_toy(), words, clip="no/where/clip")

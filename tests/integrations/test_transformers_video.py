@@ -94,7 +94,7 @@ def test_tokens_per_frame_and_memory(clip, make, frames, keep):
 
 
 def test_one_budget_for_the_clip(clip):
-    """Script deals out twice as many tokens as frames over the clip, without the matrix of all pairs.
+    """Script deals out twice as many tokens as frames over the clip.
 
     Few, so that the 32-wide features have a rank to spare: beyond it the last bits of the sums decide.
     """
@@ -105,12 +105,8 @@ def test_one_budget_for_the_clip(clip):
         "attention_mask": torch.ones_like(ids),
         "pixel_values_videos": pixels_of(clip[:8], side),
     }
-    found = []
-    for scope in ("clip", "global"):
-        pruner = get_pruner("script", keep_tokens=2, relevance="none", scope=scope)
-        with torch.no_grad(), pruner(model) as handle:
-            model(**arguments)
-        found.append(handle.kept[0])
-        assert sum(found[-1].per_view) == 16
-    assert len(set(found[0].per_view)) > 1
-    assert torch.equal(found[0].kept, found[1].kept)
+    pruner = get_pruner("script", keep_tokens=2, relevance="none", scope="global")
+    with torch.no_grad(), pruner(model) as handle:
+        model(**arguments)
+    assert sum(handle.kept[0].per_view) == 16
+    assert len(set(handle.kept[0].per_view)) > 1

@@ -5,7 +5,8 @@
 
 For `generate` the pruned prompt is an ordinary one with fewer placeholders, so that masks, caches and every way of
 decoding need no code here. What hangs on the model, and is gone afterwards: the instance's ``generate``, a hook before
-and after its ``forward``, a hook before its language model's.
+and after its ``forward``, a hook before its language model's; and, while `generate` runs, its
+``prepare_inputs_for_generation`` and the joining of criteria with a user's.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from llava.integrations.transformers.arguments import (
     of_shorter_prompt,
 )
 from llava.integrations.transformers.boundary import Plan
-from llava.integrations.transformers.capture import ABSENT, Capture, capture_prompt, replaced
+from llava.integrations.transformers.capture import Absent, Capture, capture_prompt, replaced
 from llava.integrations.transformers.compiled import SetAside, original, refuse_to_be_compiled
 from llava.integrations.transformers.host import TOKEN_TYPES, Host, find_host
 from llava.integrations.transformers.inside_decoder import (
@@ -53,7 +54,7 @@ from llava.integrations.transformers.shortening import (
     packed_positions,
     shorten,
 )
-from llava.integrations.transformers.whole_prompt import SeeingStreamer, WholePrompt
+from llava.integrations.transformers.whole_prompt import WholePrompt, WholePromptStreamer
 from llava.pruning import DecoderPruner, Method
 from llava.relevance.policy import Choice
 
@@ -78,12 +79,14 @@ class Call:
         plan: what its language model gets; ``None`` where nothing is pruned.
         in_decoder: a method inside the decoder, at work in this call.
         step: the ids of the step of `generate` that comes next.
+        loop: whether the loop of `generate` is a user's own, ``custom_generate``.
     """
 
     generating: bool
     plan: Plan | None = None
     in_decoder: DecoderPruning | None = None
     step: Tensor | None = None
+    loop: bool = False
     hooks: ExitStack = field(default_factory=ExitStack)
 
     def resume(self) -> None:
@@ -161,7 +164,7 @@ class AttachedPruner:
         if self._reader.reads_encoder:
             watched.append(self.host.base.multi_modal_projector)
         self._compiled = SetAside(model, [model, self.host.base, language_model, *watched, *layers])
-        self._generate_before = model.__dict__.get("generate", ABSENT)
+        self._generate_before = model.__dict__.get("generate", Absent)
         self._generate = original(model.generate)
         model.generate = PrunedGenerate(self)
         self._hooks = [
@@ -177,7 +180,7 @@ class AttachedPruner:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        if self._generate_before is ABSENT:
+        if self._generate_before is Absent:
             del self.host.model.generate
         else:
             self.host.model.generate = self._generate_before
@@ -224,6 +227,7 @@ class AttachedPruner:
                 "the assistant model reads pictures itself, and would get a prompt that is pruned for another model: "
                 "use a text-only assistant"
             )
+        call.loop = arguments.get("custom_generate") is not None
         prompt = checked_prompt(arguments)
         if arguments.get("attention_mask") is None:
             arguments["attention_mask"] = mask_of_padding(self.host, prompt, arguments.get("generation_config"))
@@ -238,7 +242,7 @@ class AttachedPruner:
         if shorter.get("prefix_allowed_tokens_fn") is not None:
             shorter["prefix_allowed_tokens_fn"] = whole.prefix_function(shorter["prefix_allowed_tokens_fn"])
         if shorter.get("streamer") is not None:
-            shorter["streamer"] = SeeingStreamer(shorter["streamer"], prompt)
+            shorter["streamer"] = WholePromptStreamer(shorter["streamer"], prompt)
         merge = self.host.model._merge_criteria_processor_list
         with replaced(self.host.model, "_merge_criteria_processor_list", whole.merge(merge)):
             output = self._generate(**shorter)
@@ -280,6 +284,7 @@ class AttachedPruner:
         query = arguments.pop("query", None)
         check_cache(arguments)
         if not self.host.shows_pictures(arguments):
+            self._check_loop(arguments.get("input_ids"))
             return (), arguments
         prompt = checked_prompt(arguments)
         if isinstance(arguments.get("logits_to_keep"), Tensor):
@@ -311,6 +316,18 @@ class AttachedPruner:
             return False
         given = named.get("input_ids", positional[0] if positional else None)
         return given is not None and given is self._calls[-1].step
+
+    def _check_loop(self, input_ids: Tensor | None) -> None:
+        """Raise ValueError for a step of a user's own loop that was not made as `generate` makes its steps."""
+        around = self._calls[-2] if len(self._calls) > 1 else None
+        if around is None or not around.loop or input_ids is None:
+            return
+        marks = torch.tensor(list(self.host.placeholders.values()), device=input_ids.device)
+        if bool(torch.isin(input_ids, marks).any()):
+            raise ValueError(
+                "custom_generate gives the model a prompt with placeholders that prepare_inputs_for_generation did "
+                "not make: a pruner knows the steps of generate by that; let the loop call it before each step"
+            )
 
     # --- calls within calls, and one thread at a time --------------------------------------------------------------
 
@@ -388,24 +405,15 @@ class AttachedPruner:
         kept = [replace(one, relevance=self.relevance) for one in kept]
         if len(self._calls) == 1:
             self.kept = kept
-        shortening = self._shortening(kept, mask, pad_left=call.generating or bool((mask[:, 0] == 0).any()))
+        cuts = inside and any(target_of(method, picture) < len(picture.columns) for picture in pictures)
+        pad_left = call.generating or bool((mask[:, 0] == 0).any())
+        shortening = shorten(dropped_columns(kept, mask), mask.cpu(), pad_left, may_stay=not cuts)
         call.plan = self._make_plan(capture, mask, shortening, kept, call.generating)
-        if inside:
+        if cuts:
             call.in_decoder = decoder_pruning(self.host, method, pictures, shortening)
             call.resume()
         self._look_at_innermost()
         return shortening
-
-    def _shortening(self, kept: Sequence[KeptPicture], mask: Tensor, pad_left: bool) -> Shortening:
-        """The columns of the prompts that the language model gets; all of them where nothing is dropped at all."""
-        dropped = torch.zeros(mask.shape, dtype=torch.bool)
-        for one in kept:
-            dropped[one.picture.row, one.picture.columns] = one.picture.attended & ~one.kept
-        method = self._reader.method
-        cuts = isinstance(method, DecoderPruner) and any(
-            target_of(method, one.picture) < len(one.picture.columns) for one in kept
-        )
-        return shorten(dropped, mask.cpu(), pad_left, unchanged=not cuts and not bool(dropped.any()))
 
     def _make_plan(
         self, capture: Capture, mask: Tensor, shortening: Shortening, kept: Sequence[KeptPicture], generating: bool
@@ -445,6 +453,14 @@ class AttachedPruner:
             visual_mask=visual_mask,
             deepstack=deepstack,
         )
+
+
+def dropped_columns(kept: Sequence[KeptPicture], attention_mask: Tensor) -> Tensor:
+    """(B, L) bool on the CPU, True at visual tokens of prompts (B, L) that are not kept though the mask shows them."""
+    dropped = torch.zeros(attention_mask.shape, dtype=torch.bool)
+    for one in kept:
+        dropped[one.picture.row, one.picture.columns] = one.picture.attended & ~one.kept
+    return dropped
 
 
 class PrunedGenerate:

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from llava.integrations.transformers.host import Host, UnsupportedModelError, deep_features
 
-ABSENT = object()
+
+class Absent:
+    """Stands for an attribute that an instance does not have; a class, so that copies know it again."""
 
 
 class _AtTheDoor(Exception):
@@ -177,12 +179,12 @@ def watch(layer: nn.Module, seen: list[tuple[Tensor, Tensor]]) -> Any:
 @contextmanager
 def replaced(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
     """Give an instance its own attribute for the length of a block; what it had before comes back exactly."""
-    before = owner.__dict__.get(name, ABSENT)  # accelerate keeps a forward of its own there
+    before = owner.__dict__.get(name, Absent)  # accelerate keeps a forward of its own there
     object.__setattr__(owner, name, value)
     try:
         yield
     finally:
-        if before is ABSENT:
+        if before is Absent:
             object.__delattr__(owner, name)
         else:
             object.__setattr__(owner, name, before)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +67,12 @@ def find_joint_space(
         return None, str(error)
 
 
+@lru_cache(maxsize=1)  # people attach for each call anew
+def load_space(folder: Path, kind: str, dtype: torch.dtype, device: torch.device) -> ClipJointSpace | SiglipJointSpace:
+    """The text half of a CLIP or SigLIP, and the way of patches into its space."""
+    return (ClipJointSpace.load if kind == "clip" else SiglipJointSpace)(folder, dtype, device)
+
+
 class HostJointSpace:
     """A joint space, and the way from a host's features into it.
 
@@ -102,8 +110,7 @@ class HostJointSpace:
         self.into_space = self._way(config, theirs, kind)
         self._check_projector(config)
         self.device = _device(host)
-        load = ClipJointSpace.load if kind == "clip" else SiglipJointSpace
-        self.space = load(folder, host.model.dtype, self.device)
+        self.space = load_space(folder, kind, host.model.dtype, self.device)
         # A tower whose patches behave otherwise says so in its checkpoint.
         self.relevance_sign = getattr(host.model.config, "mm_relevance_sign", None) or self.space.relevance_sign
 
@@ -136,7 +143,7 @@ class HostJointSpace:
         weight = next(projector.parameters())
         features = torch.zeros(1, patches, config.hidden_size, dtype=weight.dtype, device=_device(self.host))
         with torch.no_grad():
-            tokens = projector(features).shape[1]
+            tokens = projector(features).shape[1:-1].numel()
         if tokens != patches:
             raise ValueError(
                 f"the projector of {type(self.host.model).__name__} makes {tokens} tokens of {patches} patches: no "

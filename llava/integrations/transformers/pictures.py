@@ -83,6 +83,8 @@ def find_pictures(
     items: list[tuple[int, Tensor, Tensor]] = []
     for modality in capture.features:
         token = host.placeholders.get(modality, host.placeholders["image"])
+        if not bool((ids == token).any()):
+            token = host.placeholders["image"]  # GLM-4V writes the image's in videos, too
         places = (ids == token).nonzero()  # (visual tokens, 2), row by row
         first, found = 0, views_of(host, capture, modality)
         shows = torch.ones(len(places), dtype=torch.bool)

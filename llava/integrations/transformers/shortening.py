@@ -48,18 +48,18 @@ class Shortening:
         return values.gather(1, source[:, :, None].expand(-1, -1, values.shape[-1]))
 
 
-def shorten(dropped: Tensor, attention_mask: Tensor, pad_left: bool, unchanged: bool = False) -> Shortening:
+def shorten(dropped: Tensor, attention_mask: Tensor, pad_left: bool, may_stay: bool = True) -> Shortening:
     """Prompts (B, L) without their ``dropped`` columns, (B, L) bool, and without those that the mask hides.
 
     Args:
         attention_mask: (B, L), on the CPU as ``dropped``.
-        unchanged: leave the prompts as they are, hidden columns and padding among them; nothing must be dropped.
+        may_stay: where nothing is dropped, leave the prompts as they are, hidden columns and padding among them.
 
     Raises:
         ValueError: a row keeps nothing.
     """
     shown = attention_mask.bool()
-    if unchanged:
+    if may_stay and not bool(dropped.any()):
         everything = torch.arange(shown.shape[1]).expand(len(shown), -1)
         return Shortening(everything, torch.zeros_like(shown), shown, dropped)
     rows = [row.nonzero().flatten() for row in shown & ~dropped]

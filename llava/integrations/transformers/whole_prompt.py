@@ -39,7 +39,7 @@ class WholePrompt:
             theirs = {id(one) for one in custom or ()}
             for number, one in enumerate(joined):
                 if id(one) in theirs:
-                    wrapper = SeeingCriterion if isinstance(one, StoppingCriteria) else SeeingProcessor
+                    wrapper = WholePromptCriterion if isinstance(one, StoppingCriteria) else WholePromptProcessor
                     joined[number] = wrapper(one, self)
             return joined
 
@@ -55,7 +55,7 @@ class WholePrompt:
         return of_whole
 
 
-class SeeingCriterion(StoppingCriteria):
+class WholePromptCriterion(StoppingCriteria):
     """A user's stopping criterion, given whole sequences."""
 
     def __init__(self, inner: Any, whole: WholePrompt) -> None:
@@ -66,7 +66,7 @@ class SeeingCriterion(StoppingCriteria):
         return self.inner(self.whole.sequences(input_ids), scores, **options)
 
 
-class SeeingProcessor(LogitsProcessor):
+class WholePromptProcessor(LogitsProcessor):
     """A user's logits processor, given whole sequences."""
 
     def __init__(self, inner: Any, whole: WholePrompt) -> None:
@@ -77,7 +77,7 @@ class SeeingProcessor(LogitsProcessor):
         return self.inner(self.whole.sequences(input_ids), scores)
 
 
-class SeeingStreamer(BaseStreamer):
+class WholePromptStreamer(BaseStreamer):
     """A user's streamer, whose first piece is the whole prompt."""
 
     def __init__(self, inner: Any, prompt: Tensor) -> None:
