@@ -75,8 +75,7 @@ class PicturePlan:
 
     def candidates(self, shape: PictureShape) -> list[Candidates]:
         """The selections over the picture: front end and worker count its tokens by them."""
-        tokens = shape.tokens * (shape.views if self.per == "picture" else 1)
-        keep = self.budget.count(tokens, shape.views if self.per == "picture" else 1)
+        keep = self.budget.count(shape.tokens * (shape.views if self.per == "picture" else 1))
         pruner = dataclasses.replace(self.pruner, keep_tokens=keep, per=self.per)
         return candidates_of(pruner, [shape.tokens] * shape.views, eligible=shape.eligible)
 
