@@ -463,7 +463,7 @@ class Config:
         return self
 
 
-FOLDER = TOY_FOLDER / "clip-toy-336"
+FOLDER = (TOY_FOLDER / "clip-toy-336").resolve()
 
 
 def reading(server=None, config=None, has_clip=True, **options):

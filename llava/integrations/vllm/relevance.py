@@ -91,7 +91,7 @@ def joint_space_folder(server: ServerOptions, config: Any, near: Path | None) ->
     """
     name = server.clip or getattr(config, "mm_vision_tower", None)
     if name is not None:
-        folder = find_folder(name, near=near)
+        folder = find_folder(name, near=near).resolve()
         check_joint_space(folder)
         return folder
     name = known_joint_space(config.vision_config)
