@@ -67,9 +67,11 @@ class PrunedModel:
         """
         parameter = next(self.parameters())
         decoder = self.language_model.model
-        attention = None
+        attention, own_heads = None, slice(None)
         if self.script_reading.offer.no_attention is None:
             attention = FirstAttention.find(decoder, self.script_text_config)
+            heads = attention.attention.q_size // attention.head_dim  # of this rank
+            own_heads = slice(get_tp_group().rank_in_group * heads, (get_tp_group().rank_in_group + 1) * heads)
         folder = self.script_reading.joint_space  # no module: the checkpoint's loader would look for its weights
         space = None if folder is None else ClipJointSpace.load(folder, parameter.dtype, parameter.device)
         language = LanguageSpace(
@@ -77,6 +79,7 @@ class PrunedModel:
             lookup=lambda ids: decoder.embed_input_ids(ids.to(parameter.device)),
             attention=attention,
             sum_over_ranks=tensor_model_parallel_all_reduce,
+            own_heads=own_heads,
         )
         return TokenSelector(language, space, relevance_sign(self.script_server, self.config), same_on_all_ranks)
 

@@ -14,7 +14,7 @@ pytest.importorskip(
     "vllm", reason="vLLM is not installed: scripts/test_vllm.sh runs these in an environment of its own"
 )
 
-from llava.eval.serving_load import server
+from llava.eval.measure.serving_load import server
 from llava.integrations.vllm.options import OPTION_NAMES, SERVER_NAMES
 from llava.pruning import get_pruner, list_pruners
 
