@@ -338,7 +338,7 @@ def test_options_from_text_get_their_types():
     "text, message",
     [
         ("tau", "key=value"),
-        ("tau=high", "tau must be a finite number; got 'high'"),
+        ("tau=high", "tau must be a finite number between -1 and 1; got 'high'"),
         ("gsp=maybe", "gsp must be true or false"),
         ("taw=1", "no option taw; its options:"),
     ],

@@ -13,6 +13,7 @@ from llava.integrations.vllm.registration import installed_version, unsupported
 HOOKS: Mapping[Any, Mapping[str, tuple[str, ...]]] = {
     BaseMultiModalProcessor: {
         "apply": ("inputs", "timing_ctx"),
+        "get_dummy_inputs": ("seq_len", "mm_counts", "mm_options"),
         "_apply_hf_processor_main": ("mm_items", "hf_kwargs"),
         "_get_mm_hashes": ("inputs",),
         "_get_cache_missing_processor_kwargs": ("inputs", "mm_is_cached"),

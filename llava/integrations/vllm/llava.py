@@ -96,7 +96,7 @@ class ScriptLlavaForConditionalGeneration(PrunedModel, LlavaForConditionalGenera
             return [
                 PictureFeatures(
                     features[row, None],
-                    encoder[row, None] if self.script_reading.joint_space else None,
+                    encoder[row, None],
                     valid_patches(patches, number),
                 )
                 for row, number in enumerate(numbers)

@@ -157,7 +157,7 @@ class ScriptLlavaNextForConditionalGeneration(PrunedModel, LlavaNextForCondition
             return [
                 PictureFeatures(
                     features,
-                    encoder if self.script_reading.joint_space else None,
+                    encoder,
                     patches_beside_padding(sizes[number], grids[number], side),
                 )
                 for number, (features, encoder) in zip(numbers, tiles, strict=True)

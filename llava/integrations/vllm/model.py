@@ -42,19 +42,20 @@ class PrunedModel:
             logger.info("%s", start_line(self.script_reading, self.script_server.feature_cache_mib))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """The family's own; features of pictures that older weights made are forgotten."""
+        """The family's own; features of pictures that older weights made are forgotten.
+
+        What a question is read with is loaded too, so that a server that lacks it does not start.
+        """
         try:
-            return super().load_weights(weights)
+            loaded = super().load_weights(weights)
         finally:
             self.script_cache.clear()
+        self.script_selector = self.script_selector or self.make_selector()
+        return loaded
 
     def script_choose(self, pictures: Sequence[PictureFeatures], plans: Sequence[PicturePlan]) -> list[Tensor | None]:
-        """Numbers of the kept tokens of every picture: see `TokenSelector.select`.
-
-        The first call is vLLM's own, when it measures memory: what a question is read with is loaded then, and what is
-        missing is told at the start.
-        """
-        if self.script_selector is None:
+        """Numbers of the kept tokens of every picture: see `TokenSelector.select`."""
+        if self.script_selector is None:  # weights came without `load_weights`, for example random ones
             self.script_selector = self.make_selector()
         return self.script_selector.select(pictures, plans)
 
@@ -66,9 +67,11 @@ class PrunedModel:
         """
         parameter = next(self.parameters())
         decoder = self.language_model.model
-        attention = None
+        attention, own_heads = None, slice(None)
         if self.script_reading.offer.no_attention is None:
             attention = FirstAttention.find(decoder, self.script_text_config)
+            heads = attention.attention.q_size // attention.head_dim  # of this rank
+            own_heads = slice(get_tp_group().rank_in_group * heads, (get_tp_group().rank_in_group + 1) * heads)
         folder = self.script_reading.joint_space  # no module: the checkpoint's loader would look for its weights
         space = None if folder is None else ClipJointSpace.load(folder, parameter.dtype, parameter.device)
         language = LanguageSpace(
@@ -76,6 +79,7 @@ class PrunedModel:
             lookup=lambda ids: decoder.embed_input_ids(ids.to(parameter.device)),
             attention=attention,
             sum_over_ranks=tensor_model_parallel_all_reduce,
+            own_heads=own_heads,
         )
         return TokenSelector(language, space, relevance_sign(self.script_server, self.config), same_on_all_ranks)
 

@@ -61,7 +61,7 @@ class PruningOptions:
         query: the question, instead of the one in the prompt; at most `LONGEST_QUESTION` characters.
         query_scope: "image_turn" reads the user's turn that a picture stands in, and keeps all caches warm over a
             conversation; "latest_turn" reads the last question, and encodes the picture anew for each.
-        min_visual_tokens: never fewer tokens than this, times the views where the budget is a picture's.
+        min_visual_tokens: never fewer tokens than this, of what ``keep_per`` says.
         max_keep_tokens: the most that a request may ask for, counted as ``keep_tokens``; ``None``: what the server
             itself keeps. Server only.
     """
@@ -112,7 +112,7 @@ class PruningOptions:
         """Whether a budget is given at all."""
         return self.keep_tokens is not None or self.image_pruning_rate is not None
 
-    def count(self, tokens: int, views: int = 1) -> int:
+    def count(self, tokens: int) -> int:
         """The budget for what ``keep_per`` says: a view of ``tokens``, or a picture with as many in all its views.
 
         All of them where no budget is given.
@@ -123,12 +123,12 @@ class PruningOptions:
             asked = int(tokens * (1 - self.image_pruning_rate) + 0.5)
         else:
             asked = tokens
-        return min(max(asked, self.min_visual_tokens * views), tokens)
+        return min(max(asked, self.min_visual_tokens), tokens)
 
     def count_picture(self, views: int, tokens: int) -> int:
         """The most tokens that a picture with ``views`` of ``tokens`` each keeps."""
         if self.keep_per == "picture":
-            return self.count(views * tokens, views)
+            return self.count(views * tokens)
         return views * self.count(tokens)
 
     def most(self, views: int, tokens: int) -> int:

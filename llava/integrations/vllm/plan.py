@@ -75,8 +75,7 @@ class PicturePlan:
 
     def candidates(self, shape: PictureShape) -> list[Candidates]:
         """The selections over the picture: front end and worker count its tokens by them."""
-        tokens = shape.tokens * (shape.views if self.per == "picture" else 1)
-        keep = self.budget.count(tokens, shape.views if self.per == "picture" else 1)
+        keep = self.budget.count(shape.tokens * (shape.views if self.per == "picture" else 1))
         pruner = dataclasses.replace(self.pruner, keep_tokens=keep, per=self.per)
         return candidates_of(pruner, [shape.tokens] * shape.views, eligible=shape.eligible)
 
@@ -151,17 +150,18 @@ def cannot_run(pruner: Method) -> str | None:
     return f"needs {', '.join(missing)}, which cannot be had" if missing else None
 
 
-READABLE = frozenset({"image_embeds", "text_embeds", "query_embeds", "relevance"})  # of the question: see asked.py
+READABLE = frozenset({"encoder_features", "image_embeds", "text_embeds", "query_embeds", "relevance"})
 
 
 def try_out(pruner: Method) -> None:
     """Raise ValueError if a method's options do not even do on 16 tokens, some alike, some padding."""
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(1, 4, 8, generator=generator).repeat(1, 4, 1)
-    relevance = torch.rand(1, 16, generator=generator)
+    own = {"encoder_features": features} if "encoder_features" in pruner.needs else {}
+    own["relevance"] = torch.rand(1, 16, generator=generator)
     valid = torch.arange(16)[None] < 12
     view_ids = torch.zeros(1, dtype=torch.long)
     try:
-        pruner.select(PruningInputs(features, relevance=relevance, valid=valid, view_ids=view_ids), keep=4)
+        pruner.select(PruningInputs(features, valid=valid, view_ids=view_ids, **own), keep=4)
     except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"pruner '{pruner.name}' cannot select with these options: {error}") from error

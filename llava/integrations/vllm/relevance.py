@@ -28,6 +28,7 @@ class Reading:
         choice: that source and why; ``None`` where the method reads no question.
         offer: the sources that a request may ask for.
         joint_space: folder of the CLIP that is loaded when the server starts; ``None`` for none.
+        has_encoder_features: whether methods can be given the patches before the projector.
     """
 
     options: PruningOptions
@@ -35,6 +36,7 @@ class Reading:
     choice: Choice | None
     offer: Offer
     joint_space: Path | None
+    has_encoder_features: bool
 
     def settle(self, options: PruningOptions) -> tuple[Method, str]:
         """The method that a request asks for, settled, and its arguments as a plan carries them.
@@ -43,7 +45,8 @@ class Reading:
             ValueError: an option out of range, a method that cannot be served, a source that cannot be had.
         """
         given = options.image_pruning_args
-        method, _ = settle(make_pruner(options.image_pruning_method, arguments_of(None, given)), self.offer)
+        asked = made_for(options, self.has_encoder_features)
+        method, _ = settle(asked, self.offer)
         arguments = arguments_of(method, given)
         return make_pruner(options.image_pruning_method, arguments), arguments
 
@@ -75,12 +78,22 @@ def read_by(server: ServerOptions, options: PruningOptions, config: Any, near: P
     if text.model_type not in READABLE_DECODERS:
         unreadable = f"the first attention of a {text.model_type} decoder cannot be read in vLLM"
     offer = Offer(no_joint_space=lacking, no_attention=unreadable, joint_space=str(folder))
-    asked = make_pruner(options.image_pruning_method, arguments_of(None, options.image_pruning_args))
+    asked = made_for(options, has_clip)
     method, choice = settle(asked, offer)
     if server.clip is None and (choice is None or choice.source != "clip") and folder is not None:
         folder = None
         offer = replace(offer, no_joint_space=f"no CLIP was loaded when the server started. Name it: {HOW_TO_NAME}")
-    return Reading(options, method, choice, offer, folder)
+    return Reading(options, method, choice, offer, folder, has_clip)
+
+
+def made_for(options: PruningOptions, has_encoder_features: bool) -> Method:
+    """The method that options ask for, its source of relevance not settled yet."""
+    method = make_pruner(options.image_pruning_method, arguments_of(None, options.image_pruning_args))
+    if "encoder_features" in method.needs and not has_encoder_features:
+        raise ValueError(
+            f"image_pruning_method {method.name!r} needs encoder_features, which this model's family does not give"
+        )
+    return method
 
 
 def joint_space_folder(server: ServerOptions, config: Any, near: Path | None) -> Path:
@@ -91,7 +104,7 @@ def joint_space_folder(server: ServerOptions, config: Any, near: Path | None) ->
     """
     name = server.clip or getattr(config, "mm_vision_tower", None)
     if name is not None:
-        folder = find_folder(name, near=near)
+        folder = find_folder(name, near=near).resolve()
         check_joint_space(folder)
         return folder
     name = known_joint_space(config.vision_config)

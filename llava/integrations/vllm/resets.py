@@ -14,12 +14,18 @@ RESETS = ("reset_mm_cache", "reset_encoder_cache")  # the second also follows we
 
 
 def hook_resets() -> None:
-    """Let the runners of this process tell their model about resets; doing it again changes nothing."""
-    for module, name in RUNNERS:
-        runner = getattr(sys.modules.get(module), name, None)
+    """Let the runners of this process tell their model about resets; doing it again changes nothing.
+
+    Raises:
+        RuntimeError: a runner is not as this plugin knows it, or there is none.
+    """
+    runners = [getattr(sys.modules[module], name, None) for module, name in RUNNERS if module in sys.modules]
+    if not runners or not all(callable(getattr(runner, reset, None)) for runner in runners for reset in RESETS):
+        raise RuntimeError(f"vLLM's model runner has no {' and '.join(RESETS)}: install a version that is supported")
+    for runner in runners:
         for reset in RESETS:
-            method = getattr(runner, reset, None)
-            if method is not None and not hasattr(method, "tells_script"):
+            method = getattr(runner, reset)
+            if not hasattr(method, "tells_script"):
                 setattr(runner, reset, telling(method))
 
 

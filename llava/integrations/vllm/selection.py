@@ -105,10 +105,16 @@ class TokenSelector:
             ]
             valid = fields["valid"] = torch.cat(masks).to(device)
 
-        def image_embeds() -> Tensor:
-            return self.joint_space.image_embeds(torch.cat([picture.encoder_features for picture in pictures]))
+        def encoder_features() -> Tensor:
+            return torch.cat([picture.encoder_features for picture in pictures])
 
+        if "encoder_features" in pruner.needs:
+            fields["encoder_features"] = encoder_features()
         space = self.joint_space
+
+        def image_embeds() -> Tensor:
+            return space.image_embeds(encoder_features())
+
         reads_clip = getattr(pruner, "relevance", None) == "clip"
         asked = Asked(
             pruner,

@@ -14,7 +14,7 @@ pytest.importorskip(
     "vllm", reason="vLLM is not installed: scripts/test_vllm.sh runs these in an environment of its own"
 )
 
-from llava.eval.serving_load import server
+from llava.eval.measure.serving_load import server
 from llava.integrations.vllm.options import OPTION_NAMES, SERVER_NAMES
 from llava.pruning import get_pruner, list_pruners
 
@@ -171,7 +171,10 @@ def test_a_plain_question_after_each(port):
 @pytest.mark.parametrize(
     "request_, words",
     [
-        ({"options": {"image_pruning_args": {"tau": "0.3"}}}, "tau must be a finite number; got '0.3'"),
+        (
+            {"options": {"image_pruning_args": {"tau": "0.3"}}},
+            "tau must be a finite number between -1 and 1; got '0.3'",
+        ),
         ({"options": {"query": "Is it \ud83c?"}}, "query is no valid Unicode"),
         ({"options": {"keep_token": 4}}, "did you mean keep_tokens?"),
         ({"options": {"query": "a" * 5000}}, "query may have 4096 characters, this one has 5000"),

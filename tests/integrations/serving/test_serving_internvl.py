@@ -1,4 +1,4 @@
-"""InternVL in vLLM: m tokens of every tile and of the thumbnail, between the marks of the picture."""
+"""InternVL 3.5 in vLLM: m tokens of every tile and of the thumbnail, between the marks of the picture."""
 
 import pytest
 import torch
@@ -40,6 +40,54 @@ def test_tokens_per_tile(llm, spy, size, tiles):
     assert spy.encoded == tiles  # the second time the features are at hand
     assert spy.chosen[0].shape == (tiles * KEEP,)
     assert spy.chosen[1] is None
+
+
+@pytest.mark.parametrize("keep", [10, 28, 1])
+def test_a_budget_for_the_picture(llm, spy, keep):
+    """InternVL3's published budgets are for a picture: its tiles share them."""
+    make_cold(llm)
+    spy.reset()
+    context = llm.get_tokenizer().convert_tokens_to_ids("<IMG_CONTEXT>")
+    picture = Image.effect_noise((336, 224), 80).convert("RGB")
+    ids = ask(llm, PROMPT, picture, tokens=2, keep_tokens=keep, keep_per="picture").prompt_token_ids
+    assert ids.count(context) == len(spy.chosen[0]) == keep
+    shares = [int((spy.chosen[0] // 16 == tile).sum()) for tile in range(7)]
+    assert shares == [keep // 7 + (tile < keep % 7) for tile in range(7)]
+
+
+def slow_mass(model, words, tokens):
+    """The formula word by word and head by head, on what the decoder's modules do to a unit matrix."""
+    config, layer = model.config.get_text_config(), model.language_model.model.layers[0]
+    heads, keys, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    weight, _ = layer.self_attn.qkv_proj(torch.eye(config.hidden_size))
+
+    def norm(row, own):
+        return row / (row.square().mean() + config.rms_norm_eps).sqrt() * own.weight
+
+    def projected(row):
+        return norm(row, layer.input_layernorm) @ weight
+
+    mass = torch.zeros(len(tokens))
+    for head in range(heads):
+        key = heads * width + head // (heads // keys) * width
+        own_keys = [norm(projected(row)[key : key + width], layer.self_attn.k_norm) for row in tokens]
+        looked = []
+        for word in words:
+            query = norm(projected(word)[head * width : (head + 1) * width], layer.self_attn.q_norm)
+            looked.append(torch.stack([query @ own / width**0.5 for own in own_keys]).softmax(0))
+        mass += torch.stack(looked).amax(0)
+    return mass
+
+
+def test_the_first_attention_of_a_qwen3_is_read(llm, spy):
+    """With its norms of queries and keys, in vLLM's fused modules."""
+    ask(llm, PROMPT, Image.effect_noise((112, 112), 80).convert("RGB"), tokens=2)
+    language = spy.model.script_selector.language
+    generator = torch.Generator().manual_seed(0)
+    words, tokens = torch.randn(3, 128, generator=generator), torch.randn(9, 128, generator=generator)
+    with torch.inference_mode():
+        found = language.attention.mass(words[None], tokens[None])[0]
+        torch.testing.assert_close(found, slow_mass(spy.model, words, tokens), atol=2e-5, rtol=2e-4)
 
 
 def test_rows_are_those_of_the_selection(llm, spy):

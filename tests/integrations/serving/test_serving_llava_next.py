@@ -5,6 +5,9 @@ import torch
 from engines import Spy, ask, prompt_of, start
 from PIL import Image
 
+from llava.integrations.vllm.llava_next import tile_grid
+from llava.layout.candidates import dealt
+from llava.layout.padding import patches_of_tiles
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import TOY_FOLDER, load_pretrained_model
 from llava.pruning import get_pruner
@@ -40,6 +43,20 @@ def test_pictures_of_different_grids_in_one_batch(llm, pictures):
     prompt = prompt_of(QUESTION, images=3)
     output = ask(llm, prompt, shown)
     assert visual(llm, output, prompt) == KEEP * (3 + 5 + 4)
+
+
+@pytest.mark.parametrize("size", [(336, 336), (900, 300), (400, 20), (3, 700)])
+def test_a_budget_for_the_picture(llm, spy, size):
+    """Views share it by the patches that show no padding, and the prompt has as many as the model gives."""
+    prompt = prompt_of(QUESTION)
+    spy.reset()
+    output = ask(llm, prompt, Image.effect_noise(size, 80).convert("RGB"), keep_tokens=70, keep_per="picture")
+    assert visual(llm, output, prompt) == len(spy.chosen[0]) == 70
+    columns, rows = tile_grid(size, spy.model.config)
+    patches = patches_of_tiles(size, (columns, rows), 24)
+    assert bool(patches.flatten()[spy.chosen[0]].all())
+    shares = [int((spy.chosen[0] // 576 == view).sum()) for view in range(1 + columns * rows)]
+    assert shares == dealt(70, patches.sum(-1).tolist())
 
 
 @pytest.mark.parametrize("size", [None, (640, 480)])

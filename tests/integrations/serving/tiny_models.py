@@ -139,7 +139,7 @@ def hub_names(folder):
 
 
 INTERNVL_CONFIG = """
-from transformers import PretrainedConfig, Qwen2Config
+from transformers import PretrainedConfig, Qwen3Config
 
 
 class InternVisionConfig(PretrainedConfig):
@@ -152,7 +152,7 @@ class InternVLChatConfig(PretrainedConfig):
     def __init__(self, vision_config=None, llm_config=None, **values):
         super().__init__(**values)
         self.vision_config = InternVisionConfig(**(vision_config or {}))
-        self.text_config = self.llm_config = Qwen2Config(**(llm_config or {}))
+        self.text_config = self.llm_config = Qwen3Config(**(llm_config or {}))
 """
 
 
@@ -180,7 +180,7 @@ def make_internvl(folder):
         "architectures": ["InternVLChatModel"],
         "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
         "vision_config": vision,
-        "llm_config": {**LANGUAGE, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+        "llm_config": {**LANGUAGE, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 32},
         "select_layer": -1,
         "downsample_ratio": 0.5,
         "ps_version": "v2",
