@@ -66,7 +66,7 @@ class HoloV(AttentionReader, Pruner):
         ratio = crops.mean(within) / (crops.mean(variance) + TINY)
         score = within + ratio[:, :, None] * variance
         mean = crops.mean(score)
-        weight = mean / (mean.sum(-1, keepdim=True) + TINY)
+        weight = mean / mean.sum(-1, keepdim=True).clamp_min(torch.finfo(mean.dtype).tiny)
         quota = within_room(quotas(weight, keep), weight, crops.real.sum(-1), crops.real.shape[-1])
         member = crops.scatter(crops.best(score, quota))
         rank = stable_rank(crops.scatter(score), descending=True)
