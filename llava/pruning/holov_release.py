@@ -11,8 +11,8 @@ from torch import Tensor
 
 from llava.pruning.attention_reader import AttentionReader
 from llava.pruning.base import Pruner, register
+from llava.pruning.crops import TINY, Crops, quotas
 from llava.pruning.functional import lowest_ranked, stable_rank
-from llava.pruning.holov import TINY, Crops, quotas
 from llava.pruning.inputs import PruningInputs
 from llava.pruning.options import Count, Range
 

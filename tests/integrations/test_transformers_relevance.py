@@ -30,7 +30,8 @@ TOY_CLIP = TOY_FOLDER / "clip-toy-336"
 ON_ALL_HOSTS = [
     name
     for name in list_pruners()
-    if pruner_class(name).place == "projected" and pruner_class(name)().needs <= {"image_embeds", "text_embeds"}
+    if pruner_class(name).place == "projected"
+    and pruner_class(name)().needs <= {"image_embeds", "text_embeds", "relevance"}
 ]
 
 IN_DECODERS = [name for name in list_pruners() if pruner_class(name).place == "decoder"]

@@ -20,6 +20,7 @@ pytestmark = [
 ]
 DEVICE = "cuda"
 LOOKS_AT_PADDING = {"downsample"}  # the CPU cuts its pictures out: with padding it has to know where
+FACTORISES = {"prunesid"}  # torch looks whether the eigenvectors were found
 
 
 @contextmanager
@@ -59,7 +60,7 @@ def test_methods_before_the_decoder(name, padded, dtype):
     inputs = inputs_for(name, valid=some_padding() if padded else None, dtype=dtype)
     pruner = get_pruner(name, keep_tokens=9)
     moved = to_device(inputs)
-    selection = without_waiting(lambda: pruner.select(moved))
+    selection = pruner.select(moved) if name in FACTORISES else without_waiting(lambda: pruner.select(moved))
     expected = pruner.select(inputs)
     assert torch.equal(selection.indices.cpu(), expected.indices)
     if expected.made is not None:
