@@ -73,7 +73,6 @@ def load_transformers_model(
             ) from error
         raise
     find_host(model)
-    check_processor(processor, name)
     if device_map is None and quantization_config is None:
         model.to(device)
     return processor, model.eval()
