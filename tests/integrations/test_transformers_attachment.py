@@ -14,7 +14,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 from llava.integrations.transformers import UnsupportedModelError
-from llava.integrations.transformers.loading import check_processor
 from llava.model.multimodal_encoder.clip_encoder import CLIPImageProcessor
 from llava.pruning import get_pruner
 from transformers_families import IMAGE, TEXT, built, clip, family
@@ -352,15 +351,6 @@ def test_processors_that_do_not_fit(host):
     with pytest.raises(ValueError, match="positions must be auto, packed or original, got 'kept'"):
         script.attach(host.model, positions="kept")
     assert hooks(host.model) == before
-
-
-def test_a_processor_that_cannot_count_a_pictures_tokens():
-    whole = simple_processor(family_tokenizer())
-    check_processor(whole, "folder")
-    check_processor(SimpleNamespace(), "folder")  # another kind, which counts otherwise
-    whole.patch_size = None
-    with pytest.raises(ValueError, match=r"does not say patch_size, .*processor_config\.json"):
-        check_processor(whole, "folder")
 
 
 # --- classes that nobody has listed --------------------------------------------------------------------------------
