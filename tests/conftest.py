@@ -14,10 +14,7 @@ if not torch.cuda.is_available():
 
 from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
-from records import GOLDEN, load_picture, unpack, write_shards
-
-for sharded in (GOLDEN / "checkpoints").glob("*-sharded"):
-    write_shards(sharded)
+from records import GOLDEN, golden_checkpoint, load_picture, unpack
 
 
 def pytest_collection_modifyitems(config, items):
@@ -30,7 +27,7 @@ def pytest_collection_modifyitems(config, items):
 
 @cache
 def load_checkpoint(name):
-    tokenizer, model, processor, context = load_pretrained_model(str(GOLDEN / "checkpoints" / name), device="cpu")
+    tokenizer, model, processor, context = load_pretrained_model(str(golden_checkpoint(name)), device="cpu")
     return tokenizer, model, processor, context
 
 

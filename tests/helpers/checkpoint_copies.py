@@ -4,7 +4,7 @@ import json
 import shutil
 
 from llava.model.builder import load_pretrained_model
-from records import GOLDEN
+from records import GOLDEN, golden_checkpoint
 
 CHECKPOINTS = GOLDEN / "checkpoints"
 CLIP = "openai/clip-vit-large-patch14-336"
@@ -13,7 +13,7 @@ CLIP = "openai/clip-vit-large-patch14-336"
 def copy_checkpoint(name, place, called=None):
     """A copy in the folder ``place``, with CLIP where its relative name points."""
     shutil.copytree(CHECKPOINTS / CLIP, place / CLIP, dirs_exist_ok=True)
-    return shutil.copytree(CHECKPOINTS / name, place / (called or name))
+    return shutil.copytree(golden_checkpoint(name), place / (called or name))
 
 
 def edit(folder, file="config.json", **values):

@@ -1,9 +1,11 @@
 """Reading and comparing recorded values; the storage format is described in golden/README.md."""
 
+import atexit
 import json
 import lzma
-import os
 import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -38,24 +40,34 @@ def unpack(folder, target):
     return target
 
 
-def write_shards(sharded):
-    """Fill a golden checkpoint stored as its index alone with shards, from the one that has the same weights whole.
+@cache
+def golden_checkpoint(name):
+    """Folder of a golden checkpoint; of one that is stored as its index alone, a temporary copy with its shards.
 
-    Two copies of the same random numbers would be the largest thing in this repository.
+    The weights are those of the checkpoint that has them whole: two copies of the same random numbers would be the
+    largest thing in this repository.
     """
-    whole = sharded.with_name(sharded.name.removesuffix("-sharded"))
+    folder = GOLDEN / "checkpoints" / name
+    if not name.endswith("-sharded"):
+        return folder
+    place = Path(tempfile.mkdtemp(prefix="golden-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    (place / "openai").symlink_to(GOLDEN / "checkpoints/openai")  # where the tower's relative name points
+    sharded = shutil.copytree(folder, place / name)
+    whole = GOLDEN / "checkpoints" / name.removesuffix("-sharded")
     index = next(sharded.glob("*.index.json"))
     in_pickles = index.name.startswith("pytorch_model.bin")
-    name = "pytorch_model.bin" if in_pickles else "model.safetensors"
-    weights = torch.load(whole / name, weights_only=True) if in_pickles else load((whole / name).read_bytes())
+    file = "pytorch_model.bin" if in_pickles else "model.safetensors"
+    weights = torch.load(whole / file, weights_only=True) if in_pickles else load((whole / file).read_bytes())
     shards = {}
     for tensor, shard in json.loads(index.read_text())["weight_map"].items():
         shards.setdefault(shard, {})[tensor] = weights[tensor].clone()
     for shard, tensors in shards.items():
-        if not (sharded / shard).is_file():
-            partial = sharded / f"{shard}.{os.getpid()}"  # another run may do the same at the same time
-            torch.save(tensors, partial) if in_pickles else save_file(tensors, partial, metadata={"format": "pt"})
-            partial.replace(sharded / shard)
+        if in_pickles:
+            torch.save(tensors, sharded / shard)
+        else:
+            save_file(tensors, sharded / shard, metadata={"format": "pt"})
+    return sharded
 
 
 def load_picture(name):

@@ -15,14 +15,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from llava.conversation import conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import TOY_FOLDER, load_pretrained_model
-from records import GOLDEN
+from records import golden_checkpoint
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINTS = [
     TOY_FOLDER / "llava-toy-v1.5",
     TOY_FOLDER / "llava-toy-v1.6",
-    GOLDEN / "checkpoints/llava-v1.5-tiny-sharded",
-    GOLDEN / "checkpoints/llava-v1.6-vicuna-tiny",
+    "llava-v1.5-tiny-sharded",
+    "llava-v1.6-vicuna-tiny",
 ]
 PICTURES = sorted((TOY_FOLDER / "data/eval/MME/MME_Benchmark_release_version/count").glob("*.png"))[:4]
 SYSTEM = conv_templates["vicuna_v1"].system
@@ -34,12 +34,13 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module", params=CHECKPOINTS, ids=lambda folder: folder.name)
+@pytest.fixture(scope="module", params=CHECKPOINTS, ids=lambda folder: Path(folder).name)
 def both(request, tmp_path_factory):
     """(ours, converted): each a tokenizer or processor with its model."""
-    target = tmp_path_factory.mktemp("converted") / request.param.name
-    convert(str(request.param), target)
-    tokenizer, model, image_processor, _ = load_pretrained_model(str(request.param), device="cpu")
+    source = request.param if isinstance(request.param, Path) else golden_checkpoint(request.param)
+    target = tmp_path_factory.mktemp("converted") / source.name
+    convert(str(source), target)
+    tokenizer, model, image_processor, _ = load_pretrained_model(str(source), device="cpu")
     processor = AutoProcessor.from_pretrained(target)
     converted, report = AutoModelForImageTextToText.from_pretrained(
         target, dtype=torch.float32, output_loading_info=True
