@@ -35,7 +35,7 @@ from llava.eval.measure.efficiency_transformers import (
 )
 from llava.eval.measure.geometry import GEOMETRIES, build_random
 from llava.model.builder import DEFAULT_CHECKPOINT, load_pretrained_model, pick_device
-from llava.pruning import get_pruner, list_pruners, parse_budget
+from llava.pruning import Method, get_pruner, list_pruners, parse_budget, parse_options
 from llava.serve import flags
 
 AnySubject = Subject | TransformersSubject
@@ -50,8 +50,14 @@ def make_rows(pruners: Sequence[str], budgets: Sequence[int], tokens: int) -> li
         if not 1 <= keep < tokens:
             raise ValueError(f"--keep-tokens must lie between 1 and {tokens - 1} per view, got {keep}")
         rows.append(Row("limit", keep))
-        rows += [Row(name, keep, get_pruner(name, keep_tokens=keep)) for name in pruners]
+        rows += [Row(text, keep, method_of(text, keep)) for text in pruners]
     return rows
+
+
+def method_of(text: str, keep: int) -> Method:
+    """The method that "script" or "script:relevance=language,tau=0.6" names. Raises ValueError."""
+    name, _, options = text.partition(":")
+    return get_pruner(name, **{"keep_tokens": keep, **parse_options(name, options.split(",") if options else [])})
 
 
 @contextmanager
@@ -135,7 +141,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model-path", help="measure a checkpoint instead of a preset")
     parser.add_argument("--keep-tokens", nargs="+", default=["64"], metavar="N", help="budgets per view (64)")
-    parser.add_argument("--pruners", nargs="+", default=list_pruners(), metavar="NAME", help="methods (all)")
+    parser.add_argument(
+        "--pruners", nargs="+", default=list_pruners(), metavar="NAME[:KEY=VALUE,...]", help="methods (all)"
+    )
     parser.add_argument("--batch-sizes", nargs="+", type=flags.at_least_one, default=[1], metavar="B")
     parser.add_argument(
         "--new-tokens", type=flags.at_least_one, default=16, help="tokens per answer, for the decode column"

@@ -9,7 +9,7 @@ import torch
 
 from llava.eval.measure import efficiency_subject, efficiency_transformers
 from llava.eval.measure.cost import count_macs, prefill_flops
-from llava.eval.measure.efficiency import Row, Subject, main, make_rows, measure, summary_of
+from llava.eval.measure.efficiency import Row, Subject, main, make_rows, measure, method_of, summary_of
 from llava.eval.measure.efficiency_table import print_table
 from llava.eval.measure.geometry import GEOMETRIES, build_random
 from llava.model.builder import DEFAULT_CHECKPOINT, TOY_FOLDER, load_pretrained_model
@@ -265,3 +265,11 @@ def test_the_papers_rows_stand_beside_ours_and_are_marked(capsys):
     print_table([], "llava-v1.6-vicuna-7b", 1)
     printed = capsys.readouterr().out
     assert "| paper: Script | 320 | 2,050 (printed: 4.1 TFLOPs) |" in printed
+
+
+def test_a_row_can_be_a_method_with_options():
+    method = method_of("script:relevance=language,tau=0.6", 8)
+    assert (method.name, method.keep_tokens, method.relevance, method.tau) == ("script", 8, "language", 0.6)
+    assert method_of("random", 8) == get_pruner("random", keep_tokens=8)
+    with pytest.raises(ValueError, match="no option taw"):
+        method_of("script:taw=1", 8)
