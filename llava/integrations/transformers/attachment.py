@@ -15,7 +15,7 @@ import copy
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -385,8 +385,7 @@ class AttachedPruner:
         """Capture, select and write down what the language model is to get; the index of the shorter prompts."""
         prompt, mask = arguments["input_ids"], arguments["attention_mask"]
         reader, method = self._reader, self._reader.method
-        device = prompt.device.type
-        with torch.autocast(device, enabled=False):
+        with without_autocast(self.host.model.device):
             asked, question_of_row = reader.ask(prompt, mask, self.query if query is None else query)
         names = {"input_ids", "attention_mask", "position_ids", *TOKEN_TYPES}
         given = {name: value for name, value in arguments.items() if name in names and value is not None}
@@ -399,7 +398,7 @@ class AttachedPruner:
         else:
             embeds = capture.inputs_embeds.detach()
             project = getattr(self.host.base, "multi_modal_projector", None)
-            with torch.no_grad(), torch.autocast(device, enabled=False):
+            with torch.no_grad(), without_autocast(embeds.device):
                 describe = reader.describer(capture, pictures, prompt, asked, question_of_row)
                 kept = select_tokens(method, pictures, embeds, describe, project)
         kept = [replace(one, relevance=self.relevance) for one in kept]
@@ -453,6 +452,13 @@ class AttachedPruner:
             visual_mask=visual_mask,
             deepstack=deepstack,
         )
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Selection computes in the precision of what it is given, whatever the model around it does."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def dropped_columns(kept: Sequence[KeptPicture], attention_mask: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def all_that_is_read(pictures: Sequence[Picture]) -> list[KeptPicture]:
 
 def target_of(method: DecoderPruner, picture: Picture) -> int:
     """A picture's budget: what any other method would keep of it; separators are among the tokens."""
-    budget = candidates_of(method, picture.view_sizes(), len(picture.columns))[0]
+    budget = candidates_of(method, picture.view_sizes(), len(picture.columns), picture.attended_sizes())[0]
     return len(picture.columns) if budget.is_whole else budget.keep
 
 
