@@ -10,7 +10,7 @@ A host gives the spaces that it has; the fields of `PruningInputs` that speak of
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -51,7 +51,7 @@ class LanguageSpace:
     lookup: Callable[[Tensor], Tensor]
     attention: FirstAttention | None = None
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda values: values
-    own_heads: slice = slice(None)
+    own_heads: slice = field(default_factory=lambda: slice(None))
 
     def embed(self, questions: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """T questions -> input embeddings (T, l, d) and a mask (T, l). Raises ValueError for one without a token."""
