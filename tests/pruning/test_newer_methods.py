@@ -11,6 +11,7 @@ from llava.pruning.dart import pivot_tokens
 from llava.pruning.decoder_pruner import CutInputs
 from llava.pruning.functional import cosine_similarity
 from llava.pruning.restore import calibration_bias, groups_of_anchors, rotary_decay
+from llava.relevance.asked import Asked, LanguageSpace
 from llava.relevance.language import unit_products
 from llava.relevance.policy import Offer, settle
 from method_inputs import inputs_for, make_inputs
@@ -425,6 +426,31 @@ def test_hawks_score_is_finite():
     keys[0, 3], queries[0, 1, 2] = torch.inf, torch.nan
     assert unit_products(queries, keys).isfinite().all()
     assert unit_products(queries, torch.zeros_like(keys)).eq(0).all()
+
+
+class PlainAttention:
+    """A first attention of two heads whose queries and keys are the embeddings themselves."""
+
+    scaling = 1.0
+
+    def queries(self, embeds):
+        return embeds.unflatten(-1, (2, -1))
+
+    keys = queries
+
+
+def test_what_is_asked_reaches_hawk_as_scores_and_mmtok_as_words():
+    torch.manual_seed(0)
+    table, features = torch.randn(20, 8), torch.randn(2, 7, 8)
+    space = LanguageSpace(lambda text: [len(word) for word in text.split()], table.__getitem__, PlainAttention())
+    questions, pictures = ["What is the color of the dog?", "Is it?"], torch.tensor([1, 0])
+    fields = Asked(get_pruner("hawk"), questions, language=space).fields(pictures, features)
+    for view, words in enumerate(([2, 3], [4, 2, 3, 5, 2, 3, 4])):
+        expected = unit_products(table[words][None].unflatten(-1, (2, 4)), features[view, None].unflatten(-1, (2, 4)))
+        assert torch.allclose(fields["relevance"][view], expected[0], atol=1e-6)
+    fields = Asked(get_pruner("mmtok"), questions, language=space).fields(pictures, features)
+    assert torch.equal(fields["query_embeds"][1], table[[5, 2, 3]])  # color of dog
+    assert fields["query_mask"].tolist() == [[True, True, False], [True, True, True]]
 
 
 # --- RESTORE -------------------------------------------------------------------------------------------------------
