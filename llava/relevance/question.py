@@ -90,7 +90,7 @@ _VISUAL_MARKS = re.compile(
     r"|<\|(?:vision_start|vision_end|image_pad|video_pad|image|image_\d+|begin_of_image|end_of_image)\|>"
     r"|<(?:start_of_image|end_of_image|fake_token_around_image|global-img|row_\d+_col_\d+)>"
     r"|\[IMG(?:_BREAK|_END)?\]|<\|(?:START_OF_IMG|END_OF_IMG|IMG_PATCH)\|>|TILE_(?:\d+|GLOBAL)"
-    r"|<\d+(?:\.\d+)? seconds>"
+    r"|<\d+(?:\.\d+)? seconds>|<im_(?:start|end|patch)>"
 )
 _WORD = re.compile(r"\w")
 

@@ -18,6 +18,11 @@ COMMANDS = {
     "efficiency": ("llava.eval.efficiency", "time, memory and work of every part, by budget"),
     "selection-speed": ("llava.eval.selection_speed", "time of the selections alone"),
     "serving-load": ("llava.eval.serving_load", "requests per second of a server, unpruned and pruned"),
+    "audit": ("llava.eval.audit", "does a method read the question and keep its promises, on your checkpoint"),
+    "calibrate-heads": (
+        "llava.eval.calibrate_heads",
+        "weights of attention heads for relevance, without labels",
+    ),
     "redundancy": ("llava.eval.redundancy", "how well cheaper estimates of redundancy agree with comparing all pairs"),
 }
 

@@ -23,7 +23,7 @@ from llava.pruning import Method, get_pruner, list_pruners, parse_budget, parse_
 from llava.pruning.question_reader import QuestionReader
 
 PHOTOGRAPHS = Path(__file__).resolve().parents[3] / "playground" / "audit"
-SOURCES = ("clip", "language", "qk", "words", "projector")
+SOURCES = ("clip", "language", "qk", "words", "hawk", "projector")
 ALL = 10**6  # a budget above every count
 
 

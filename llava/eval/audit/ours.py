@@ -10,10 +10,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import conv_templates, template_for
+from llava.conversation import conv_templates
 from llava.eval.audit.subject import Subject, pooled
 from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model.builder import load_pretrained_model
+from llava.model.builder import find_template, load_pretrained_model
 from llava.pruning import Method, get_pruner
 
 
@@ -29,7 +29,7 @@ class OurSubject(Subject):
 
     def __init__(self, path: str, template: str | None = None, **loading: Any) -> None:
         self.tokenizer, self.model, self.image_processor, _ = load_pretrained_model(path, **loading)
-        self.template = conv_templates[template or template_for(self.model.model_name)]
+        self.template = conv_templates[template or find_template(path)]
 
     @property
     def decoder(self) -> nn.Module:

@@ -5,8 +5,7 @@ Batches are answered as our own runner answers them (`llava.eval.runner.answerin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.conversation import conv_templates, template_for
+from llava.conversation import conv_templates
 from llava.eval.lmms_eval.adapter import PrunedModel
 from llava.eval.lmms_eval.answers import Answer
 from llava.eval.lmms_eval.arguments import ModelArguments
@@ -24,8 +23,8 @@ from llava.eval.runner.answering import Prompt
 from llava.eval.runner.loading import Checkpoint
 from llava.layout.pooling import POOL_MODES
 from llava.layout.views import NEWLINE_POSITIONS
-from llava.layout.visuals import IMAGE, VIDEO
-from llava.mm_utils import load_image, most_tiles, process_images, to_rgb, tokenizer_image_token
+from llava.layout.visuals import IMAGE, VIDEO, Reading
+from llava.mm_utils import load_image, process_images, to_rgb, tokenizer_image_token
 from llava.video import Video, load_video, process_video
 
 
@@ -78,7 +77,7 @@ class LlavaModel(PrunedModel):
         options = self.arguments
         self.checkpoint = Checkpoint(options.pretrained, options.model_base, options.joint_space_path)
         self.checkpoint.check(self.pruner)
-        self.template = options.conv_template or template_for(self.checkpoint.name)
+        self.template = options.conv_template or self.checkpoint.template()
         return {
             "host": "llava",
             "form": "simple" if self.is_simple else "chat",
@@ -104,13 +103,13 @@ class LlavaModel(PrunedModel):
             attn_implementation=options.attn_implementation,
         )
         self.model = self.answerer.model
-        for name in ("mm_spatial_pool_mode", "mm_newline_position"):
-            if getattr(options, name) is not None:
-                setattr(self.model.config, name, getattr(options, name))
+        names = ("mm_spatial_pool_mode", "mm_newline_position")
+        changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+        self.answerer.reading = Reading.of(self.model.config, **changes)
 
     def read_visual(self, visual: Visual) -> Image.Image | Video:
         if visual.kind == VIDEO:
-            if getattr(self.model.config, "mm_spatial_pool_mode", None) is None:
+            if self.answerer.reading.mm_spatial_pool_mode is None:
                 # No ValueError: the file is sound, and on_error=skip must not count every question as unreadable.
                 raise NotImplementedError(
                     f"{visual.name} is a video, and {self.checkpoint.name} was not made for videos"
@@ -119,21 +118,6 @@ class LlavaModel(PrunedModel):
         return load_image(visual.content) if isinstance(visual.content, str) else to_rgb(visual.content)
 
     def respond(self, batch: Sequence[tuple[Asked, list[Message], list[Any]]], decoding: Decoding) -> list[Answer]:
-        """As the base says. Prompts with several pictures go by themselves where they are read in another way."""
-        answers: dict[int, Answer] = {}
-        for several in (False, True):
-            own = [number for number, (_, _, shown) in enumerate(batch) if self._reads_squares(shown) == several]
-            if own:
-                with aspect_ratio(self.model.config, "pad" if several else None):
-                    answers |= zip(own, self._respond([batch[number] for number in own], decoding), strict=True)
-        return [answers[number] for number in range(len(batch))]
-
-    def _reads_squares(self, visuals: Sequence[Image.Image | Video]) -> bool:
-        """Whether the pictures of a prompt become one padded square each: several, where one would be many tiles."""
-        tiled = most_tiles(getattr(self.model.config, "image_aspect_ratio", None)) is not None
-        return tiled and sum(not isinstance(visual, Video) for visual in visuals) > 1
-
-    def _respond(self, batch: Sequence[tuple[Asked, list[Message], list[Any]]], decoding: Decoding) -> list[Answer]:
         prompts = [self._prompt_of(*one) for one in batch]
         replies = self.answerer.reply(prompts, decoding.options(), decoding.until)
         return [Answer(one.text, one.cost, one.prompt_tokens, one.new_tokens) for one in replies]
@@ -143,15 +127,16 @@ class LlavaModel(PrunedModel):
             tokenizer_image_token(self.prompt(messages, visuals), self.answerer.tokenizer, return_tensors="pt"),
             last_text(messages),
             asked.document,
-            [self._pixels(visual) for visual in visuals],
+            self._pixels(visuals),
             [(0, 0) if isinstance(visual, Video) else visual.size for visual in visuals],
             [VIDEO if isinstance(visual, Video) else IMAGE for visual in visuals],
         )
 
-    def _pixels(self, visual: Image.Image | Video) -> torch.Tensor:
-        if isinstance(visual, Video):
-            return process_video(visual, self.answerer.image_processor)
-        return process_images([visual], self.answerer.image_processor, self.model.config)[0]
+    def _pixels(self, visuals: Sequence[Image.Image | Video]) -> list[torch.Tensor]:
+        """Of the visuals of one prompt, whose pictures are read together."""
+        processor, pictures = self.answerer.image_processor, [v for v in visuals if not isinstance(v, Video)]
+        of_pictures = iter(process_images(pictures, processor, self.answerer.reading) if pictures else ())
+        return [process_video(v, processor) if isinstance(v, Video) else next(of_pictures) for v in visuals]
 
     def prompt(self, messages: Sequence[Message], visuals: Sequence[Image.Image | Video]) -> str:
         """The whole prompt, a placeholder at the place of each of the ``visuals``."""
@@ -203,14 +188,3 @@ def system_like(template: str, text: str) -> str:
     """A task's system text in place of the template's, behind the mark that the template begins its own with."""
     mark, separator, _ = template.partition("\n")
     return f"{mark}{separator}{text}" if mark.startswith("<|im_start|>") else text
-
-
-@contextmanager
-def aspect_ratio(config: Any, value: str | None) -> Iterator[None]:
-    """Read pictures in another way for a while; ``None`` leaves the checkpoint's own."""
-    own = getattr(config, "image_aspect_ratio", None)
-    config.image_aspect_ratio = own if value is None else value
-    try:
-        yield
-    finally:
-        config.image_aspect_ratio = own

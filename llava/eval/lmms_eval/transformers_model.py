@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from llava.conversation import clean_question
 from llava.eval.lmms_eval.adapter import PrunedModel
@@ -21,6 +21,7 @@ from llava.eval.lmms_eval.answers import Answer
 from llava.eval.lmms_eval.arguments import ModelArguments
 from llava.eval.lmms_eval.requests import Asked, Decoding, Message, Visual, last_text
 from llava.eval.runner import identity
+from llava.integrations.transformers.loading import check_processor
 from llava.integrations.transformers.picture_sizes import check_picture_size
 from llava.mm_utils import load_image, to_rgb
 from llava.video import Video, load_video
@@ -70,6 +71,7 @@ class TransformersModel(PrunedModel):
     def load(self) -> None:
         options = self.arguments
         self.processor = AutoProcessor.from_pretrained(options.pretrained)
+        check_processor(self.processor, AutoConfig.from_pretrained(options.pretrained), options.pretrained)
         if getattr(self.processor, "chat_template", None) is None:
             raise ValueError(f"the processor of {options.pretrained} has no chat template to write prompts with")
         self.model = AutoModelForImageTextToText.from_pretrained(

@@ -21,6 +21,7 @@ from llava.conversation import clean_question, conv_templates
 from llava.eval.benchmarks.question import Question
 from llava.eval.measure.cost import prefill_flops
 from llava.eval.runner import pictures
+from llava.layout.visuals import Reading
 from llava.mm_utils import load_image, load_image_from_base64, process_images, tokenizer_image_token
 from llava.model.kept_tokens import KeptTokens
 from llava.pruning import Pruner
@@ -87,6 +88,7 @@ class Answerer:
         conversation: name of the template.
         pruner: ``None`` keeps all visual tokens.
         max_new_tokens: of the answers to questions.
+        reading: how pictures and videos are read; ``None`` is the checkpoint's way.
     """
 
     tokenizer: Any
@@ -95,6 +97,7 @@ class Answerer:
     conversation: str
     pruner: Pruner | None
     max_new_tokens: int = 128
+    reading: Reading | None = None
 
     def prepare(self, position: int, question: Question) -> Prepared:
         """Tokenise a question and preprocess its picture; a broken picture becomes ``fault``."""
@@ -144,17 +147,17 @@ class Answerer:
         ids, mask = padded([prompt.ids for prompt in prompts])
         device = self.model.device
         pixels = [one for prompt in prompts for one in prompt.pixels]
-        images: Tensor | list[Tensor] | None = None
+        images: Any = None
         if pixels:
             kinds = {kind for prompt in prompts for kind in prompt.kinds}
             same = len({one.shape for one in pixels}) == 1 and kinds == {"image"}
             images = torch.stack(pixels).to(device) if same else [one.to(device) for one in pixels]
+            sizes = [size for prompt in prompts for size in prompt.sizes] or None
+            images = self.model.visuals(images, sizes, [kind for p in prompts for kind in p.kinds], self.reading)
         embedded = self.model.embed_prompts(
             ids.to(device),
             mask.to(device),
             images=images,
-            image_sizes=[size for prompt in prompts for size in prompt.sizes] or None,
-            modalities=[kind for prompt in prompts for kind in prompt.kinds] or None,
             pruner=self.pruner,
             query=[prompt.query for prompt in prompts],
             sample_ids=[prompt.number for prompt in prompts],

@@ -44,7 +44,10 @@ def answering_modules() -> set[str]:
 
 
 def method_code(pruner: Pruner | type[Pruner]) -> str:
-    """Hash of a method's file and of what it alone imports."""
+    """Hash of a method's file and of what it alone imports; of a wrapper, also of the method inside."""
+    inner = getattr(pruner, "inner", None)
+    if inner is not None and not isinstance(pruner, type):
+        return _digest([method_code(type(pruner)).encode(), method_code(inner).encode()])
     cls = pruner if isinstance(pruner, type) else type(pruner)
     if cls.__module__.split(".")[0] != PACKAGE:  # a user's own, registered from outside
         return _digest([Path(inspect.getsourcefile(cls)).read_bytes()])

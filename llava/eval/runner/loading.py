@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava.checkpoint import find_folder
-from llava.conversation import template_for
 from llava.eval.runner.answering import Answerer
 from llava.mm_utils import get_model_name_from_path
-from llava.model.builder import check_files, load_pretrained_model, read_config
+from llava.model.builder import check_files, find_template, load_pretrained_model, read_config
 from llava.pruning import Pruner
 
 
@@ -29,6 +28,10 @@ class Checkpoint:
     @property
     def name(self) -> str:
         return get_model_name_from_path(self.path)
+
+    def template(self) -> str:
+        """Name of its conversation template. Raises ValueError where its name contradicts its files."""
+        return find_template(self.path, self.base)
 
     def check(self, pruner: Pruner | None) -> Any:
         """Its configuration, after looking for all files that loading will need.
@@ -64,4 +67,4 @@ class Checkpoint:
             pruner=pruner,
             joint_space_path=self.joint_space,
         )
-        return Answerer(tokenizer, model, processor, conversation or template_for(self.name), pruner)
+        return Answerer(tokenizer, model, processor, conversation or self.template(), pruner)

@@ -22,7 +22,6 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from llava.conversation import template_for
 from llava.eval.benchmarks import BENCHMARKS, OUTPUT_ROOT, Question, load_questions, locate, run_tag
 from llava.eval.files import require
 from llava.eval.runner import completion, identity, journal, scoring
@@ -88,7 +87,7 @@ class Run:
         self.checkpoint = Checkpoint(options.model_path, options.model_base)
         config = self.checkpoint.check(self.pruner)
         self.model_name = self.checkpoint.name
-        self.conversation = options.conv_mode or template_for(self.model_name)
+        self.conversation = options.conv_mode or self.checkpoint.template()
         self.question_file = self._question_file()
         self.image_folder = self._image_folder()
         self.questions = load_questions(options.benchmark, self.question_file, self.image_folder)[: options.limit]

@@ -15,7 +15,7 @@ import copy
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -56,6 +56,7 @@ from llava.integrations.transformers.shortening import (
 )
 from llava.integrations.transformers.whole_prompt import WholePrompt, WholePromptStreamer
 from llava.pruning import DecoderPruner, Method
+from llava.pruning.functional import without_autocast
 from llava.relevance.policy import Choice
 
 Positions = Literal["auto", "packed", "original"]
@@ -139,7 +140,7 @@ class AttachedPruner:
             raise ValueError(f"positions must be auto, packed or original, got {positions!r}")
         self.method = method
         self.host: Host = find_host(model)
-        if method.place == "encoder" and positions == "original":
+        if method.makes_tokens and positions == "original":
             raise ValueError(f"pruner '{method.name}' makes tokens, which have no position in the whole prompt")
         if find_attached(model) is not None:
             raise RuntimeError("a pruner is attached to this model already: remove it first (its handle's remove())")
@@ -385,7 +386,7 @@ class AttachedPruner:
         """Capture, select and write down what the language model is to get; the index of the shorter prompts."""
         prompt, mask = arguments["input_ids"], arguments["attention_mask"]
         reader, method = self._reader, self._reader.method
-        with without_autocast(self.host.model.device):
+        with without_autocast():
             asked, question_of_row = reader.ask(prompt, mask, self.query if query is None else query)
         names = {"input_ids", "attention_mask", "position_ids", *TOKEN_TYPES}
         given = {name: value for name, value in arguments.items() if name in names and value is not None}
@@ -398,7 +399,7 @@ class AttachedPruner:
         else:
             embeds = capture.inputs_embeds.detach()
             project = getattr(self.host.base, "multi_modal_projector", None)
-            with torch.no_grad(), without_autocast(embeds.device):
+            with torch.no_grad(), without_autocast():
                 describe = reader.describer(capture, pictures, prompt, asked, question_of_row)
                 kept = select_tokens(method, pictures, embeds, describe, project)
         kept = [replace(one, relevance=self.relevance) for one in kept]
@@ -452,13 +453,6 @@ class AttachedPruner:
             visual_mask=visual_mask,
             deepstack=deepstack,
         )
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Selection computes in the precision of what it is given, whatever the model around it does."""
-    if not torch.amp.is_autocast_available(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 def dropped_columns(kept: Sequence[KeptPicture], attention_mask: Tensor) -> Tensor:
