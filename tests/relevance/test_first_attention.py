@@ -295,3 +295,15 @@ def test_what_cannot_be_read_says_why(make, reason):
     with pytest.raises(UnreadableAttentionError, match=reason) as error:
         FirstAttention.find(make())
     assert error.value.reason in str(error.value)
+
+
+def test_a_served_lora_layer_is_read_by_its_base():
+    """vLLM's would choose an adapter for each token of the step that runs."""
+    model = AutoModel.from_config(hf.LlamaConfig(**TEXT))
+    attention = model.layers[0].self_attn
+    words = torch.randn(1, 3, TEXT["hidden_size"])
+    expected = FirstAttention.find(model).queries(words)
+    served = nn.Module()
+    served.base_layer, served.punica_wrapper = attention.q_proj, object()
+    attention.q_proj = served
+    torch.testing.assert_close(FirstAttention.find(model).queries(words), expected, atol=0, rtol=0)

@@ -50,7 +50,8 @@ class PrunedModel:
             loaded = super().load_weights(weights)
         finally:
             self.script_cache.clear()
-        self.script_selector = self.script_selector or self.make_selector()
+        if get_pp_group().is_first_rank and self.script_selector is None:  # later stages see no picture
+            self.script_selector = self.make_selector()
         return loaded
 
     def script_choose(self, pictures: Sequence[PictureFeatures], plans: Sequence[PicturePlan]) -> list[Tensor | None]:
