@@ -19,6 +19,7 @@ from llava.integrations.vllm.selection import TokenSelector
 from llava.relevance.asked import LanguageSpace
 from llava.relevance.clip import ClipJointSpace
 from llava.relevance.first_attention import FirstAttention
+from llava.relevance.heads import HeadWeights
 
 logger = init_logger("vllm.script")
 
@@ -72,6 +73,9 @@ class PrunedModel:
         if self.script_reading.offer.no_attention is None:
             attention = FirstAttention.find(decoder, self.script_text_config)
             heads = attention.attention.q_size // attention.head_dim  # of this rank
+            file = getattr(self.script_reading.method, "heads", None)  # told at the start if it is another model's
+            if file is not None:
+                HeadWeights.read(file).for_attention(attention, file)
             own_heads = slice(get_tp_group().rank_in_group * heads, (get_tp_group().rank_in_group + 1) * heads)
         folder = self.script_reading.joint_space  # no module: the checkpoint's loader would look for its weights
         space = None if folder is None else ClipJointSpace.load(folder, parameter.dtype, parameter.device)
