@@ -472,7 +472,7 @@ def test_a_joined_view_holds_every_token_of_every_field():
 @pytest.mark.parametrize("name", BEFORE_DECODER)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_changes_nothing(name, dtype):
-    pruner, inputs = get_pruner(name, keep_tokens=16), make_inputs(dtype=dtype)
+    pruner, inputs = get_pruner(name, keep_tokens=16), inputs_for(name, dtype=dtype)
     plain = pruner.select(inputs)
     with torch.autocast("cpu", torch.bfloat16):
         selection = pruner.select(inputs)

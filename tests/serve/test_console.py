@@ -12,10 +12,15 @@ from llava.serve import console
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def is_package(module):
+    return importlib.util.find_spec(module).submodule_search_locations is not None
+
+
 @pytest.mark.parametrize("name", console.COMMANDS)
 def test_every_command_is_a_module_that_can_be_run(name):
     module, what = console.COMMANDS[name]
-    source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
+    found = importlib.util.find_spec(f"{module}.__main__") if is_package(module) else importlib.util.find_spec(module)
+    source = Path(found.origin).read_text(encoding="utf-8")
     assert 'if __name__ == "__main__":' in source
     assert f"{name} " in console.usage()
     assert what in console.usage()

@@ -90,7 +90,7 @@ def test_command(tmp_path, installed):
     [
         (["--pruner", "nonsense"], "unknown pruner 'nonsense'"),
         (["--keep-tokens", "0"], "keep_tokens must be a count"),
-        (["--pruner-args", "tau=x"], "tau must be a number"),
+        (["--pruner-args", "tau=x"], "tau must be a finite number"),
         (["--include-path", "/nowhere"], "there is no folder /nowhere"),
         (["--model-path", "/nowhere"], "nowhere"),
         (["--model-args", "a=b,c"], "separates model arguments by commas"),

@@ -64,8 +64,8 @@ def test_stages_and_the_whole_lead_to_the_same_prompt(subject):
     row = Row("script", 32, get_pruner("script", keep_tokens=32))
     with torch.inference_mode():
         encoded = subject.encode()
-        kept = subject.select(row, encoded, subject.read_question(row))
-        prompts = subject.embed(row, subject.pixels)
+        kept = subject.select(row, encoded, subject.read_question(row, encoded))
+        prompts = subject.embed(row, subject.visuals)
     start = efficiency_subject.TEXT_BEFORE
     for picture, embeds in zip(kept, prompts.inputs_embeds, strict=True):
         torch.testing.assert_close(embeds[start : start + 32], picture)
@@ -144,8 +144,9 @@ def test_figures_of_a_video():
     assert unpruned["visual_tokens"] == 3 * 13 * 14
     assert limit["visual_tokens"] == script["visual_tokens"] == 3 * 16
     assert script["visual_cache_bytes"] == 2 * 2 * 48 * 32 * 4
-    assert rows[2].pruner.relevance == "projector"
-    assert "joint space" in cdpruner["note"]
+    assert rows[2].pruner.relevance == "language"
+    assert rows[3].pruner.relevance == "language"
+    assert cdpruner["visual_tokens"] == 3 * 16
 
 
 TINY_TEXT = {
