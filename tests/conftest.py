@@ -17,6 +17,10 @@ from llava.model.builder import load_pretrained_model
 from records import GOLDEN, golden_checkpoint, load_picture, unpack
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # each worker has a core of its own
+
+
 def pytest_collection_modifyitems(config, items):
     """Leave the tests out that take many minutes, unless ``-m`` names them."""
     if "nightly" not in config.option.markexpr:
