@@ -1,0 +1,61 @@
+"""What the methods share that can find their own budget: a greedy order, and how much its first tokens explain."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from llava.pruning.adaptive import within_budget
+from llava.pruning.base import ViewMethod
+from llava.pruning.inputs import PruningInputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetFinder(ViewMethod):
+    """Mixed in before `Pruner`: ``keep_tokens`` may be a rule.
+
+    The method then orders as many tokens as the rule's ceiling lets it, states what each further one leaves
+    unexplained, and the first of this order count as kept. They are those that a count of the same size keeps.
+    """
+
+    finds_budget: ClassVar[bool] = True
+
+    @property
+    def count_is_exact(self) -> bool:
+        return self.auto is None
+
+    def found(
+        self, inputs: PruningInputs, keep: int, rank: Tensor, share: Tensor, member: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """What the rule finds, for the details of `choose`: see `within_budget`.
+
+        Args:
+            rank: (B, n) int64, places in the order.
+            share: (B, K + 1) unexplained after each choice of it.
+            member: (B, n) bool, tokens of the order that may be kept.
+        """
+        within = within_budget(self.auto, rank, share, keep, alone_in_picture(inputs), member)
+        return {"unexplained": share, "within_budget": within}
+
+    def eligible(self, inputs: PruningInputs, indices: Tensor, details: Mapping[str, Tensor]) -> Tensor | None:
+        eligible = super().eligible(inputs, indices, details)
+        if self.auto is None:
+            return eligible
+        within = details["within_budget"].gather(1, indices)
+        return within if eligible is None else within & eligible
+
+
+def alone_in_picture(inputs: PruningInputs) -> Tensor | None:
+    """(B,) bool, the views that no other view shares its picture with; ``None`` where every view is a picture."""
+    if inputs.pictures is None:
+        return None
+    return (inputs.pictures[:, None] == inputs.pictures).sum(-1) == 1
+
+
+def first_of(rank: Tensor, count: int) -> Tensor:
+    """The tokens in the first ``count`` places of an order given as ranks: (B, n) -> (B, count) int64, in order."""
+    return torch.argsort(rank, dim=-1)[:, :count]
