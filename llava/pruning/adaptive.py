@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from llava.pruning.auto_budget import FLOOR_ALONE, FLOOR_AMONG_VIEWS, AutoBudget
-from llava.pruning.functional import stable_rank, working_dtype
+from llava.pruning.functional import working_dtype
 
 BLOCK = 32  # choices that are projected together on those before them
 
@@ -153,39 +153,34 @@ def _first(holds: Tensor, otherwise: int) -> Tensor:
     return torch.where(holds.any(-1), holds.int().argmax(-1), otherwise)
 
 
-def within_budget(
-    auto: AutoBudget,
-    rank: Tensor,
-    share: Tensor,
-    keep: int,
-    alone: Tensor | None = None,
-    member: Tensor | None = None,
-) -> Tensor:
-    """Which tokens a rule keeps: (B, n) bool, the first of an order, between floor and ``keep`` of them.
+def kept_after(order: Tensor, member: Tensor | None = None) -> Tensor:
+    """How many members are among the first k of an order (B, K), k = 0 to K: (B, K + 1) int64.
 
     Args:
-        rank: (B, n) int64, places in the order.
-        share: (B, K + 1) unexplained after each choice of it, K large enough for ``keep`` members.
-        keep: the ceiling.
-        alone: (B,) bool, views that are all of their picture, which matters to the floor; ``None`` means that all are.
-        member: (B, n) bool, the tokens of the order that are kept, as many of them as it takes to reach the floor;
-            ``None`` means all.
+        member: (B, n) bool, the tokens that may be kept; ``None`` means all.
+    """
+    counted = torch.ones_like(order) if member is None else member.gather(1, order).long()
+    return torch.nn.functional.pad(counted.cumsum(-1), (1, 0))
+
+
+def kept_by_rule(auto: AutoBudget, share: Tensor, kept: Tensor, alone: Tensor | None = None) -> Tensor:
+    """How many tokens a rule keeps: (B,) int64, between the floor and all that the orders have.
+
+    Args:
+        share: (B, K + 1) unexplained after each choice of an order.
+        kept: (B, K + 1) `kept_after` of it; the last is the ceiling.
+        alone: (B,) bool, views that are all of their picture, which the floor depends on; ``None``: all are.
     """
     length = share.shape[1] - 1
+    most = kept[:, -1]
 
     def count(floor: int) -> Tensor:
         if auto.gain is None:
             steps = count_at_share(share, auto.coverage, min(floor, length), length)
         else:
             steps = count_at_gain(share, auto.gain, floor, length)
-        passed = rank < steps[:, None]
-        passed = passed if member is None else passed & member
-        return passed.sum(-1).clamp(min(floor, keep), keep)
+        return kept.gather(1, steps[:, None])[:, 0].clamp_min(floor).minimum(most)
 
-    if auto.floor is None and alone is not None:
-        counts = torch.where(alone, count(FLOOR_ALONE), count(FLOOR_AMONG_VIEWS))
-    else:
-        counts = count(FLOOR_ALONE if auto.floor is None else auto.floor)
-    if member is None:
-        return rank < counts[:, None]
-    return stable_rank(torch.where(member, rank, rank + rank.shape[-1])) < counts[:, None]
+    if auto.floor is not None or alone is None:
+        return count(FLOOR_ALONE if auto.floor is None else auto.floor)
+    return torch.where(alone, count(FLOOR_ALONE), count(FLOOR_AMONG_VIEWS))

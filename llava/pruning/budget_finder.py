@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from llava.pruning.adaptive import within_budget
+from llava.pruning.adaptive import kept_after, kept_by_rule
 from llava.pruning.base import ViewMethod
+from llava.pruning.functional import stable_rank
 from llava.pruning.inputs import PruningInputs
 
 
@@ -29,24 +30,31 @@ class BudgetFinder(ViewMethod):
         return self.auto is None
 
     def found(
-        self, inputs: PruningInputs, keep: int, rank: Tensor, share: Tensor, member: Tensor | None = None
+        self, inputs: PruningInputs, rank: Tensor, order: Tensor, share: Tensor, member: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """What the rule finds, for the details of `choose`: see `within_budget`.
+        """What the rule finds, for the details of `choose`.
 
         Args:
-            rank: (B, n) int64, places in the order.
-            share: (B, K + 1) unexplained after each choice of it.
-            member: (B, n) bool, tokens of the order that may be kept.
+            rank: (B, n) int64, places in an order.
+            order: (B, K) its first tokens, enough of them for the ceiling.
+            share: (B, K + 1) unexplained after each of them.
+            member: (B, n) bool, tokens of the order that may be kept; ``None`` means all.
+
+        Returns:
+            "within_budget" (B, n) bool, the tokens that are kept; "unexplained", and "kept_after" (B, K + 1), from
+            which other rules could be read.
         """
-        within = within_budget(self.auto, rank, share, keep, alone_in_picture(inputs), member)
-        return {"unexplained": share, "within_budget": within}
+        if inputs.valid is not None:
+            member = inputs.valid if member is None else inputs.valid & member
+        kept = kept_after(order, member)
+        count = kept_by_rule(self.auto, share, kept, alone_in_picture(inputs))
+        place = rank if member is None else stable_rank(torch.where(member, rank, rank + rank.shape[-1]))
+        return {"within_budget": place < count[:, None], "unexplained": share, "kept_after": kept}
 
     def eligible(self, inputs: PruningInputs, indices: Tensor, details: Mapping[str, Tensor]) -> Tensor | None:
-        eligible = super().eligible(inputs, indices, details)
         if self.auto is None:
-            return eligible
-        within = details["within_budget"].gather(1, indices)
-        return within if eligible is None else within & eligible
+            return super().eligible(inputs, indices, details)
+        return details["within_budget"].gather(1, indices)
 
 
 def alone_in_picture(inputs: PruningInputs) -> Tensor | None:

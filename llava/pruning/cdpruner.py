@@ -80,6 +80,7 @@ class CDPruner(QuestionReader, BudgetFinder, Pruner):
         )
         details = {"relevance": relevance, "order": rank}
         if self.auto is not None:
-            share = residual_share(similarity, first_of(rank, keep), weight, inputs.valid, RANK_USED_UP)
-            details |= self.found(inputs, keep, rank, share)
+            order = first_of(rank, keep)
+            share = residual_share(similarity, order, weight, inputs.valid, RANK_USED_UP)
+            details |= self.found(inputs, rank, order, share)
         return lowest_ranked(rank, keep), details

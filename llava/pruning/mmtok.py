@@ -84,8 +84,8 @@ class MMTok(QuestionReader, BudgetFinder, Pruner):
         rank = coverage_rank(reach, keep, candidates=inputs.valid)
         details = {"order": rank}
         if self.auto is not None:
-            share = uncovered_share(reach, first_of(rank, keep), inputs.valid)
-            details |= self.found(inputs, keep, rank, share)
+            order = first_of(rank, keep)
+            details |= self.found(inputs, rank, order, uncovered_share(reach, order, inputs.valid))
         return lowest_ranked(rank, keep), details
 
 

@@ -105,8 +105,8 @@ def _described(kind: Any) -> str:
 
 
 def check_budget(keep_tokens: Any) -> None:
-    """Raise ValueError unless ``keep_tokens`` is a count (int >= 1), a share (float strictly between 0 and 1), or a rule
-    of auto_budget.py.
+    """Raise ValueError unless ``keep_tokens`` is a count (int >= 1), a share (float strictly between 0 and 1) or a
+    rule of auto_budget.py.
     """
     if is_auto(keep_tokens):
         parse_auto(keep_tokens)

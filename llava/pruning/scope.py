@@ -61,6 +61,6 @@ class SCOPE(AttentionReader, BudgetFinder, Pruner):
         rank = coverage_rank(reach, keep, attention**self.alpha, inputs.valid, ROUNDING)
         details = {"attention": attention, "order": rank}
         if self.auto is not None:
-            share = uncovered_share(reach, first_of(rank, keep), inputs.valid)
-            details |= self.found(inputs, keep, rank, share)
+            order = first_of(rank, keep)
+            details |= self.found(inputs, rank, order, uncovered_share(reach, order, inputs.valid))
         return lowest_ranked(rank, keep), details

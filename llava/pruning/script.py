@@ -136,7 +136,7 @@ class Script(QuestionReader, BudgetFinder, Pruner):
             if self.auto is not None:
                 order = first_of(rank, steps_taken(rank, keep, kept_by_gsp))
                 share = similarity.residual_share(order, relevance=weight, candidates=candidates)
-                details |= self.found(inputs, keep, rank, share, kept_by_gsp)
+                details |= self.found(inputs, rank, order, share, kept_by_gsp)
         else:
             if relevance is not None:
                 score = -relevance
