@@ -163,13 +163,13 @@ def kept_after(order: Tensor, member: Tensor | None = None) -> Tensor:
     return torch.nn.functional.pad(counted.cumsum(-1), (1, 0))
 
 
-def kept_by_rule(auto: AutoBudget, share: Tensor, kept: Tensor, alone: Tensor | None = None) -> Tensor:
+def kept_by_rule(auto: AutoBudget, share: Tensor, kept: Tensor, alone: Tensor) -> Tensor:
     """How many tokens a rule keeps: (B,) int64, between the floor and all that the orders have.
 
     Args:
         share: (B, K + 1) unexplained after each choice of an order.
         kept: (B, K + 1) `kept_after` of it; the last is the ceiling.
-        alone: (B,) bool, views that are all of their picture, which the floor depends on; ``None``: all are.
+        alone: (B,) bool, views that are all of their picture, which the floor depends on.
     """
     length = share.shape[1] - 1
     most = kept[:, -1]
@@ -181,6 +181,6 @@ def kept_by_rule(auto: AutoBudget, share: Tensor, kept: Tensor, alone: Tensor | 
             steps = count_at_gain(share, auto.gain, floor, length)
         return kept.gather(1, steps[:, None])[:, 0].clamp_min(floor).minimum(most)
 
-    if auto.floor is not None or alone is None:
-        return count(FLOOR_ALONE if auto.floor is None else auto.floor)
+    if auto.floor is not None:
+        return count(auto.floor)
     return torch.where(alone, count(FLOOR_ALONE), count(FLOOR_AMONG_VIEWS))

@@ -41,15 +41,16 @@ class BudgetFinder(ViewMethod):
             member: (B, n) bool, tokens of the order that may be kept; ``None`` means all.
 
         Returns:
-            "within_budget" (B, n) bool, the tokens that are kept; "unexplained", and "kept_after" (B, K + 1), from
-            which other rules could be read.
+            "within_budget" (B, n) bool, the tokens that are kept; "unexplained" and "kept_after" (B, K + 1), and
+            "alone" (B,), from which `kept_by_rule` tells what another rule would keep.
         """
         if inputs.valid is not None:
             member = inputs.valid if member is None else inputs.valid & member
         kept = kept_after(order, member)
-        count = kept_by_rule(self.auto, share, kept, alone_in_picture(inputs))
+        alone = alone_in_picture(inputs)
+        count = kept_by_rule(self.auto, share, kept, alone)
         place = rank if member is None else stable_rank(torch.where(member, rank, rank + rank.shape[-1]))
-        return {"within_budget": place < count[:, None], "unexplained": share, "kept_after": kept}
+        return {"within_budget": place < count[:, None], "unexplained": share, "kept_after": kept, "alone": alone}
 
     def eligible(self, inputs: PruningInputs, indices: Tensor, details: Mapping[str, Tensor]) -> Tensor | None:
         if self.auto is None:
@@ -57,10 +58,10 @@ class BudgetFinder(ViewMethod):
         return details["within_budget"].gather(1, indices)
 
 
-def alone_in_picture(inputs: PruningInputs) -> Tensor | None:
-    """(B,) bool, the views that no other view shares its picture with; ``None`` where every view is a picture."""
+def alone_in_picture(inputs: PruningInputs) -> Tensor:
+    """(B,) bool, the views that are their picture's only one, or their picture's views joined."""
     if inputs.pictures is None:
-        return None
+        return torch.ones(inputs.views, dtype=torch.bool, device=inputs.features.device)
     return (inputs.pictures[:, None] == inputs.pictures).sum(-1) == 1
 
 
