@@ -146,7 +146,7 @@ def test_every_method_keeps_its_count_and_a_clip_alone_equals_the_clip_in_a_batc
 
 @pytest.mark.parametrize("options", [{}, {"scope": "global"}])
 def test_every_frame_finds_its_own_budget(loaded, model, pixels, options):
-    """Between the floor of one of several views, or of all together, and a third of the tokens; alone as in a batch."""
+    """Between a floor, of each of several views or of all together, and a third of the tokens; alone as in a batch."""
     pruner = get_pruner("script", keep_tokens="auto:0.9", **options)
     rows = torch.cat([ids_of(loaded), ids_of(loaded)])
     together = embed(model, rows, pixels, pruner=pruner)
