@@ -179,7 +179,9 @@ def choose_together(
 
 def numbers_of(method: Method, selection: Selection, numbers: Tensor) -> Tensor:
     """Flat numbers (m,) of what was chosen; where only the data tell the count, of what counts as kept."""
-    return numbers.flatten() if method.count_is_exact else numbers[selection.eligible]
+    if method.count_is_exact or selection.eligible is None:  # views of so few tokens that all are kept
+        return numbers.flatten()
+    return numbers[selection.eligible]
 
 
 def choose_in_sequence(

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llava.pruning.attaching import attach
+from llava.pruning.auto_budget import AutoBudget, parse_auto
 from llava.pruning.functional import without_autocast
 from llava.pruning.inputs import PruningInputs, Selection
 from llava.pruning.options import check_options, parse_assignments
@@ -34,22 +35,37 @@ class Method(ABC):
 
     Args:
         keep_tokens: visual tokens given, kept and made, as a count (int >= 1) or as a share of them (float between 0
-            and 1). A count of all or more keeps everything, bit for bit.
+            and 1). A count of all or more keeps everything, bit for bit. "auto", or "auto:0.9", lets a method whose
+            order says how much the kept tokens explain find the count itself: see auto_budget.py.
         exclude_padding: patches that show only padding cannot be chosen.
 
     Raises:
         ValueError: an option is not of its type or out of its range; names it and what it may be.
     """
 
-    keep_tokens: int | float = 64
+    keep_tokens: int | float | str = 64
     exclude_padding: bool = True
 
     name: ClassVar[str]
     place: ClassVar[Place]  # what the method acts on
     makes_tokens: ClassVar[bool] = False  # does it give tokens that no patch has?
+    finds_budget: ClassVar[bool] = False  # may keep_tokens be "auto"?
 
     def __post_init__(self):
         check_options(self)
+        if isinstance(self.keep_tokens, str):
+            if not self.finds_budget:
+                able = [name for name in list_pruners() if pruner_class(name).finds_budget]
+                raise ValueError(
+                    f"pruner '{self.name}' needs a count or a share: keep_tokens={self.keep_tokens} is for methods "
+                    f"whose order says how much the kept tokens explain, {', '.join(able)}"
+                )
+            object.__setattr__(self, "keep_tokens", str(parse_auto(self.keep_tokens)))
+
+    @property
+    def auto(self) -> AutoBudget | None:
+        """The rule that finds the count; ``None`` where the count is given."""
+        return parse_auto(self.keep_tokens) if isinstance(self.keep_tokens, str) else None
 
     @property
     def needs(self) -> frozenset[str]:
@@ -72,7 +88,12 @@ class Method(ABC):
         return False
 
     def count(self, tokens: int) -> int:
-        """The budget out of ``tokens`` tokens, kept and made: known before any computation."""
+        """The budget out of ``tokens`` tokens, kept and made: known before any computation.
+
+        The most that it can be where `count_is_exact` is False.
+        """
+        if self.auto is not None:
+            return self.auto.most(tokens)
         if isinstance(self.keep_tokens, float):
             return max(1, int(self.keep_tokens * tokens + 0.5))
         return min(self.keep_tokens, tokens)

@@ -8,7 +8,9 @@ from typing import Annotated, ClassVar, Literal
 
 from torch import Tensor
 
+from llava.pruning.adaptive import residual_share
 from llava.pruning.base import Pruner, register
+from llava.pruning.budget_finder import BudgetFinder, first_of
 from llava.pruning.functional import cosine_similarity, greedy_map_rank, lowest_ranked, min_max
 from llava.pruning.inputs import PruningInputs
 from llava.pruning.options import Range
@@ -20,7 +22,7 @@ RANK_USED_UP = 1e-10  # a smaller remaining variance is rounding
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class CDPruner(QuestionReader, Pruner):
+class CDPruner(QuestionReader, BudgetFinder, Pruner):
     """Keep the m tokens that a DPP, weighted by relevance to the question, picks greedily.
 
     Paper: "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs" (arXiv
@@ -37,6 +39,9 @@ class CDPruner(QuestionReader, Pruner):
         theta: weight of relevance against diversity, between 0 and 1: exp(theta / (2 (1 - theta)) r) stands for r.
             ``None`` takes r itself.
         relevance: see `QuestionReader`; "clip" is the published source.
+
+    ``keep_tokens="auto"`` ends step 3 where the kept tokens explain enough of L; with ``scaling="picture"`` views in
+    which nothing is relevant then give few.
 
     The released code's own setting is ``scaling="picture"``, ``exclude_padding=False``.
 
@@ -63,13 +68,19 @@ class CDPruner(QuestionReader, Pruner):
         weight = relevance
         if self.theta is not None:
             weight = (self.theta / (2 * (1 - self.theta)) * relevance).exp()
+        similarity = cosine_similarity(inputs.features)
         rank = greedy_map_rank(
-            cosine_similarity(inputs.features),
+            similarity,
             keep,
             relevance=weight,
             candidates=inputs.valid,
             epsilon=0.0,
             stop=RANK_USED_UP,
-            overwrite=True,
+            overwrite=self.auto is None,
         )
-        return lowest_ranked(rank, keep), {"relevance": relevance, "order": rank}
+        details = {"relevance": relevance, "order": rank}
+        if self.auto is not None:
+            order = first_of(rank, keep)
+            share = residual_share(similarity, order, weight, inputs.valid, RANK_USED_UP)
+            details |= self.found(inputs, rank, order, share)
+        return lowest_ranked(rank, keep), details

@@ -10,7 +10,9 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from llava.pruning.adaptive import uncovered_share
 from llava.pruning.base import Pruner, ViewMethod, register
+from llava.pruning.budget_finder import BudgetFinder, first_of
 from llava.pruning.functional import cosine_similarity, coverage_rank, lowest_ranked
 from llava.pruning.inputs import PruningInputs
 from llava.pruning.options import Positive, Range
@@ -24,7 +26,7 @@ FUNCTION_WORDS = frozenset(
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class MMTok(QuestionReader, Pruner):
+class MMTok(QuestionReader, BudgetFinder, Pruner):
     """Keep the m tokens that together cover the question's words and all other tokens best.
 
     Paper: "MMTok: Multimodal Coverage Maximization for Efficient Inference of VLMs" (arXiv 2508.18264). Inputs:
@@ -41,7 +43,8 @@ class MMTok(QuestionReader, Pruner):
         alpha: weight of covering the picture against covering the words.
         relevance: "projector": the words' input embeddings, which is what the paper compares; "none": no words.
 
-    The order for m tokens begins with that for fewer. Padding cannot be chosen, but is covered and shares in the
+    The order for m tokens begins with that for fewer; ``keep_tokens="auto"`` ends it where enough of what all patches
+    could cover is covered. Padding cannot be chosen, but is covered and shares in the
     softmax, as in the released code.
 
     Deviations from the paper: (1) both similarities are cosines, as in the released code, where the paper has products
@@ -79,7 +82,11 @@ class MMTok(QuestionReader, Pruner):
             mask = None if inputs.query_mask is None else inputs.query_mask[:, None]
             reach = torch.cat([covering(likeness, self.tau_text, mask), reach], dim=-1)
         rank = coverage_rank(reach, keep, candidates=inputs.valid)
-        return lowest_ranked(rank, keep), {"order": rank}
+        details = {"order": rank}
+        if self.auto is not None:
+            order = first_of(rank, keep)
+            details |= self.found(inputs, rank, order, uncovered_share(reach, order, inputs.valid))
+        return lowest_ranked(rank, keep), details
 
 
 def covering(similarity: Tensor, temperature: float, real: Tensor | None = None) -> Tensor:

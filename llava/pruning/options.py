@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, Literal
 
+from llava.pruning.auto_budget import WRITTEN, is_auto, parse_auto
+
 LARGEST_INT = 2**63 - 1  # of an int64 tensor
 
 
@@ -103,21 +105,32 @@ def _described(kind: Any) -> str:
 
 
 def check_budget(keep_tokens: Any) -> None:
-    """Raise ValueError unless ``keep_tokens`` is a count (int >= 1) or a share (float strictly between 0 and 1)."""
+    """Raise ValueError unless ``keep_tokens`` is a count (int >= 1), a share (float strictly between 0 and 1) or a
+    rule of auto_budget.py.
+    """
+    if is_auto(keep_tokens):
+        parse_auto(keep_tokens)
+        return
     is_count = isinstance(keep_tokens, int) and not isinstance(keep_tokens, bool) and 1 <= keep_tokens <= LARGEST_INT
     is_share = isinstance(keep_tokens, float) and 0 < keep_tokens < 1
     if not (is_count or is_share):
         raise ValueError(
-            f"keep_tokens must be a count (integer from 1) or a share of the tokens (between 0 and 1, both excluded); "
-            f"got {keep_tokens!r}"
+            f"keep_tokens must be a count (integer from 1), a share of the tokens (between 0 and 1, both excluded) or "
+            f"{WRITTEN}; got {keep_tokens!r}"
         )
 
 
 # --- from text -----------------------------------------------------------------------------------------------------
 
 
-def parse_budget(text: str) -> int | float:
-    """Read ``keep_tokens`` from a command line: "64" is a count, "0.25" a share. Raises ValueError."""
+def parse_budget(text: str) -> int | float | str:
+    """Read ``keep_tokens`` from a command line: "64" is a count, "0.25" a share, "auto:0.9" a rule in its full form.
+
+    Raises:
+        ValueError: none of these; says how they are written.
+    """
+    if is_auto(text):
+        return str(parse_auto(text))
     budget = _number(text)
     check_budget(text if budget is None else budget)
     return budget

@@ -8,8 +8,10 @@ from typing import Annotated, ClassVar
 
 from torch import Tensor
 
+from llava.pruning.adaptive import uncovered_share
 from llava.pruning.attention_reader import AttentionReader
 from llava.pruning.base import Pruner, register
+from llava.pruning.budget_finder import BudgetFinder, first_of
 from llava.pruning.functional import cosine_similarity, coverage_rank, lowest_ranked
 from llava.pruning.inputs import PruningInputs
 from llava.pruning.options import Range
@@ -19,7 +21,7 @@ ROUNDING = 1e-6  # of a cosine; a copy of a chosen patch covers nothing
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class SCOPE(AttentionReader, Pruner):
+class SCOPE(AttentionReader, BudgetFinder, Pruner):
     """Keep the m patches that together resemble all others best, each gain weighed by the patch's saliency.
 
     Paper: "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodel LLMs" (arXiv 2510.24214). Inputs:
@@ -34,6 +36,7 @@ class SCOPE(AttentionReader, Pruner):
         class_token: see `AttentionReader`.
 
     The order for m patches begins with that for fewer. Where everything is covered it goes on by index.
+    ``keep_tokens="auto"`` ends it where enough of what all patches could cover is covered.
 
     Deviations from the paper: none.
 
@@ -56,4 +59,8 @@ class SCOPE(AttentionReader, Pruner):
         if inputs.valid is not None:
             reach = reach.masked_fill(~inputs.valid[:, None, :], 0.0)
         rank = coverage_rank(reach, keep, attention**self.alpha, inputs.valid, ROUNDING)
-        return lowest_ranked(rank, keep), {"attention": attention, "order": rank}
+        details = {"attention": attention, "order": rank}
+        if self.auto is not None:
+            order = first_of(rank, keep)
+            details |= self.found(inputs, rank, order, uncovered_share(reach, order, inputs.valid))
+        return lowest_ranked(rank, keep), details

@@ -9,7 +9,9 @@ from typing import Annotated, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from llava.pruning.auto_budget import FLOOR_ALONE
 from llava.pruning.base import Pruner, register
+from llava.pruning.budget_finder import BudgetFinder, first_of
 from llava.pruning.functional import lowest_ranked, min_max, stable_rank
 from llava.pruning.inputs import PruningInputs
 from llava.pruning.options import Cosine, EdgeWeight, Positive, Range, Seed
@@ -20,7 +22,7 @@ from llava.pruning.similarity import Similarity, similarity_of
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Script(QuestionReader, Pruner):
+class Script(QuestionReader, BudgetFinder, Pruner):
     """Drop tokens that repeat others, order the rest by a DPP conditioned on the question, keep the first m.
 
     Paper: "Script: Graph-Structured and Query-Conditioned Semantic Token Pruning for Multimodal Large Language Models"
@@ -46,6 +48,9 @@ class Script(QuestionReader, Pruner):
         restrict: run the DPP on G alone, so that discarded tokens no longer repel their neighbours.
         graph: "bipartite", or "exhaustive" for a graph of all pairs (four times the products).
         seed: of the random order when all three parts are switched off.
+
+    With ``keep_tokens="auto"`` step 4 ends where D explains enough of L, and step 5 keeps D_k and G, walking on to the
+    floor; G is then the share 1 - ``gsp_ratio``, never fewer than the floor. It needs ``dpp``.
 
     With ``scope="global"`` over a long clip no matrix of all pairs is built: see similarity.py.
 
@@ -77,10 +82,12 @@ class Script(QuestionReader, Pruner):
         if self.scope == "clip":
             raise ValueError("scope=clip is no option any more: write scope=global, which saves the memory by itself")
         super().__post_init__()
+        if self.auto is not None and not self.dpp:
+            raise ValueError(f"keep_tokens={self.keep_tokens} reads the DPP's order: it needs dpp=true")
 
     def choose(self, inputs: PruningInputs, keep: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         details: dict[str, Tensor] = {}
-        similarity = similarity_of(inputs.features, all_pairs=self.dpp)  # 1
+        similarity = similarity_of(inputs.features, all_pairs=self.dpp, after_rank=self.auto is not None)  # 1
         kept_by_gsp = self.graph_filter(inputs, keep, similarity, details) if self.gsp else None  # 2
         relevance = self.scaled_relevance(inputs, details) if self.relevance != "none" else None  # 3
         rank = self.order(inputs, keep, similarity, relevance, kept_by_gsp, details)  # 4
@@ -97,7 +104,8 @@ class Script(QuestionReader, Pruner):
         else:
             share = inputs.valid.sum(-1, keepdim=True).float()
             redundancy = redundancy.masked_fill(~inputs.valid, torch.inf)
-        size = ((1 - self.gsp_ratio) * share + 0.5).floor().clamp_min(keep)
+        least = keep if self.auto is None else min(self.auto.floor or FLOOR_ALONE, keep)
+        size = ((1 - self.gsp_ratio) * share + 0.5).floor().clamp_min(least)
         details["kept_by_gsp"] = stable_rank(redundancy) < size
         return details["kept_by_gsp"]
 
@@ -125,6 +133,10 @@ class Script(QuestionReader, Pruner):
             rank = similarity.map_rank(
                 keep, relevance=weight, member=kept_by_gsp, candidates=candidates, epsilon=self.epsilon
             )
+            if self.auto is not None:
+                order = first_of(rank, steps_taken(rank, keep, kept_by_gsp))
+                share = similarity.residual_share(order, relevance=weight, candidates=candidates)
+                details |= self.found(inputs, rank, order, share, kept_by_gsp)
         else:
             if relevance is not None:
                 score = -relevance
@@ -133,3 +145,11 @@ class Script(QuestionReader, Pruner):
             rank = stable_rank(score if valid is None else score.masked_fill(~valid, torch.inf))
         details["order"] = rank
         return rank
+
+
+def steps_taken(rank: Tensor, keep: int, member: Tensor | None) -> int:
+    """Length of the order D (B, n) until every view has ``keep`` members, or all that there are."""
+    if member is None:
+        return keep
+    place = rank.masked_fill(~member, rank.shape[-1]).sort(dim=-1).values[:, :keep]  # of the members, in order
+    return int(place.masked_fill(place == rank.shape[-1], -1).amax()) + 1

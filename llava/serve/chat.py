@@ -24,7 +24,10 @@ from llava.video import Video, load_video
 COMMANDS = {
     "/image": ("PATH ...", "ask about other pictures: files or addresses, quoted where they hold spaces"),
     "/video": ("PATH", "ask about a video: a file, or a folder of frames"),
-    "/keep": ("N|full", "visual tokens kept of each view from now on: a count, a share, or all"),
+    "/keep": (
+        "N|auto|full",
+        "visual tokens kept of each view from now on: a count, a share, as many as it takes, or all",
+    ),
     "/pruner": ("NAME [key=value ...]", "the method that chooses them"),
     "/clear": ("", "forget the conversation, not the pictures"),
     "/help": ("", "this list"),
@@ -55,6 +58,8 @@ def method_line(pruner: Method | None, name: str) -> str:
     if pruner is None:
         return f"none, every visual token is kept (/keep N prunes with {name})"
     budget = pruner.keep_tokens
+    if pruner.auto is not None:
+        return f"{pruner.name}, as many visual tokens of each view as it takes ({budget})"
     kept = f"{budget:.0%} of the visual tokens" if isinstance(budget, float) else f"{budget} visual tokens"
     return f"{pruner.name}, {kept} of each view"
 

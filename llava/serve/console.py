@@ -23,6 +23,7 @@ COMMANDS = {
         "llava.eval.calibrate_heads",
         "weights of attention heads for relevance, without labels",
     ),
+    "calibrate-budget": ("llava.eval.calibrate_budget", "which keep_tokens=auto keeps so many tokens on average"),
     "redundancy": ("llava.eval.redundancy", "how well cheaper estimates of redundancy agree with comparing all pairs"),
 }
 

@@ -62,12 +62,19 @@ class World:
     asked: list[Asked]
 
 
-def build_world(model, processor, scenes: int, per_skill: int) -> World:
-    """Draw scenes and questions, deterministically, and run the tower over them."""
+def build_world(
+    model, processor, scenes: int, per_skill: int, first: int = FIRST_SCENE, most: int | None = None
+) -> World:
+    """Draw scenes and questions, deterministically, and run the tower over them.
+
+    Args:
+        first: number of the first scene.
+        most: objects of a scene; ``None`` takes all.
+    """
     pictures, asked = [], []
     for number in range(scenes):
-        scene = make_scene("test", FIRST_SCENE + number)
-        rng = scene_rng("test", FIRST_SCENE + number, purpose=9)
+        scene = make_scene("test", first + number, most=most)
+        rng = scene_rng("test", first + number, purpose=9)
         pictures.append(scene.image)
         for skill, makers in SKILLS.items():
             found: dict[str, Question] = {}

@@ -304,8 +304,14 @@ def _place(
     return None
 
 
-def make_scene(split: str, index: int, backgrounds: tuple = BACKGROUNDS, sizes: tuple = SIZES) -> Scene:
-    """Scene number ``index`` of ``split`` ("train", "val" or "test"), background and size drawn from those given."""
+def make_scene(
+    split: str, index: int, backgrounds: tuple = BACKGROUNDS, sizes: tuple = SIZES, most: int | None = None
+) -> Scene:
+    """Scene number ``index`` of ``split`` ("train", "val" or "test"), background and size drawn from those given.
+
+    Args:
+        most: objects, taken evenly from those that the scene would have; ``None`` takes all.
+    """
     rng = scene_rng(split, index)
     width, height = sizes[rng.integers(len(sizes))]
     unit = max(width, height) / REFERENCE_SIDE
@@ -313,7 +319,8 @@ def make_scene(split: str, index: int, backgrounds: tuple = BACKGROUNDS, sizes: 
     pixels = _clutter(rng, _background(rng, background, width, height))
     instances, letters = np.zeros((2, height, width), dtype=np.uint8)
     objects: list[SceneObject] = []
-    for shape, color, text in _choose_things(rng):
+    things = _choose_things(rng)
+    for shape, color, text in things if most is None else things[:: max(1, len(things) // most)][:most]:
         # Signs are shifted by half a cell, which puts every character on one patch.
         box = _place(rng, _extent(rng, text), 0.5 if text else 0.0, (width, height), [o.box for o in objects])
         if box is None:

@@ -150,6 +150,23 @@ def test_a_row_alone_is_the_row_in_its_batch(host, positions, cached):
             assert torch.equal(answers(host, host.single(row), use_cache=cached)[0], together[row])
 
 
+def test_a_budget_that_finds_itself_in_a_batch_and_alone(host):
+    """Views with counts of their own, within floor and ceiling; a row's do not depend on its batch."""
+    method = get_pruner("script", keep_tokens="auto:0.8:floor=2:ceiling=0.9", relevance="none", gsp=False)
+    arguments = host.batch()
+    with method(host.model) as handle:
+        output = answers(host, arguments)
+        together = handle.kept
+        for row in range(len(output)):
+            alone = answers(host, host.single(row))
+            assert torch.equal(alone[0], output[row])
+            own = [one for one in together if one.picture.row == row]
+            assert [one.per_view for one in handle.kept] == [one.per_view for one in own]
+    for one in together:
+        sizes = one.picture.view_sizes()
+        assert all(min(2, size - 1) <= kept < size for kept, size in zip(one.per_view, sizes, strict=True))
+
+
 def test_prompt_lookup_is_greedy(host):
     with pruner()(host.model):
         expected = answers(host, host.single(1), max_new_tokens=12)

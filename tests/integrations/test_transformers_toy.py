@@ -103,6 +103,32 @@ def test_same_tokens_and_answers_at_64(single, name):
     assert len(set(together)) > 1 or name in ("pool", "fastv")
 
 
+@pytest.mark.parametrize("name", ["script", "cdpruner", "scope"])
+def test_a_budget_that_finds_itself_finds_the_same(single, name):
+    """Prompts of one batch get different lengths, and each the tokens and the answer that it has alone and with us."""
+    ours, (processor, model) = single
+    rule = "auto:0.98:floor=2:ceiling=100" if name != "scope" else "auto:0.93:floor=2:ceiling=100"
+    pruner = get_pruner(name, keep_tokens=rule, exclude_padding=False)
+    options = {"clip": CLIP} if "image_embeds" in pruner.needs else {}
+    pairs = asked(5)
+    with torch.inference_mode(), pruner(model, processor, **options) as handle:
+        prompts = [prompt_of(question) for _, question in pairs]
+        inputs = processor(images=[picture for picture, _ in pairs], text=prompts, padding=True, return_tensors="pt")
+        output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        together = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        kept_together = [one.kept.nonzero().flatten().tolist() for one in handle.kept]
+        for number, (picture, question) in enumerate(pairs):
+            kept, _, expected = our_answer(ours, picture, question, pruner)
+            inputs = processor(images=picture, text=prompt_of(question), return_tensors="pt")
+            output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+            alone = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            assert handle.kept[0].kept.nonzero().flatten().tolist() == kept.sequence.tolist() == kept_together[number]
+            assert alone.strip() == expected.strip() == together[number].strip()
+    counts = [len(tokens) for tokens in kept_together]
+    assert all(2 <= count <= 100 for count in counts)
+    assert len(set(counts)) > 1
+
+
 def test_same_tokens_and_answers_on_tiles(tiled):
     """Three views of a square picture; each token is found again by its place in the unpruned sequence.
 

@@ -111,6 +111,15 @@ def test_a_misspelt_option_among_the_processors_own():
         read_server_options(None, {"keep_token": 4})
 
 
+def test_a_budget_that_finds_itself_cannot_be_served():
+    """The prompt is laid out before the picture is encoded."""
+    for text in ("auto", "auto:0.9"):
+        with pytest.raises(ValueError, match=f"keep_tokens={text} cannot be served: vLLM lays out the prompt before"):
+            read_server_options({"keep_tokens": text}, None)
+        with pytest.raises(ValueError, match="give a count, or image_pruning_rate"):
+            read_request_options(PruningOptions(keep_tokens=64), {"keep_tokens": text})
+
+
 def test_a_request_cannot_ask_for_more_than_is_reserved():
     server = PruningOptions(keep_tokens=64)
     server.check_request(PruningOptions(keep_tokens=64), 1, 576)

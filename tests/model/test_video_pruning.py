@@ -144,6 +144,22 @@ def test_every_method_keeps_its_count_and_a_clip_alone_equals_the_clip_in_a_batc
         assert torch.allclose(alone.inputs_embeds[0], together.inputs_embeds[i, :length], atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"scope": "global"}])
+def test_every_frame_finds_its_own_budget(loaded, model, pixels, options):
+    """Between a floor, of each of several views or of all together, and a third of the tokens; alone as in a batch."""
+    pruner = get_pruner("script", keep_tokens="auto:0.9", **options)
+    rows = torch.cat([ids_of(loaded), ids_of(loaded)])
+    together = embed(model, rows, pixels, pruner=pruner)
+    for i, clip in enumerate(pixels):
+        alone = embed(model, ids_of(loaded), [clip], pruner=pruner).kept[0]
+        assert torch.equal(alone.sequence, together.kept[i].sequence)
+        if options:
+            assert 16 <= sum(alone.per_view()) <= 56 * len(clip)
+        else:
+            assert all(4 <= count <= 56 for count in alone.per_view())
+    assert len({count for kept in together.kept for count in kept.per_view()}) > 1
+
+
 @pytest.mark.parametrize("name", [name for name in ON_VIDEO if name not in ("script_release", "random")])
 def test_a_frame_in_a_video_is_selected_as_if_alone(loaded, model, pixels, name):
     if issubclass(pruner_class(name), DecoderPruner):

@@ -164,6 +164,16 @@ def test_end_of_input_ends_the_chat(capsys, monkeypatch):
         (["--keep-tokens", "-3"], PICTURE, "got -3"),
         (["--keep-tokens", "1.5"], PICTURE, "got 1.5"),
         (["--keep-tokens", "lots"], PICTURE, "got 'lots'"),
+        (
+            ["--keep-tokens", "auto:95"],
+            PICTURE,
+            "keep_tokens=auto:95: the share to explain lies above 0 and is at most 1",
+        ),
+        (
+            ["--keep-tokens", "auto", "--pruner", "grid"],
+            PICTURE,
+            "'grid' needs a count or a share: .* cdpruner, mmtok",
+        ),
         (["--pruner", "scirpt"], PICTURE, f"unknown pruner 'scirpt'; known pruners: {', '.join(list_pruners())}"),
         (["--pruner-args", "tua=1"], PICTURE, "no option tua; its options: .*tau"),
         (["--image-grid", "big"], PICTURE, "WIDTHxHEIGHT"),
@@ -229,6 +239,14 @@ def test_the_chat_begins_with_what_is_in_use_and_lists_its_commands(capsys, monk
     assert all(f"\n{name} " in out.replace("you: ", "\n") for name in chat.COMMANDS)
 
 
+def test_a_budget_that_finds_itself_is_shown(capsys, monkeypatch):
+    out = talk(capsys, monkeypatch, "What is there?", "/keep auto:0.5:floor=2", arguments=("--keep-tokens", "auto"))
+    assert "method   script, as many visual tokens of each view as it takes (auto:0.95)" in out
+    shown = int(re.search(r"\[(\d+) of 576 visual tokens", out)[1])
+    assert 16 <= shown <= 192
+    assert "[method: script, as many visual tokens of each view as it takes (auto:0.5:floor=2)]" in out
+
+
 def test_every_command_says_what_it_did(capsys, monkeypatch):
     lines = [f"/image {SQUARE}", "/keep 0.25", "/pruner uniform", "/keep full", "/clear", "/pruner", "/keep"]
     out = talk(capsys, monkeypatch, *lines)
@@ -242,7 +260,7 @@ def test_every_command_says_what_it_did(capsys, monkeypatch):
         "[conversation forgotten, pictures kept]",
     ]
     assert said[5].startswith("error: /pruner NAME [key=value ...]; methods: cdpruner, ")
-    assert said[6] == "error: /keep N|full; now: full"
+    assert said[6] == "error: /keep N|auto|full; now: full"
 
 
 def test_paths_are_read_as_a_shell_reads_them(capsys, monkeypatch, tmp_path):

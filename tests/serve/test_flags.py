@@ -35,6 +35,9 @@ def test_a_method_is_checked_also_where_nothing_is_pruned():
         flags.make_pruner("x", "full", [])
     with pytest.raises(ValueError, match="no option colour"):
         flags.make_pruner("script", "full", ["colour=1"])
+    assert flags.make_pruner("script", "auto", []).keep_tokens == "auto:0.95"
+    with pytest.raises(ValueError, match="'divprune' needs a count or a share"):
+        flags.make_pruner("divprune", "auto", [])
     assert flags.make_pruner("script", "0.5", ["tau=0.3"]) == get_pruner("script", keep_tokens=0.5, tau=0.3)
 
 

@@ -18,6 +18,7 @@ from llava.eval.benchmarks.question import Question
 from llava.eval.benchmarks.shared.ids import id_key
 from llava.eval.benchmarks.shared.question_lists import questions_of_lines
 from llava.eval.files import MissingFile, read_lines, read_whole_lines, require
+from llava.pruning.auto_budget import parse_auto
 
 OUTPUT_ROOT = Path("playground/data/eval")
 TILES = 5  # views of a LLaVA-1.6 image in the layout that run tags count by: an overview and four tiles
@@ -255,12 +256,21 @@ def percent(values: Sequence[float]) -> float:
 
 
 def run_tag(
-    keep_tokens: int | float | None, tiled: bool, pruner: str = "script", options: Sequence[str] = (), seed: int = 0
+    keep_tokens: int | float | str | None,
+    tiled: bool,
+    pruner: str = "script",
+    options: Sequence[str] = (),
+    seed: int = 0,
 ) -> str:
-    """Name of a run: ``vtn_<tokens per picture>``; methods, options and seeds other than the default are added."""
+    """Name of a run: ``vtn_<tokens per picture>``, or ``vtn_auto95`` where they are found for each picture.
+
+    Methods, options and seeds other than the default are added.
+    """
     if keep_tokens is None:
         name = "full"
     else:
+        if isinstance(keep_tokens, str):
+            keep_tokens = parse_auto(keep_tokens).tag
         name = f"vtn_{keep_tokens * TILES if tiled and isinstance(keep_tokens, int) else keep_tokens}"
         if pruner != "script" or options:
             name = "-".join([name, pruner, *(option.replace("/", "_") for option in options)])

@@ -20,7 +20,7 @@ class ModelArguments:
     Args:
         pretrained: the checkpoint.
         pruner: name of the method.
-        keep_tokens: visual tokens kept per view (image, tile, frame): a count, a share, or "full".
+        keep_tokens: visual tokens kept per view (image, tile, frame): a count, a share, "auto" or "full".
         pruner_args: options of the method, ``key=value`` with spaces between them.
         batch_size: prompts at once.
         device: "auto", "cpu", "cuda", ...; with several processes each takes the GPU of its rank.

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from llava.pruning import list_pruners
+from llava.pruning.auto_budget import is_auto
 from llava.pruning.options import Count, Range, check_value, option_types
 from llava.relevance.question import QUERY_SCOPES, QueryScope
 
@@ -78,6 +79,11 @@ class PruningOptions:
 
     def __post_init__(self):
         kinds = option_types(type(self))
+        if is_auto(self.keep_tokens):
+            raise ValueError(
+                f"keep_tokens={self.keep_tokens} cannot be served: vLLM lays out the prompt before the picture is "
+                "encoded, and must know by then how many tokens it takes; give a count, or image_pruning_rate"
+            )
         for name in ("keep_tokens", "max_keep_tokens", "min_visual_tokens", "keep_per", "image_pruning_method"):
             check_value(name, getattr(self, name), kinds[name])
         rate = self.image_pruning_rate

@@ -28,6 +28,7 @@ def test_arguments_as_the_harness_parses_them():
     assert (pruner.name, pruner.keep_tokens, pruner.tau, pruner.gsp_ratio) == ("script", 64, 0.3, 0.25)
     assert read_arguments(ModelArguments, given | {"keep_tokens": 0.25}).make_pruner().keep_tokens == 0.25
     assert read_arguments(ModelArguments, given | {"keep_tokens": "full"}).make_pruner() is None
+    assert read_arguments(ModelArguments, given | {"keep_tokens": "auto:0.9"}).make_pruner().auto.coverage == 0.9
 
 
 @pytest.mark.parametrize(

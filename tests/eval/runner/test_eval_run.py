@@ -288,6 +288,8 @@ def test_empty_chunk_gets_an_empty_file(tmp_path):
         ((64, False, "random", (), 3), "vtn_64-random-seed3"),
         ((64, False, "script", ("tau=0.3",)), "vtn_64-script-tau=0.3"),
         ((0.25, True), "vtn_0.25"),
+        (("auto:0.95", True), "vtn_auto95"),
+        (("auto:gain=0.001:floor=8", False, "scope", (), 2), "vtn_auto-gain0.001-floor8-scope-seed2"),
     ],
 )
 def test_tags(arguments, tag):
