@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# On a bare machine: environment, installation, style, tests. The environment stays in .venv for the next time.
-# Arguments go to pytest; without any, two workers share the tests. The long tests: bash scripts/test.sh -m nightly
+# On a bare machine: environment, installation, style, tests. The environment is kept in .venv for the next time.
+# Arguments go to pytest; without any, two workers share the tests. "-m nightly" runs the long tests, which are left out
+# otherwise, "-m 'not slow'" leaves out more.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh

@@ -16,7 +16,6 @@ from llava.mm_utils import process_images
 from llava.model.builder import load_pretrained_model
 from records import GOLDEN, golden_checkpoint, load_picture, unpack
 
-
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # each worker has a core of its own
 
