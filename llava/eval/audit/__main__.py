@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -132,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "keep_tokens": options.keep_tokens,
     }
     results: dict[str, list[Finding]] = {}
+    warnings.simplefilter("once")  # a method says the same at every picture
     try:
         for method in tqdm(methods, desc="methods", file=sys.stderr):
             keep = method.keep_tokens if isinstance(method.keep_tokens, int) else 32
