@@ -61,9 +61,14 @@ TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 
 class UnsupportedModelError(ValueError):
-    """A model that a pruner cannot attach to; the message says why and lists the classes that it can."""
+    """A model that a pruner cannot attach to; the message says why and lists the classes that it can.
+
+    Attributes:
+        reason: why, without the list.
+    """
 
     def __init__(self, model: nn.Module, reason: str) -> None:
+        self.reason = reason
         super().__init__(
             f"{type(model).__name__} cannot be pruned: {reason}. "
             f"Classes that are tested: {', '.join(TESTED_CLASSES)}; others of the library work if they "
