@@ -15,6 +15,7 @@ from llava.eval.hosts.pictures import Prompts, prompts_for
 from llava.eval.hosts.tiny import IMAGE, VOCABULARY, build, small_config
 from llava.integrations.transformers import UnsupportedModelError
 from llava.integrations.transformers.host import find_host
+from llava.integrations.transformers.joint_space import TOWERS
 from llava.pruning import get_pruner
 
 NEW = 5  # tokens of an answer
@@ -184,12 +185,17 @@ class Checks:
         return None if held == wanted else f"{held} tokens, expected {wanted}"
 
     def check_uncached(self) -> str | None:
+        try:
+            unpruned = self._answers(self.prompts.batch(), use_cache=False)
+        except Exception as error:
+            self.result.notes.append(f"unpruned, it does not run without a cache ({type(error).__name__})")
+            return None
         with self._pruned():
             cached = self._answers(self.prompts.batch())
             uncached = self._answers(self.prompts.batch(), use_cache=False)
         if torch.equal(cached, uncached):
             return None
-        if not torch.equal(self._answers(self.prompts.batch(), use_cache=False), self.unpruned):
+        if not torch.equal(unpruned, self.unpruned):
             self.result.notes.append("unpruned, too, it answers otherwise without a cache")
             return None
         return f"{cached.tolist()} and {uncached.tolist()}"
@@ -244,21 +250,24 @@ class Checks:
             self._generate(self.prompts.batch() | {"query": QUESTION})
             choice = handle.relevance
             scored = all(one.scores is not None or one.kept.all() for one in handle.kept)
-        self.result.relevance = choice.source
+        self.result.relevance = f"`{choice.source}`"
         if choice.source == "language" and "embeddings alone" in choice.reason:
-            self.result.relevance = "language, words alone"
+            self.result.relevance += ", words alone"
+        tower = getattr(getattr(self.model.config, "vision_config", None), "model_type", None)
+        if tower in TOWERS.values() and self.result.token == "a patch":
+            self.result.relevance = f"`clip` with its files at hand, else {self.result.relevance}"
         return None if scored else "a picture has no relevance"
 
     def check_made(self) -> str | None:
-        """A token that a method makes has features for the embeddings alone: deeper ones must be refused."""
-        if not any("deepstack" in name for name in self.result.deep.split("`")):
+        """A token that a method makes stands among the embeddings alone: classes with deeper features refuse it."""
+        if "deepstack" not in self.result.deep:
             return None
         try:
-            with self._pruned(method="pool"):
-                self._logits(self.prompts.single(0))
+            handle = get_pruner("pool", keep_tokens=KEEP).attach(self.model)
         except ValueError as error:
-            return None if "makes tokens" in str(error) or "which it can do in" in str(error) else told(error)
-        return "pool made tokens of the embeddings alone"
+            return None if "makes tokens" in str(error) else told(error)
+        handle.remove()
+        return "a method that makes tokens attaches, and makes them of the embeddings alone"
 
     def check_gradients(self) -> str | None:
         self.model.requires_grad_(True)
@@ -303,6 +312,6 @@ class Checks:
             ratios = {patch / count for patch, count in zip(patches, counts, strict=True)}
             ratio = ratios.pop()
             if ratios or ratio != int(ratio):
-                self.result.token = "a query of a resampler"
+                self.result.token = "patches, and marks between them"
             else:
                 self.result.token = "a patch" if ratio == 1 else f"{int(ratio)} patches"

@@ -57,7 +57,7 @@ def setting(config: Any, *names: str, default: int = 1) -> int:
 def in_grids(config: Any) -> Iterator[Pictures]:
     """Qwen's: patches of all pictures in one row, and the grid of each."""
     vision = config.vision_config
-    patch, frames = setting(vision, "patch_size"), setting(vision, "temporal_patch_size")
+    patch, frames = setting(vision, "patch_size"), setting(vision, "temporal_patch_size", "patch_temporal")
     channels = setting(vision, "in_channels", "in_chans", "num_channels", default=3)
     merge = setting(vision, "spatial_merge_size", "merge_size", "merge_kernel_size", default=0) or setting(
         config, "spatial_merge_size", "merge_kernel_size", "downsample_factor", default=2
@@ -76,6 +76,16 @@ def in_grids(config: Any) -> Iterator[Pictures]:
                 }
 
             yield Pictures(take, sizes, "grid")
+    cells = (grids // torch.tensor([1, merge, merge])).prod(-1).tolist()
+    squares = noise(sum(cells), merge * patch, merge * patch, channels).split(cells)
+
+    def take_cells(shown: Sequence[int], _: Sequence[int]) -> Visual:  # the grid counts what becomes a token
+        return {
+            "pixel_values": torch.cat([squares[i] for i in shown]),
+            "image_grid_thw": grids[list(shown)] // torch.tensor([1, merge, merge]),
+        }
+
+    yield Pictures(take_cells, sizes, "grid")
 
 
 def in_tiles(config: Any) -> Iterator[Pictures]:
@@ -107,6 +117,43 @@ def in_rows(config: Any) -> Iterator[Pictures]:
         return {"pixel_values": rows}
 
     yield Pictures(take, [(size // patch) ** 2] * 3, "rows")
+
+    def take_tiles(shown: Sequence[int], per_row: Sequence[int]) -> Visual:  # padding tiles are told by the mask
+        places = torch.arange(max(per_row)) < torch.tensor(per_row)[:, None]
+        return take(shown, per_row) | {"pixel_attention_mask": places}
+
+    yield Pictures(take_tiles, [(size // patch) ** 2] * 3, "rows")
+
+
+def in_strips(config: Any) -> Iterator[Pictures]:
+    """MiniCPM-V's: patches of all pictures side by side, and the grid of each."""
+    patch = setting(config.vision_config, "patch_size")
+    grids = torch.tensor([(8, 12), (8, 8), (12, 8)])
+    sizes = grids.prod(-1).tolist()
+    pieces = noise(1, 3, patch, sum(sizes) * patch).split([size * patch for size in sizes], dim=-1)
+
+    def take(shown: Sequence[int], _: Sequence[int]) -> Visual:
+        return {"pixel_values": torch.cat([pieces[i] for i in shown], -1), "target_sizes": grids[list(shown)]}
+
+    yield Pictures(take, sizes, "strips")
+
+
+def in_pools(config: Any) -> Iterator[Pictures]:
+    """Molmo 2's: crops of flat patches, and which patches each token pools."""
+    patch = setting(config.vision_config, "patch_size")
+    pixels = noise(3, 16, 3 * patch * patch)
+    pooled = torch.arange(16).reshape(2, 2, 2, 2).transpose(1, 2).reshape(4, 4)  # 2 x 2 patches a token
+
+    def take(shown: Sequence[int], _: Sequence[int]) -> Visual:
+        chosen = list(shown)
+        return {
+            "pixel_values": pixels[chosen],
+            "image_token_pooling": torch.cat([pooled + 16 * number for number in range(len(chosen))]),
+            "image_grids": torch.tensor([(2, 2, 0, 0)] * len(chosen)),
+            "image_num_crops": torch.ones(len(chosen), dtype=torch.int64),
+        }
+
+    yield Pictures(take, [16] * 3, "pools")
 
 
 def in_patches(config: Any) -> Iterator[Pictures]:
@@ -141,6 +188,7 @@ def in_places(config: Any) -> Iterator[Pictures]:
 def whole(config: Any) -> Iterator[Pictures]:
     """A square picture; with its size for towers that take any."""
     vision = getattr(config, "vision_config", config)
+    vision = getattr(vision, "sam_config", vision)
     size, patch = setting(vision, "image_size", default=28), setting(vision, "patch_size", default=7)
     pixels = noise(3, 3, size, size)
     high = setting(getattr(config, "high_res_vision_config", None), "image_size")
@@ -171,6 +219,10 @@ def forms(model: nn.Module) -> Iterator[Pictures]:
     names, config = set(inspect.signature(type(model).forward).parameters), model.config
     if "image_grid_thw" in names:
         yield from in_grids(config)
+    elif "target_sizes" in names:
+        yield from in_strips(config)
+    elif "image_token_pooling" in names:
+        yield from in_pools(config)
     elif "image_patches" in names:
         yield from as_flat_patches(config)
     elif "spatial_shapes" in names:

@@ -102,6 +102,7 @@ TOWER = {
     "encoder_layers": 2,
     "num_heads": 2,
     "num_attention_heads": 2,
+    "encoder_attention_heads": 2,
     "num_key_value_heads": 2,
     "head_dim": 12,
     "image_size": 28,
@@ -120,6 +121,7 @@ ONLY_IF_SET = {"kv_lora_rank", "q_lora_rank", "o_lora_rank", "sliding_window", "
 SPECIAL_TOKENS = {
     "image_token_id": IMAGE,
     "image_token_index": IMAGE,
+    "image_patch_id": IMAGE,
     "video_token_id": VIDEO,
     "video_token_index": VIDEO,
     "vision_start_token_id": START,
@@ -133,26 +135,90 @@ SPECIAL_TOKENS = {
 }
 LANGUAGE = re.compile("text|language|llm|decoder")
 
-MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+MROPE = {"rope_parameters": SECTIONS}
+
+SAM = {"image_size": 112, "output_channels": 8, "downsample_channels": [16, 24], "global_attn_indexes": [0, 1]}
 
 # By model type, then by part ("" is the whole): what a family needs beside the small sizes.
 HINTS: dict[str, dict[str, dict[str, Any]]] = {
     "aria": {"": {"projector_patch_to_query_dict": {16: 4}}},
+    "chameleon": {"": {"vocabulary_map": {"<image>": IMAGE}}},
+    "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": SECTIONS}}},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse"]},
+        "vision_config.sam_config": SAM,
+    },
+    "deepseek_vl_hybrid": {"high_res_vision_config": {"global_attn_indexes": [0, 1]}},
+    "dots3_note": {
+        "text_config": {"num_key_value_heads": 4},
+        "vision_config": {"adapter_in_dim": 24, "adapter_out_dim": 32},
+        "audio_config": {"adapter_input_size": 24, "adapter_out_dim": 32},
+    },
+    "emu3": {
+        "": {
+            "vocabulary_map": {"<|extra_200|>": 5, "<image>": IMAGE}
+            | {f"<|visual token {code:06}|>": 20 + code for code in range(64)}
+        },
+        "vq_config": {"base_channels": 32, "hidden_size": 128, "codebook_size": 64},
+    },
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": SECTIONS | {"mrope_section": [1, 1, 2]}}},
     "gemma3": {"": {"mm_tokens_per_image": 4}},
+    "gemma3n": {"text_config": {"intermediate_size": 48}},
     "glm46v": {"text_config": MROPE},
     "glm4v": {"text_config": MROPE},
     "glm4v_moe": {"text_config": MROPE | {"head_dim": 16}},
+    "glm5_next": {
+        "text_config": {"num_key_value_heads": 4, "qk_rope_head_dim": 0, "linear_head_dim": 8, "linear_num_heads": 4}
+    },
     "glm_ocr": {"text_config": MROPE},
     "glmga": {"text_config": MROPE},
     "got_ocr2": {"vision_config": {"image_size": 112}},
+    "granite4_vision": {
+        "": {"deepstack_layer_map": [(-1, 0)], "downsample_rate": "1/2"},
+        "vision_config": {"hidden_size": 64},
+    },
+    "granite_docling": {"vision_config": {"image_size": 112}},
+    "hunyuan_vl": {"text_config": MROPE},
     "inkling2": {"vision_config": {"text_hidden_size": 32}},
-    "janus": {"vision_config": {"num_image_tokens": 16}},
+    "janus": {"vision_config": {"num_image_tokens": 16, "projection_dim": 32}},
+    "kimi_k25": {"": {"projection_hidden_size": 24}, "text_config": {"num_key_value_heads": 4, "head_dim": 4}},
+    "mistral_large4": {"text_config": {"num_key_value_heads": 4, "head_dim": 4}},
+    "molmo2": {
+        "": {"video_token_id": IMAGE},
+        "vision_config": {"num_position_embeddings": 16},
+        "adapter_config": {"vision_feature_layer": [1, 0], "text_hidden_size": 32},
+    },
+    "muse_glimmer": {"": {"out_hidden_size": 96, "projector_hidden_size": 32}},
+    "muse_spark": {
+        "": {"out_hidden_size": 96, "projector_hidden_size": 32},
+        "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]},
+    },
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "ovis2": {"": {"hidden_size": 32, "vocab_size": VOCABULARY}},
     "paddleocr_vl": {"text_config": MROPE},
     "paligemma": {"": {"projection_dim": 32}},
     "pp_chart2table": {"vision_config": {"image_size": 112}},
+    "qwen2_5_omni_thinker": {"": {"vision_start_token_id": START}, "text_config": MROPE},
     "qwen2_5_vl": {"text_config": MROPE},
     "qwen2_vl": {"text_config": MROPE, "vision_config": {"hidden_size": 32}},
+    "qwen3_omni_moe_thinker": {"": {"vision_start_token_id": START}, "text_config": MROPE},
+    "qwen4_exp": {
+        "text_config": {
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 8,
+            "indexer_budget": 64,
+            "indexer_compress_ratio": 4,
+            "hc_lowrank": 8,
+        }
+    },
     "shieldgemma2": {"": {"mm_tokens_per_image": 4}},
+    "step3p7": {"text_config": {"sliding_window": 16}, "vision_config": {"image_size": 112}},
+    "unlimited_ocr": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse"]},
+        "vision_config.sam_config": SAM,
+    },
     "vipllava": {"": {"vision_feature_layers": [-1, -2]}},
 }
 PINPOINTS = [[28, 56], [56, 28], [56, 56]]  # sizes that pictures are cut into tiles at
@@ -203,7 +269,10 @@ def smaller(config: Any, name: str, hints: dict[str, dict[str, Any]]) -> Any:
         hints: fields by part, "" for the whole.
     """
     kind = type(config)
-    parts = {part: own for part in getattr(kind, "sub_configs", {}) if (own := getattr(config, part, None)) is not None}
+    parts = {part: getattr(config, part, None) for part in getattr(kind, "sub_configs", {})}
+    if "vision_config" in parts and parts["vision_config"] is None:  # some may leave it out
+        parts["vision_config"] = kind.sub_configs["vision_config"]()
+    parts = {part: own for part, own in parts.items() if own is not None}
     fields = {} if any(LANGUAGE.search(part) for part in parts) else small_fields(config, name)
     for part, own in parts.items():
         below = {

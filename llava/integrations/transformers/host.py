@@ -46,6 +46,7 @@ NOT_VISUAL = {
     "use_cache",
     "token_type_ids",
     "mm_token_type_ids",
+    "moe_mm_token_type_ids",
     "cache_position",
     "logits_to_keep",
     "output_attentions",
@@ -57,7 +58,7 @@ NOT_VISUAL = {
 PICTURES = ("pixel_values", "image_patches")  # beginnings of the names of arguments that are a picture or a video
 DEEP_FEATURES = {"visual_pos_masks", "deepstack_visual_embeds"}  # what a language model may get beside its embeddings
 VISUAL_WORDS = ("vision", "visual", "deepstack", "image", "cross_attention")  # in names of more than that
-TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 
 class UnsupportedModelError(ValueError):
@@ -86,6 +87,7 @@ class Host:
         language_model: what ``base`` calls with ``inputs_embeds=``.
         placeholders: token ids that stand for visual tokens, by modality, "image" and "video".
         visual_arguments: names of the arguments of ``forward`` that are about pictures.
+        deep: whether the language model can get visual features in its layers, too.
     """
 
     model: nn.Module
@@ -93,6 +95,7 @@ class Host:
     language_model: nn.Module
     placeholders: dict[str, int]
     visual_arguments: frozenset[str]
+    deep: bool
 
     @property
     def model_type(self) -> str:
@@ -142,7 +145,8 @@ def find_host(model: nn.Module) -> Host:
             model,
             "it has no model.language_model or model.text_model (of a wrapper such as PEFT, take the inner model)",
         )
-    beyond = deep_features(inspect.signature(type(language_model).forward).parameters)
+    taken = inspect.signature(type(language_model).forward).parameters
+    beyond = deep_features(taken)
     if beyond:
         raise UnsupportedModelError(
             model,
@@ -162,7 +166,7 @@ def find_host(model: nn.Module) -> Host:
     arguments = {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD} - NOT_VISUAL
     if not any(name.startswith(PICTURES) for name in arguments):
         raise UnsupportedModelError(model, f"its forward takes none of {', '.join(PICTURES)}")
-    return Host(model, base, language_model, placeholders, frozenset(arguments))
+    return Host(model, base, language_model, placeholders, frozenset(arguments), bool(DEEP_FEATURES & set(taken)))
 
 
 def deep_features(names: Iterable[str]) -> list[str]:

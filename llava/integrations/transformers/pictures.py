@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llava.integrations.transformers.arguments import embedding_device
 from llava.integrations.transformers.capture import Capture, Packing
 from llava.integrations.transformers.host import Host, UnsupportedModelError
 
@@ -102,7 +103,7 @@ def find_pictures(
             raise UnsupportedModelError(
                 host.model, f"the prompts have {len(places)} {modality} placeholders that do not match its features"
             )
-        if not stand_there(capture, modality, places[shows]):
+        if not stand_there(host, capture, modality, places[shows], token):
             raise UnsupportedModelError(
                 host.model,
                 f"what its language model gets at the {modality} placeholders are not its {modality} features",
@@ -115,14 +116,23 @@ def find_pictures(
     return [Picture(row, columns, views, shown[row, columns].bool()) for row, columns, views in items]
 
 
-def stand_there(capture: Capture, modality: str, places: Tensor) -> bool:
-    """Whether features stand at the places (t, 2) in the order in which they were computed."""
+def stand_there(host: Host, capture: Capture, modality: str, places: Tensor, placeholder: int) -> bool:
+    """Whether features stand at the places (t, 2) in the order in which they were computed.
+
+    They stand in place of the ``placeholder`` token's embedding, or are added to it (Molmo 2).
+    """
     features = capture.features[modality]
     items = [features] if isinstance(features, Tensor) else features
     embeds = capture.inputs_embeds
     computed = torch.cat([item.detach().reshape(-1, embeds.shape[-1]).to(embeds) for item in items])
     rows, columns = places.to(embeds.device).unbind(-1)
-    return torch.allclose(embeds[rows, columns].detach(), computed, rtol=0, atol=0, equal_nan=True)
+    found = embeds[rows, columns].detach()
+    if torch.allclose(found, computed, rtol=0, atol=0, equal_nan=True):
+        return True
+    embedding = host.model.get_input_embeddings()
+    with torch.no_grad():
+        own = embedding(torch.tensor([placeholder], device=embedding_device(embedding, embeds.device)))
+    return torch.allclose(found, computed + own.to(embeds), rtol=0, atol=0, equal_nan=True)
 
 
 def views_of(host: Host, capture: Capture, modality: str) -> list[Tensor]:
