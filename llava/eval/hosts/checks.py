@@ -175,7 +175,9 @@ class Checks:
         if len(kept) != 3:
             return f"{len(kept)} pictures were found of 3"
         for one in kept:
-            if any(count != min(KEEP, size) for count, size in zip(one.per_view, one.picture.view_sizes(), strict=True)):
+            if any(
+                count != min(KEEP, size) for count, size in zip(one.per_view, one.picture.view_sizes(), strict=True)
+            ):
                 return f"{one.per_view} tokens kept of views of {one.picture.view_sizes()}"
             length[one.picture.row] -= len(one.picture.columns) - int(one.kept.sum())
         self._describe(kept)
@@ -304,7 +306,8 @@ class Checks:
             self.result.views = f"{views} views"
         patches, counts = self.prompts.pictures.patches, self.prompts.counts
         config = self.model.config
-        if hasattr(config, "perceiver_config") or hasattr(config, "qformer_config"):
+        projector = getattr(self.host.base, "multi_modal_projector", nn.Identity())
+        if hasattr(config, "perceiver_config") or any(name == "query" for name, _ in projector.named_parameters()):
             self.result.token = "a query of a resampler"
         elif patches is None:
             self.result.token = "a patch"

@@ -54,7 +54,7 @@ def check_within(model_type: str, name: str, limit: float = TIME_LIMIT) -> Outco
     try:
         if receiver.poll(limit):
             return receiver.recv()
-        return Outcome(model_type, name, "broken", f"no answer within {limit:.0f} seconds")
+        return Outcome(model_type, name, "broken", f"no answer within {limit:g} seconds")
     except EOFError:
         process.join()
         return Outcome(model_type, name, "broken", f"its process died with exit status {process.exitcode}")
@@ -67,7 +67,6 @@ def _check_and_send(model_type: str, name: str, sender: Connection) -> None:
     from transformers.utils import logging as library
 
     torch.set_num_threads(1)
-    torch.set_grad_enabled(True)
     library.set_verbosity_error()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
@@ -104,7 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     made = how_made("python -m llava.eval.hosts", arguments)
     if options.write is not None:
-        put_between_marks(options.write, [], made)  # the page must be there and have its marks before the work starts
+        try:
+            put_between_marks(options.write, [], made)  # its marks, before the work starts
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
     outcomes = list(check_all(classes, options.time_limit))
     if options.json is not None:
         content = {"made": made, "classes": [asdict(outcome) for outcome in outcomes]}

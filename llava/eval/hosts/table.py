@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llava.eval.hosts.checks import Outcome
+from llava.integrations.transformers.host import SUFFIX
 
 START, END = "<!-- hosts -->", "<!-- /hosts -->"
 HEADINGS = {
@@ -48,7 +49,12 @@ def tables(outcomes: Sequence[Outcome], made: Mapping[str, Any]) -> str:
             continue
         parts.append(f"## {heading}")
         if status == "works":
-            parts.append("\n".join(["| class (model type) | views | a token is | `auto` takes | beside |", "|---|---|---|---|---|"] + [works_row(one) for one in rows]))
+            parts.append(
+                "\n".join(
+                    ["| class (model type) | views | a token is | `auto` takes | beside |", "|---|---|---|---|---|"]
+                    + [works_row(one) for one in rows]
+                )
+            )
         else:
             parts.append("\n".join(["| class (model type) | why |", "|---|---|"] + [reason_row(one) for one in rows]))
     return "\n\n".join(parts)
@@ -65,4 +71,4 @@ def reason_row(one: Outcome) -> str:
 
 
 def named(one: Outcome) -> str:
-    return f"`{one.name.removesuffix('ForConditionalGeneration')}` (`{one.model_type}`)"
+    return f"`{one.name.removesuffix(SUFFIX)}` (`{one.model_type}`)"

@@ -1,7 +1,7 @@
-"""Tiny random instances of the Transformers library's image-text classes, of their own default configurations.
+"""Tiny random instances of the Transformers library's image-text classes, from their own default configurations.
 
-Nothing is downloaded. Widths, depths and vocabularies are replaced by small ones wherever a configuration has a field of
-such a name; what the replacement cannot know of a family stands in `HINTS`.
+Nothing is downloaded. Widths, depths and vocabularies are replaced by small ones wherever a configuration has a field
+of such a name; what the replacement cannot know of a family stands in `HINTS`.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ HINTS: dict[str, dict[str, dict[str, Any]]] = {
         "vq_config": {"base_channels": 32, "hidden_size": 128, "codebook_size": 64},
     },
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": SECTIONS | {"mrope_section": [1, 1, 2]}}},
-    "gemma3": {"": {"mm_tokens_per_image": 4}},
+    "gemma3": {"": {"mm_tokens_per_image": 4}, "vision_config": {"image_size": 56}},
     "gemma3n": {"text_config": {"intermediate_size": 48}},
     "glm46v": {"text_config": MROPE},
     "glm4v": {"text_config": MROPE},
@@ -213,7 +213,7 @@ HINTS: dict[str, dict[str, dict[str, Any]]] = {
             "hc_lowrank": 8,
         }
     },
-    "shieldgemma2": {"": {"mm_tokens_per_image": 4}},
+    "shieldgemma2": {"": {"mm_tokens_per_image": 4}, "vision_config": {"image_size": 56}},
     "step3p7": {"text_config": {"sliding_window": 16}, "vision_config": {"image_size": 112}},
     "unlimited_ocr": {
         "text_config": {"mlp_layer_types": ["dense", "sparse"]},
@@ -275,9 +275,7 @@ def smaller(config: Any, name: str, hints: dict[str, dict[str, Any]]) -> Any:
     parts = {part: own for part, own in parts.items() if own is not None}
     fields = {} if any(LANGUAGE.search(part) for part in parts) else small_fields(config, name)
     for part, own in parts.items():
-        below = {
-            place.partition(".")[2]: values for place, values in hints.items() if place.partition(".")[0] == part
-        }
+        below = {place.partition(".")[2]: values for place, values in hints.items() if place.partition(".")[0] == part}
         fields[part] = smaller(own, part, below)
     fields |= {token: value for token, value in SPECIAL_TOKENS.items() if hasattr(config, token)}
     if hasattr(config, "image_grid_pinpoints"):

@@ -16,23 +16,77 @@ from torch import nn
 
 from llava.integrations.transformers.compiled import is_wrapper
 
-TESTED_CLASSES = (
+TESTED_CLASSES = (  # those that work in docs/hosts.md
+    "AriaForConditionalGeneration",
     "AyaVisionForConditionalGeneration",
+    "Cohere2VisionForConditionalGeneration",
+    "CohereCompassForConditionalGeneration",
+    "Cosmos3EdgeForConditionalGeneration",
+    "Cosmos3OmniForConditionalGeneration",
+    "DeepseekOcr2ForConditionalGeneration",
+    "DeepseekVLForConditionalGeneration",
+    "DeepseekVLHybridForConditionalGeneration",
+    "Dots3NoteForConditionalGeneration",
+    "Emu3ForConditionalGeneration",
+    "Ernie4_5_VLMoeForConditionalGeneration",
+    "Exaone4_5_ForConditionalGeneration",
+    "FuyuForCausalLM",
     "Gemma3ForConditionalGeneration",
+    "Gemma4ForConditionalGeneration",
+    "Gemma4UnifiedForConditionalGeneration",
+    "Glm46VForConditionalGeneration",
+    "Glm4vForConditionalGeneration",
+    "Glm4vMoeForConditionalGeneration",
+    "Glm5NextForConditionalGeneration",
+    "GlmOcrForConditionalGeneration",
+    "GotOcr2ForConditionalGeneration",
+    "GraniteDoclingForConditionalGeneration",
+    "HunYuanVLForConditionalGeneration",
+    "HyperCLOVAXVisionV2ForConditionalGeneration",
+    "Idefics2ForConditionalGeneration",
     "Idefics3ForConditionalGeneration",
+    "Inkling2ForConditionalGeneration",
     "InternVLForConditionalGeneration",
+    "JanusForConditionalGeneration",
+    "Kimi_K25ForConditionalGeneration",
+    "Lfm2VlForConditionalGeneration",
+    "Lfm3VlForConditionalGeneration",
+    "LightOnOcrForConditionalGeneration",
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
     "LlavaNextVideoForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration",
+    "MiniCPMOcrForConditionalGeneration",
+    "MiniCPMV4_6ForConditionalGeneration",
+    "MiniCPMV4_7ForConditionalGeneration",
+    "MiniMaxM3SparseForConditionalGeneration",
     "Mistral3ForConditionalGeneration",
+    "MistralLarge4ForConditionalGeneration",
+    "Molmo2ForConditionalGeneration",
+    "MuseGlimmerForConditionalGeneration",
+    "MuseSparkForConditionalGeneration",
+    "Ovis2ForConditionalGeneration",
+    "PaddleOCRVLForConditionalGeneration",
     "PaliGemmaForConditionalGeneration",
-    "Qwen2VLForConditionalGeneration",
+    "QianfanOCRForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
+    "Qwen2_5OmniThinkerForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
+    "Qwen3OmniMoeThinkerForConditionalGeneration",
     "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+    "Qwen4ExpForConditionalGeneration",
     "SmolVLMForConditionalGeneration",
+    "Step3p7ForConditionalGeneration",
+    "UnlimitedOcrForConditionalGeneration",
+    "VideoLlama3ForConditionalGeneration",
     "VideoLlavaForConditionalGeneration",
+    "VipLlavaForConditionalGeneration",
 )
+
+SUFFIX = "ForConditionalGeneration"
 
 # Arguments of `forward` that are about the prompt's tokens or about the call, not about pictures.
 NOT_VISUAL = {
@@ -70,10 +124,11 @@ class UnsupportedModelError(ValueError):
 
     def __init__(self, model: nn.Module, reason: str) -> None:
         self.reason = reason
+        names = ", ".join(name.removesuffix(SUFFIX) for name in TESTED_CLASSES)
         super().__init__(
-            f"{type(model).__name__} cannot be pruned: {reason}. "
-            f"Classes that are tested: {', '.join(TESTED_CLASSES)}; others of the library work if they "
-            "put features in place of placeholder tokens and call one language model with inputs_embeds="
+            f"{type(model).__name__} cannot be pruned: {reason}. Classes that are tested, most of them called "
+            f"...{SUFFIX}: {names}; others of the library work if they put features in place of placeholder tokens "
+            "and call one language model with inputs_embeds="
         )
 
 
