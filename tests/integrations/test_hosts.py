@@ -28,6 +28,15 @@ REFUSED = {"granite4_vision": "deepstack_features", "mllama": "cross_attention",
 BEFORE_5_23 = Version(transformers.__version__) < Version("5.23")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tiny models: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def outcome_of(model_type):
     if model_type not in CLASSES:
         pytest.skip(f"Transformers {transformers.__version__} has no {model_type}")
@@ -54,7 +63,7 @@ def test_a_class_is_refused_with_a_sentence(model_type):
 @pytest.mark.parametrize("method", ["pool", "visionzip"])
 def test_made_tokens_are_refused_where_features_enter_the_layers_too(method):
     with pytest.raises(
-        ValueError, match="makes tokens, and Qwen3VL.* reads features of each visual token in the first"
+        ValueError, match=r"makes tokens, and Qwen3VL.* reads features of each visual token in the first"
     ):
         get_pruner(method, keep_tokens=4).attach(family("qwen3_vl").model)
 
