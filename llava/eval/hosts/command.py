@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import multiprocessing
@@ -17,7 +18,7 @@ import torch
 
 from llava.eval.hosts.checks import Outcome, check_class
 from llava.eval.hosts.table import put_between_marks, summary
-from llava.eval.measure.how_made import how_made
+from llava.eval.measure.how_made import LIBRARIES, how_made
 
 TIME_LIMIT = 120  # seconds for one class
 
@@ -101,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         classes = chosen(options.classes)
     except ValueError as error:
         parser.error(str(error))
-    made = how_made("python -m llava.eval.hosts", arguments)
+    towers = ["timm"] if importlib.util.find_spec("timm") else []  # some classes take theirs from there
+    made = how_made("python -m llava.eval.hosts", arguments, [*LIBRARIES, *towers])
     if options.write is not None:
         try:
             put_between_marks(options.write, [], made)  # its marks, before the work starts

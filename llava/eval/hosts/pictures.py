@@ -203,6 +203,19 @@ def whole(config: Any) -> Iterator[Pictures]:
 
         yield Pictures(take, [(size // patch) ** 2] * 3, "picture")
 
+    def take_tile(shown: Sequence[int], _: Sequence[int]) -> Visual:
+        return {"pixel_values": pixels[list(shown)][:, None]}
+
+    yield Pictures(take_tile, [(size // patch) ** 2] * 3, "one tile")
+
+    frames = setting(vision, "temporal_patch_size")
+    cubes = noise(3, 16, frames, patch, patch, 3)
+
+    def take_cubes(shown: Sequence[int], _: Sequence[int]) -> Visual:  # patches of all pictures, one by one
+        return {"pixel_values": cubes[list(shown)].flatten(0, 1)}
+
+    yield Pictures(take_cubes, [16] * 3, "cubes")
+
 
 def as_flat_patches(config: Any) -> Iterator[Pictures]:
     """Fuyu's: a row of patches for each picture."""

@@ -163,8 +163,21 @@ HINTS: dict[str, dict[str, dict[str, Any]]] = {
         "vq_config": {"base_channels": 32, "hidden_size": 128, "codebook_size": 64},
     },
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": SECTIONS | {"mrope_section": [1, 1, 2]}}},
+    "fast_vlm": {
+        "vision_config": {
+            "architecture": "fastvit_mci3",
+            "hidden_size": 3072,
+            "model_args": {"inference_mode": True},
+            "image_size": 256,
+            "patch_size": 64,
+        }
+    },
     "gemma3": {"": {"mm_tokens_per_image": 4}, "vision_config": {"image_size": 56}},
-    "gemma3n": {"text_config": {"intermediate_size": 48}},
+    "gemma3n": {
+        "": {"vision_soft_tokens_per_image": 256},
+        "text_config": {"intermediate_size": 48},
+        "vision_config": {"hidden_size": 2048, "image_size": 112, "patch_size": 7},
+    },
     "glm46v": {"text_config": MROPE},
     "glm4v": {"text_config": MROPE},
     "glm4v_moe": {"text_config": MROPE | {"head_dim": 16}},
@@ -181,6 +194,9 @@ HINTS: dict[str, dict[str, dict[str, Any]]] = {
     "granite_docling": {"vision_config": {"image_size": 112}},
     "hunyuan_vl": {"text_config": MROPE},
     "inkling2": {"vision_config": {"text_hidden_size": 32}},
+    "inkling_mm_model": {
+        "vision_config": {"patch_size": 8, "num_hidden_layers": 4, "text_hidden_size": 32},
+    },
     "janus": {"vision_config": {"num_image_tokens": 16, "projection_dim": 32}},
     "kimi_k25": {"": {"projection_hidden_size": 24}, "text_config": {"num_key_value_heads": 4, "head_dim": 4}},
     "mistral_large4": {"text_config": {"num_key_value_heads": 4, "head_dim": 4}},
@@ -198,6 +214,25 @@ HINTS: dict[str, dict[str, dict[str, Any]]] = {
     "ovis2": {"": {"hidden_size": 32, "vocab_size": VOCABULARY}},
     "paddleocr_vl": {"text_config": MROPE},
     "paligemma": {"": {"projection_dim": 32}},
+    "perception_lm": {
+        "vision_config": {
+            "architecture": "vit_pe_core_large_patch14_336",
+            "do_pooling": False,
+            "model_args": {
+                "embed_dim": 24,
+                "depth": 2,
+                "num_heads": 2,
+                "img_size": (56, 56),
+                "patch_size": 7,
+                "global_pool": "",
+                "use_post_transformer_norm": False,
+                "init_values": 0.1,
+                "ref_feat_shape": (8, 8),
+            },
+            "image_size": 56,
+            "patch_size": 7,
+        }
+    },
     "pp_chart2table": {"vision_config": {"image_size": 112}},
     "qwen2_5_omni_thinker": {"": {"vision_start_token_id": START}, "text_config": MROPE},
     "qwen2_5_vl": {"text_config": MROPE},

@@ -19,6 +19,7 @@ from llava.integrations.transformers.host import Host, UnsupportedModelError
 
 SEPARATOR = -1
 TILES_SIDE_BY_SIDE = {"internvl"}  # features come tile by tile, placeholders of an image's tiles without text between
+PATCHES_SIDE_BY_SIDE = {"inkling_mm_model"}  # features come patch by patch: an image is a run of placeholders
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,9 @@ def find_pictures(
             )
     items.sort(key=lambda item: (item[0], int(item[1][0])))
     if host.model_type in TILES_SIDE_BY_SIDE:
-        items = joined_tiles(items)
+        items = joined(items)
+    elif host.model_type in PATCHES_SIDE_BY_SIDE:
+        items = joined(items, one_view=True)
     shown = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
     items = [(row, *with_row_breaks(columns, views)) for row, columns, views in items]
     return [Picture(row, columns, views, shown[row, columns].bool()) for row, columns, views in items]
@@ -188,16 +191,17 @@ def frame_numbers(tokens: int, frames: int) -> Tensor:
     return torch.arange(tokens) // (tokens // frames)
 
 
-def joined_tiles(items: Sequence[tuple[int, Tensor, Tensor]]) -> list[tuple[int, Tensor, Tensor]]:
-    """Make one picture of tiles that stand side by side."""
-    joined: list[tuple[int, Tensor, Tensor]] = []
+def joined(items: Sequence[tuple[int, Tensor, Tensor]], one_view: bool = False) -> list[tuple[int, Tensor, Tensor]]:
+    """Make one picture of tiles or patches that stand side by side, each a view or all of them one."""
+    pictures: list[tuple[int, Tensor, Tensor]] = []
     for row, columns, views in items:
-        if joined and joined[-1][0] == row and joined[-1][1][-1] + 1 == columns[0]:
-            _, before, earlier = joined[-1]
-            joined[-1] = row, torch.cat([before, columns]), torch.cat([earlier, views + earlier.max() + 1])
+        if pictures and pictures[-1][0] == row and pictures[-1][1][-1] + 1 == columns[0]:
+            _, before, earlier = pictures[-1]
+            own = views if one_view else views + earlier.max() + 1
+            pictures[-1] = row, torch.cat([before, columns]), torch.cat([earlier, own])
         else:
-            joined.append((row, columns, views))
-    return joined
+            pictures.append((row, columns, views))
+    return pictures
 
 
 def with_row_breaks(columns: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
