@@ -245,6 +245,15 @@ class Checks:
             if name not in ("inputs_embeds", "visual_pos_masks", "input_ids"):
                 deep.append(f"`{name}`")
         self.result.deep = ", ".join(deep)
+        return self._mask_problem(whole.get("attention_mask"), short.get("attention_mask"), stays)
+
+    def _mask_problem(self, whole: Any, short: Any, stays: Tensor) -> str | None:
+        """Who sees whom among the kept tokens must be as before; windows, which count tokens, are left out."""
+        whole, short = (mask.get("full_attention") if isinstance(mask, dict) else mask for mask in (whole, short))
+        if not all(isinstance(mask, Tensor) and mask.ndim == 4 for mask in (whole, short)):
+            return None
+        if not torch.equal(whole[:, :, stays][:, :, :, stays], short):
+            return "the attention mask is not that of the kept tokens"
         return None
 
     def check_relevance(self) -> str | None:
@@ -255,10 +264,17 @@ class Checks:
         self.result.relevance = f"`{choice.source}`"
         if choice.source == "language" and "embeddings alone" in choice.reason:
             self.result.relevance += ", words alone"
-        tower = getattr(getattr(self.model.config, "vision_config", None), "model_type", None)
-        if tower in TOWERS.values() and self.result.token == "a patch":
-            self.result.relevance = f"`clip` with its files at hand, else {self.result.relevance}"
+        if self._may_stand_in_a_joint_space():
+            self.result.relevance = f"`clip` if named or known, else {self.result.relevance}"
         return None if scored else "a picture has no relevance"
+
+    def _may_stand_in_a_joint_space(self) -> bool:
+        """Whether a token is one patch of a CLIP or SigLIP, handed to the projector by one layer."""
+        config = self.model.config
+        tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+        one_layer = not isinstance(getattr(config, "vision_feature_layer", None), (list, tuple))
+        has_projector = hasattr(self.host.base, "multi_modal_projector")
+        return tower in TOWERS.values() and one_layer and has_projector and self.result.token == "a patch"
 
     def check_made(self) -> str | None:
         """A token that a method makes stands among the embeddings alone: classes with deeper features refuse it."""

@@ -18,7 +18,7 @@ from llava.integrations.transformers.capture import Capture, Packing
 from llava.integrations.transformers.host import Host, UnsupportedModelError
 
 SEPARATOR = -1
-TILES_SIDE_BY_SIDE = {"internvl"}  # features come tile by tile, placeholders of an image's tiles without text between
+TILES_SIDE_BY_SIDE = {"internvl", "qianfan_ocr"}  # features come tile by tile, without text between an image's tiles
 PATCHES_SIDE_BY_SIDE = {"inkling_mm_model"}  # features come patch by patch: an image is a run of placeholders
 
 
