@@ -55,6 +55,8 @@ def test_a_class_works(model_type):
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_a_class_is_refused_with_a_sentence(model_type):
     outcome = outcome_of(model_type)
+    if BEFORE_5_23 and outcome.status == "unbuilt":
+        pytest.skip(outcome.reason)
     assert outcome.status == "refused"
     assert REFUSED[model_type] in outcome.reason
     assert outcome.name not in TESTED_CLASSES

@@ -408,3 +408,21 @@ def test_features_that_do_not_reach_the_placeholders_are_refused(host):
     base.forward = forward
     with PRUNER(model), pytest.raises(UnsupportedModelError, match="image placeholders are not its image features"):
         greedy(model, host.batch())
+
+
+def test_features_of_all_pictures_in_one_piece_are_refused(host):
+    """Else nothing would be known of which row they belong to, and nothing would be pruned in silence."""
+    model = copy.deepcopy(host.model)
+    base = model.model
+    compute = base.get_image_features
+
+    def in_one_piece(*positional, **named):
+        output = compute(*positional, **named)
+        output.pooler_output = torch.cat(list(output.pooler_output))[None]
+        return output
+
+    base.get_image_features = in_one_piece
+    with torch.no_grad():
+        model(**host.batch())  # the library itself does not mind
+    with PRUNER(model), pytest.raises(UnsupportedModelError, match="48 image placeholders that do not match its feat"):
+        greedy(model, host.batch())

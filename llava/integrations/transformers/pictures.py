@@ -94,13 +94,15 @@ def find_pictures(
             # LLaVA-OneVision before Transformers 5.23 adds the newline behind a video later than its features.
             found = [torch.cat([views, torch.tensor([SEPARATOR])]) for views in found]
             shows[torch.tensor([len(views) for views in found]).cumsum(0) - 1] = False
+        placed = 0
         for views in found:
             part = places[first : first + len(views)]
             first += len(views)
             if len(part) < len(views) or len(part[:, 0].unique()) != 1:
                 break
             items.append((int(part[0, 0]), part[:, 1], views))
-        if first != len(places):
+            placed += 1
+        if first != len(places) or placed != len(found):
             raise UnsupportedModelError(
                 host.model, f"the prompts have {len(places)} {modality} placeholders that do not match its features"
             )
