@@ -418,7 +418,7 @@ def test_features_of_all_pictures_in_one_piece_are_refused(host):
 
     def in_one_piece(*positional, **named):
         output = compute(*positional, **named)
-        output.pooler_output = torch.cat(list(output.pooler_output))[None]
+        output.pooler_output = [torch.cat(list(output.pooler_output))]
         return output
 
     base.get_image_features = in_one_piece
