@@ -383,7 +383,7 @@ def test_classes_that_do_not_fit_are_refused_with_the_list(host):
         (without_placeholder, "names no image_token_id"),
         (encoder_decoder, "encoder-decoder"),
     ]:
-        with pytest.raises(UnsupportedModelError, match=f"{reason}.*LlavaNextForConditionalGeneration"):
+        with pytest.raises(UnsupportedModelError, match=f"{reason}.*LlavaNext, "):
             PRUNER.attach(model)
 
 
@@ -407,4 +407,22 @@ def test_features_that_do_not_reach_the_placeholders_are_refused(host):
 
     base.forward = forward
     with PRUNER(model), pytest.raises(UnsupportedModelError, match="image placeholders are not its image features"):
+        greedy(model, host.batch())
+
+
+def test_features_of_all_pictures_in_one_piece_are_refused(host):
+    """Else nothing would be known of which row they belong to, and nothing would be pruned in silence."""
+    model = copy.deepcopy(host.model)
+    base = model.model
+    compute = base.get_image_features
+
+    def in_one_piece(*positional, **named):
+        output = compute(*positional, **named)
+        output.pooler_output = [torch.cat(list(output.pooler_output))]
+        return output
+
+    base.get_image_features = in_one_piece
+    with torch.no_grad():
+        model(**host.batch())  # the library itself does not mind
+    with PRUNER(model), pytest.raises(UnsupportedModelError, match="48 image placeholders that do not match its feat"):
         greedy(model, host.batch())

@@ -508,7 +508,9 @@ def test_deep_features_in_an_unknown_form_are_refused_when_attaching(host):
             return super().forward(inputs_embeds=inputs_embeds, **named)
 
     model.model.language_model.__class__ = Deeper
-    with pytest.raises(UnsupportedModelError, match=r"takes deepstack_features, vision_mask beside.*tested: Aya"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"takes deepstack_features, vision_mask beside.*tested.*: Aria, Aya"
+    ):
         pruner().attach(model)
     assert deep_features(["visual_pos_masks", "deepstack_visual_embeds", "inputs_embeds", "position_ids"]) == []
     granite = getattr(hf, "Granite4VisionTextModel", None)

@@ -61,8 +61,8 @@ def kept_columns(host, handle, arguments):
     return columns
 
 
-def test_every_class_that_is_called_tested_is():
-    assert sorted(type(family(name).model).__name__ for name in FAMILIES) == sorted(TESTED_CLASSES)
+def test_these_classes_are_called_tested():
+    assert {type(family(name).model).__name__ for name in FAMILIES} <= set(TESTED_CLASSES)
 
 
 @pytest.mark.parametrize("positions", ["auto", "packed", "original"])

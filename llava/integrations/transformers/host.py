@@ -16,23 +16,81 @@ from torch import nn
 
 from llava.integrations.transformers.compiled import is_wrapper
 
-TESTED_CLASSES = (
+TESTED_CLASSES = (  # those that work in docs/hosts.md
+    "AriaForConditionalGeneration",
     "AyaVisionForConditionalGeneration",
+    "Cohere2VisionForConditionalGeneration",
+    "CohereCompassForConditionalGeneration",
+    "Cosmos3EdgeForConditionalGeneration",
+    "Cosmos3OmniForConditionalGeneration",
+    "DeepseekOcr2ForConditionalGeneration",
+    "DeepseekVLForConditionalGeneration",
+    "DeepseekVLHybridForConditionalGeneration",
+    "Dots3NoteForConditionalGeneration",
+    "Emu3ForConditionalGeneration",
+    "Ernie4_5_VLMoeForConditionalGeneration",
+    "Exaone4_5_ForConditionalGeneration",
+    "FastVlmForConditionalGeneration",
+    "FuyuForCausalLM",
     "Gemma3ForConditionalGeneration",
+    "Gemma3nForConditionalGeneration",
+    "Gemma4ForConditionalGeneration",
+    "Gemma4UnifiedForConditionalGeneration",
+    "Glm46VForConditionalGeneration",
+    "Glm4vForConditionalGeneration",
+    "Glm4vMoeForConditionalGeneration",
+    "Glm5NextForConditionalGeneration",
+    "GlmOcrForConditionalGeneration",
+    "GotOcr2ForConditionalGeneration",
+    "GraniteDoclingForConditionalGeneration",
+    "HunYuanVLForConditionalGeneration",
+    "HyperCLOVAXVisionV2ForConditionalGeneration",
+    "Idefics2ForConditionalGeneration",
     "Idefics3ForConditionalGeneration",
+    "Inkling2ForConditionalGeneration",
+    "InklingForConditionalGeneration",
     "InternVLForConditionalGeneration",
+    "JanusForConditionalGeneration",
+    "Kimi_K25ForConditionalGeneration",
+    "Lfm2VlForConditionalGeneration",
+    "Lfm3VlForConditionalGeneration",
+    "LightOnOcrForConditionalGeneration",
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
     "LlavaNextVideoForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration",
+    "MiniCPMOcrForConditionalGeneration",
+    "MiniCPMV4_6ForConditionalGeneration",
+    "MiniCPMV4_7ForConditionalGeneration",
+    "MiniMaxM3SparseForConditionalGeneration",
     "Mistral3ForConditionalGeneration",
+    "MistralLarge4ForConditionalGeneration",
+    "Molmo2ForConditionalGeneration",
+    "MuseGlimmerForConditionalGeneration",
+    "MuseSparkForConditionalGeneration",
+    "Ovis2ForConditionalGeneration",
+    "PaddleOCRVLForConditionalGeneration",
     "PaliGemmaForConditionalGeneration",
-    "Qwen2VLForConditionalGeneration",
+    "PerceptionLMForConditionalGeneration",
+    "QianfanOCRForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
+    "Qwen2_5OmniThinkerForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
+    "Qwen3OmniMoeThinkerForConditionalGeneration",
     "Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration",
+    "Qwen4ExpForConditionalGeneration",
     "SmolVLMForConditionalGeneration",
+    "Step3p7ForConditionalGeneration",
+    "UnlimitedOcrForConditionalGeneration",
+    "VideoLlama3ForConditionalGeneration",
     "VideoLlavaForConditionalGeneration",
+    "VipLlavaForConditionalGeneration",
 )
+
+SUFFIX = "ForConditionalGeneration"
 
 # Arguments of `forward` that are about the prompt's tokens or about the call, not about pictures.
 NOT_VISUAL = {
@@ -46,6 +104,7 @@ NOT_VISUAL = {
     "use_cache",
     "token_type_ids",
     "mm_token_type_ids",
+    "moe_mm_token_type_ids",
     "cache_position",
     "logits_to_keep",
     "output_attentions",
@@ -57,17 +116,23 @@ NOT_VISUAL = {
 PICTURES = ("pixel_values", "image_patches")  # beginnings of the names of arguments that are a picture or a video
 DEEP_FEATURES = {"visual_pos_masks", "deepstack_visual_embeds"}  # what a language model may get beside its embeddings
 VISUAL_WORDS = ("vision", "visual", "deepstack", "image", "cross_attention")  # in names of more than that
-TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 
 
 class UnsupportedModelError(ValueError):
-    """A model that a pruner cannot attach to; the message says why and lists the classes that it can."""
+    """A model that a pruner cannot attach to; the message says why and lists the classes that it can.
+
+    Attributes:
+        reason: why, without the list.
+    """
 
     def __init__(self, model: nn.Module, reason: str) -> None:
+        self.reason = reason
+        names = ", ".join(name.removesuffix(SUFFIX) for name in TESTED_CLASSES)
         super().__init__(
-            f"{type(model).__name__} cannot be pruned: {reason}. "
-            f"Classes that are tested: {', '.join(TESTED_CLASSES)}; others of the library work if they "
-            "put features in place of placeholder tokens and call one language model with inputs_embeds="
+            f"{type(model).__name__} cannot be pruned: {reason}. Classes that are tested, most of them called "
+            f"...{SUFFIX}: {names}; others of the library work if they put features in place of placeholder tokens "
+            "and call one language model with inputs_embeds="
         )
 
 
@@ -81,6 +146,7 @@ class Host:
         language_model: what ``base`` calls with ``inputs_embeds=``.
         placeholders: token ids that stand for visual tokens, by modality, "image" and "video".
         visual_arguments: names of the arguments of ``forward`` that are about pictures.
+        deep: whether the language model can get visual features in its layers, too.
     """
 
     model: nn.Module
@@ -88,6 +154,7 @@ class Host:
     language_model: nn.Module
     placeholders: dict[str, int]
     visual_arguments: frozenset[str]
+    deep: bool
 
     @property
     def model_type(self) -> str:
@@ -137,7 +204,8 @@ def find_host(model: nn.Module) -> Host:
             model,
             "it has no model.language_model or model.text_model (of a wrapper such as PEFT, take the inner model)",
         )
-    beyond = deep_features(inspect.signature(type(language_model).forward).parameters)
+    taken = inspect.signature(type(language_model).forward).parameters
+    beyond = deep_features(taken)
     if beyond:
         raise UnsupportedModelError(
             model,
@@ -157,7 +225,7 @@ def find_host(model: nn.Module) -> Host:
     arguments = {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD} - NOT_VISUAL
     if not any(name.startswith(PICTURES) for name in arguments):
         raise UnsupportedModelError(model, f"its forward takes none of {', '.join(PICTURES)}")
-    return Host(model, base, language_model, placeholders, frozenset(arguments))
+    return Host(model, base, language_model, placeholders, frozenset(arguments), bool(DEEP_FEATURES & set(taken)))
 
 
 def deep_features(names: Iterable[str]) -> list[str]:

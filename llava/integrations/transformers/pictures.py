@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llava.integrations.transformers.arguments import embedding_device
 from llava.integrations.transformers.capture import Capture, Packing
 from llava.integrations.transformers.host import Host, UnsupportedModelError
 
 SEPARATOR = -1
-TILES_SIDE_BY_SIDE = {"internvl"}  # features come tile by tile, placeholders of an image's tiles without text between
+TILES_SIDE_BY_SIDE = {"internvl", "qianfan_ocr"}  # features come tile by tile, without text between an image's tiles
+PATCHES_SIDE_BY_SIDE = {"inkling_mm_model"}  # features come patch by patch: an image is a run of placeholders
 
 
 @dataclass(frozen=True)
@@ -92,37 +94,50 @@ def find_pictures(
             # LLaVA-OneVision before Transformers 5.23 adds the newline behind a video later than its features.
             found = [torch.cat([views, torch.tensor([SEPARATOR])]) for views in found]
             shows[torch.tensor([len(views) for views in found]).cumsum(0) - 1] = False
+        placed = 0
         for views in found:
             part = places[first : first + len(views)]
             first += len(views)
             if len(part) < len(views) or len(part[:, 0].unique()) != 1:
                 break
             items.append((int(part[0, 0]), part[:, 1], views))
-        if first != len(places):
+            placed += 1
+        if first != len(places) or placed != len(found):
             raise UnsupportedModelError(
                 host.model, f"the prompts have {len(places)} {modality} placeholders that do not match its features"
             )
-        if not stand_there(capture, modality, places[shows]):
+        if not stand_there(host, capture, modality, places[shows], token):
             raise UnsupportedModelError(
                 host.model,
                 f"what its language model gets at the {modality} placeholders are not its {modality} features",
             )
     items.sort(key=lambda item: (item[0], int(item[1][0])))
     if host.model_type in TILES_SIDE_BY_SIDE:
-        items = joined_tiles(items)
+        items = joined(items)
+    elif host.model_type in PATCHES_SIDE_BY_SIDE:
+        items = joined(items, one_view=True)
     shown = torch.ones_like(ids) if attention_mask is None else attention_mask.cpu()
     items = [(row, *with_row_breaks(columns, views)) for row, columns, views in items]
     return [Picture(row, columns, views, shown[row, columns].bool()) for row, columns, views in items]
 
 
-def stand_there(capture: Capture, modality: str, places: Tensor) -> bool:
-    """Whether features stand at the places (t, 2) in the order in which they were computed."""
+def stand_there(host: Host, capture: Capture, modality: str, places: Tensor, placeholder: int) -> bool:
+    """Whether features stand at the places (t, 2) in the order in which they were computed.
+
+    They stand in place of the ``placeholder`` token's embedding, or are added to it (Molmo 2).
+    """
     features = capture.features[modality]
     items = [features] if isinstance(features, Tensor) else features
     embeds = capture.inputs_embeds
     computed = torch.cat([item.detach().reshape(-1, embeds.shape[-1]).to(embeds) for item in items])
     rows, columns = places.to(embeds.device).unbind(-1)
-    return torch.allclose(embeds[rows, columns].detach(), computed, rtol=0, atol=0, equal_nan=True)
+    found = embeds[rows, columns].detach()
+    if torch.allclose(found, computed, rtol=0, atol=0, equal_nan=True):
+        return True
+    embedding = host.model.get_input_embeddings()
+    with torch.no_grad():
+        own = embedding(torch.tensor([placeholder], device=embedding_device(embedding, embeds.device)))
+    return torch.allclose(found, computed + own.to(embeds), rtol=0, atol=0, equal_nan=True)
 
 
 def views_of(host: Host, capture: Capture, modality: str) -> list[Tensor]:
@@ -178,16 +193,17 @@ def frame_numbers(tokens: int, frames: int) -> Tensor:
     return torch.arange(tokens) // (tokens // frames)
 
 
-def joined_tiles(items: Sequence[tuple[int, Tensor, Tensor]]) -> list[tuple[int, Tensor, Tensor]]:
-    """Make one picture of tiles that stand side by side."""
-    joined: list[tuple[int, Tensor, Tensor]] = []
+def joined(items: Sequence[tuple[int, Tensor, Tensor]], one_view: bool = False) -> list[tuple[int, Tensor, Tensor]]:
+    """Make one picture of tiles or patches that stand side by side, each a view or all of them one."""
+    pictures: list[tuple[int, Tensor, Tensor]] = []
     for row, columns, views in items:
-        if joined and joined[-1][0] == row and joined[-1][1][-1] + 1 == columns[0]:
-            _, before, earlier = joined[-1]
-            joined[-1] = row, torch.cat([before, columns]), torch.cat([earlier, views + earlier.max() + 1])
+        if pictures and pictures[-1][0] == row and pictures[-1][1][-1] + 1 == columns[0]:
+            _, before, earlier = pictures[-1]
+            own = views if one_view else views + earlier.max() + 1
+            pictures[-1] = row, torch.cat([before, columns]), torch.cat([earlier, own])
         else:
-            joined.append((row, columns, views))
-    return joined
+            pictures.append((row, columns, views))
+    return pictures
 
 
 def with_row_breaks(columns: Tensor, views: Tensor) -> tuple[Tensor, Tensor]:
