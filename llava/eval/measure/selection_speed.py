@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from llava.pruning import PruningInputs, get_pruner, parse_options, reference
 from llava.pruning.functional import cosine_similarity, greedy_map_rank, self_products
+from llava.serve import flags
 
 JOINT_WIDTH = 768
 
@@ -131,7 +133,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m llava.eval.selection_speed", description=__doc__)
     parser.add_argument("--views", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=576, help="per view, a square number")
@@ -139,12 +141,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    flags.add_kernels(parser)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument("--pruner-args", nargs="+", default=[], metavar="KEY=VALUE")
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    try:
+        flags.use_kernels(options.kernels, options.device)
+    except (ValueError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     figures = measure(options)
     names = {
         "product": "full product H H^T alone",
@@ -163,7 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{'greedy loop against plain':25} {figures['loop_speed_up']:9.2f} times as fast")
     print(f"{'peak extra memory':25} {figures['extra_memory_in_matrices']:9.2f} n x n float32 matrices per view")
     print(json.dumps(figures))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
