@@ -47,7 +47,7 @@ def test_the_work_of_a_selection_is_its_similarity_and_little_else(dtype):
     inputs = PruningInputs(torch.randn(2, 200, 512, dtype=dtype), relevance=torch.rand(2, 200))
     counted = count_macs(lambda: get_pruner("script", keep_tokens=20).select(inputs))
     similarity = 2 * 200 * 200 * 512
-    assert similarity <= counted < 1.5 * similarity
+    assert similarity / 2 <= counted < similarity  # half of it is multiplied, and the squares on its diagonal
 
 
 def test_the_limit_gives_the_model_what_keeping_the_first_tokens_gives_it(subject, tiled):
