@@ -1,5 +1,6 @@
 """Visual token pruning methods as pure tensor code: torch is all they import, and Triton in `kernels`."""
 
+from llava.pruning import kernels
 from llava.pruning.base import (
     Method,
     Pruner,
@@ -25,6 +26,7 @@ from llava.pruning.hawk import HAWK
 from llava.pruning.holov import HoloV
 from llava.pruning.holov_release import HoloVRelease
 from llava.pruning.inputs import PruningInputs, Selection
+from llava.pruning.kernels import trial
 from llava.pruning.mmtok import MMTok
 from llava.pruning.options import parse_budget
 from llava.pruning.pool import Pool
@@ -41,6 +43,8 @@ from llava.pruning.trim import Trim
 from llava.pruning.uniform import Uniform
 from llava.pruning.visionzip import VisionZip
 from llava.pruning.vispruner import VisPruner
+
+kernels.try_by(trial.disagreement)
 
 __all__ = [
     "CDPruner",

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from llava.checkpoint import CheckpointError, fill_module, read_json, read_tensors
+from llava.relevance.remembered import RememberedTexts
 
 PROJECTION = "visual_projection.weight"
 LAST_NORM = "vision_model.post_layernorm."
@@ -47,6 +48,7 @@ class ClipJointSpace:
         self.visual_projection = visual_projection  # (e, c) float32
         self.last_norm = last_norm.requires_grad_(False)
         self.max_length = text_model.config.max_position_embeddings
+        self.remembered = RememberedTexts()
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype, device: torch.device | str) -> ClipJointSpace:
@@ -83,14 +85,18 @@ class ClipJointSpace:
     @torch.inference_mode()
     def text_embeds(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """T texts -> embeddings (T, M, e) float32 of their segments and mask (T, M), False where a text has fewer."""
+        tower = self.text_model
+        rows = self.remembered.embeds(texts, self._embed, by=(tower.device, tower.dtype))
+        embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = torch.arange(embeds.shape[1]) < torch.tensor([len(segments) for segments in rows])[:, None]
+        return embeds, mask.to(embeds.device, non_blocking=True)
+
+    def _embed(self, texts: Sequence[str]) -> Sequence[Tensor]:
+        """Texts, together -> the embeddings (M_t, e) float32 of each one's segments, by the text tower."""
         segments = [self.segments(text) for text in texts]
-        counts = torch.tensor([len(pieces) for pieces in segments])
         rows = self.tokenizer.pad({"input_ids": [ids for pieces in segments for ids in pieces]}, return_tensors="pt")
         rows = {name: value.to(self.text_model.device, non_blocking=True) for name, value in rows.items()}
-        outputs = self.text_model(**rows).text_embeds.float()
-        embeds = nn.utils.rnn.pad_sequence(outputs.split(counts.tolist()), batch_first=True)
-        mask = torch.arange(embeds.shape[1]) < counts[:, None]
-        return embeds, mask.to(embeds.device, non_blocking=True)
+        return self.text_model(**rows).text_embeds.float().split([len(pieces) for pieces in segments])
 
 
 def check_joint_space(folder: Path) -> None:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from transformers import SiglipTextConfig, SiglipTextModel, SiglipTokenizer, SiglipVisionConfig, SiglipVisionModel
 
 from llava.checkpoint import CheckpointError, fill_module, read_json, read_tensors
+from llava.relevance.remembered import RememberedTexts
 
 TEXT_PREFIX, VISION_PREFIX = "text_model.", "vision_model."
 
@@ -54,6 +55,7 @@ class SiglipJointSpace:
         tensors = {name.replace(last, "encoder.layers.0."): tensor for name, tensor in tensors.items()}
         self.last_layer_and_head = _filled(vision, tensors, folder, dtype, device)
         self._full_tower: SiglipVisionModel | None = None
+        self.remembered = RememberedTexts()
 
     # --- pictures --------------------------------------------------------------------------------------------------
 
@@ -129,13 +131,17 @@ class SiglipJointSpace:
     @torch.inference_mode()
     def text_embeds(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """T texts -> embeddings (T, M, e) float32 of their segments and mask (T, M), False where a text has fewer."""
-        segments = [self.segments(text) for text in texts]
-        counts = torch.tensor([len(pieces) for pieces in segments])
-        rows = torch.tensor([ids for pieces in segments for ids in pieces], device=self.text_model.device)
-        outputs = self.text_model(rows).pooler_output.float()
-        embeds = nn.utils.rnn.pad_sequence(outputs.split(counts.tolist()), batch_first=True)
-        mask = torch.arange(embeds.shape[1]) < counts[:, None]
+        tower = self.text_model
+        rows = self.remembered.embeds(texts, self._embed, by=(tower.device, tower.dtype))
+        embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        mask = torch.arange(embeds.shape[1]) < torch.tensor([len(segments) for segments in rows])[:, None]
         return embeds, mask.to(embeds.device)
+
+    def _embed(self, texts: Sequence[str]) -> Sequence[Tensor]:
+        """Texts, together -> the embeddings (M_t, e) float32 of each one's segments, by the text tower."""
+        segments = [self.segments(text) for text in texts]
+        rows = torch.tensor([ids for pieces in segments for ids in pieces], device=self.text_model.device)
+        return self.text_model(rows).pooler_output.float().split([len(pieces) for pieces in segments])
 
 
 def _on_meta(config: SiglipVisionConfig, layers: int | None = None) -> SiglipVisionModel:

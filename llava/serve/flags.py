@@ -11,7 +11,7 @@ from typing import Any
 
 from llava.conversation import conv_templates
 from llava.model.builder import DEFAULT_CHECKPOINT
-from llava.pruning import Method, get_pruner, list_pruners, parse_budget, parse_options
+from llava.pruning import Method, get_pruner, kernels, list_pruners, parse_budget, parse_options
 
 FULL = "full"  # a budget: nothing is pruned
 DEFAULT_METHOD = "script"
@@ -64,6 +64,22 @@ def add_dtype(parser: Any) -> None:
 
 def add_attention(parser: Any) -> None:
     parser.add_argument("--attn-implementation", help="sdpa, eager, flash_attention_2, ...")
+
+
+def add_kernels(parser: Any) -> None:
+    parser.add_argument(
+        "--kernels",
+        choices=kernels.CHOICES,
+        default="auto",
+        help="what selects on CUDA: auto (Triton's kernels where they pass a trial), torch, triton (untried)",
+    )
+
+
+def use_kernels(choice: str, device: str) -> None:
+    """What ``--kernels`` says. Raises ValueError where the device has no kernels, ImportError without Triton."""
+    if choice == "triton" and not device.startswith("cuda"):
+        raise ValueError(f"--kernels triton is for CUDA, not for --device {device}")
+    kernels.use(choice)
 
 
 def make_pruner(name: str, keep_tokens: str, options: Sequence[str], seed: int | None = None) -> Method | None:

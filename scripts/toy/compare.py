@@ -138,6 +138,7 @@ def time_methods(arguments: Sequence[str], methods: Sequence[str], budget: int, 
     def select(pruner: Pruner | None, turns: Iterator[int]) -> None:
         number = next(turns)
         picked = encoded.pick([number])
+        model.get_vision_tower().forget_texts()  # met in an earlier turn
         plan = model.asked(model.plan(picked, pruner), [shown[number].prompt.query])
         select_tokens(model.vision, plan, picked)
 
@@ -145,6 +146,7 @@ def time_methods(arguments: Sequence[str], methods: Sequence[str], budget: int, 
         number = next(turns)
         query = shown[number].prompt.query
         picked = encoded.pick([number])
+        model.get_vision_tower().forget_texts()
         model(
             shown[number].prompt.ids[None], images=picked, pruner=pruner, query=query, use_cache=True, logits_to_keep=1
         )

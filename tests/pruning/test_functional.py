@@ -15,6 +15,7 @@ from llava.pruning.functional import (
     min_max,
     redundancy_scores,
     relevance_scores,
+    self_products,
     stable_rank,
 )
 from records import selection_cases
@@ -86,6 +87,27 @@ def test_cosine_ignores_scale_and_keeps_its_range(seed, kind, scale):
     assert (similarity[zero] == 0).all()
     reference = torch.nn.functional.normalize(rows.double(), dim=-1)
     assert torch.allclose(similarity.double(), reference @ reference.mT, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 111, 112, 169, 401, 576])
+def test_products_of_rows_with_each_other_are_symmetric_and_tie_where_rows_are_equal(n, dtype):
+    rows = features(n, 2, n, 700).to(dtype)
+    source = torch.randint(0, n, (n,), generator=torch.Generator().manual_seed(n))
+    rows[:, ::3] = rows[:, source[::3]]
+    rows = rows[:, source.sort().values]  # more copies, also across the strips
+    product = self_products(rows)
+    assert torch.equal(product, product.mT)
+    assert torch.allclose(product.double(), rows.double() @ rows.double().mT, rtol=1e-5, atol=1e-3)
+    same = (rows[:, :, None, :8] == rows[:, None, :, :8]).all(-1).int().argmax(-1)  # the first equal row
+    assert torch.equal(product, product.gather(1, same[:, :, None].expand_as(product)))
+
+
+def test_products_of_rows_with_each_other_have_a_gradient():
+    rows = features(0, 1, 120, 5).requires_grad_()
+    self_products(rows).square().sum().backward()
+    full = rows.detach()
+    assert torch.allclose(rows.grad, 4 * (full @ full.mT) @ full, rtol=1e-4, atol=1e-2)
 
 
 def test_cosine_survives_extreme_rows():

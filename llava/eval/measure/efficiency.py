@@ -154,6 +154,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--counts-only", action="store_true", help="no times: work and cache, of any size on any machine"
     )
     flags.add_device(parser)
+    flags.add_kernels(parser)
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16, on a CPU float32")
     flags.add_attention(parser)
     parser.add_argument("--compile-tower", action="store_true", help="put the vision tower through torch.compile")
@@ -196,6 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     try:
         options.device = pick_device(options.device)
+        flags.use_kernels(options.kernels, options.device)
         budgets = [parse_budget(text) for text in options.keep_tokens]
         if any(isinstance(budget, float) for budget in budgets):
             raise ValueError("--keep-tokens takes counts here, not shares")

@@ -144,7 +144,8 @@ class Subject:
         return encoded, macs
 
     def read_question(self, row: Row, encoded: EncodedImages) -> CallPlan:
-        """The text tower, where the method asks for it."""
+        """The text tower, where the method asks for it: of a question that it has not met."""
+        self.model.get_vision_tower().forget_texts()
         return self.model.asked(self.model.plan(encoded, row.pruner), self.queries)
 
     def select(self, row: Row, encoded: EncodedImages, plan: CallPlan) -> list[Tensor]:
@@ -162,7 +163,11 @@ class Subject:
         return encoded.features.flatten(0, 1)[self.chosen].reshape(self.batch, -1, width)
 
     def embed(self, row: Row, images: Visuals | EncodedImages) -> EmbeddedPrompts | Tensor:
-        """The prompts with the visual tokens in their place; embeddings (batch, T, d) alone for the limit."""
+        """The prompts with the visual tokens in their place; embeddings (batch, T, d) alone for the limit.
+
+        The text tower meets the question for the first time, though it is the same in every repeat.
+        """
+        self.model.get_vision_tower().forget_texts()
         if row.name != "limit":
             return self.model.embed_prompts(
                 self.ids, images=images, pruner=row.pruner, query=self.queries, padding_side="left"

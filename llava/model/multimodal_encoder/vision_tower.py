@@ -157,6 +157,11 @@ class VisionTower(nn.Module, ABC):
         """Questions -> joint space (T, M, e) and a mask (T, M) of their segments."""
         return self.joint_space().text_embeds(texts)
 
+    def forget_texts(self) -> None:
+        """Texts that the text tower has met are new to it again; see relevance/remembered.py."""
+        if self._joint_space is not None:
+            self._joint_space.remembered.forget()
+
     @property
     def dtype(self) -> torch.dtype:
         return self.vision_model.post_layernorm.weight.dtype

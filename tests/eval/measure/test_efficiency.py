@@ -28,17 +28,21 @@ def tiled():
     return Subject(model, image_processor, (672, 672), 1, "cpu")
 
 
+@pytest.fixture(scope="module")
+def without_storage():
+    """LLaVA-NeXT-7B, its language model without storage."""
+    return build_random(GEOMETRIES["llava-v1.6-vicuna-7b"], torch.bfloat16, "cpu", decoder_device="meta")[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [320, 2880])
-def test_counted_work_of_a_language_model_is_the_formula_and_the_head(tokens):
+def test_counted_work_of_a_language_model_is_the_formula_and_the_head(without_storage, tokens):
     """7B without storage: torch's counter and methods.md 1.1 agree.
 
     To the last multiply-accumulate with Transformers 5.23; before, the table of rotations was a product as well.
     """
-    geometry = GEOMETRIES["llava-v1.6-vicuna-7b"]
-    model, _ = build_random(geometry, torch.bfloat16, "cpu", decoder_device="meta")
-    embeds = torch.empty(1, tokens, geometry.width, device="meta", dtype=torch.bfloat16)
-    counted = count_macs(lambda: model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1))
+    embeds = torch.empty(1, tokens, 4096, device="meta", dtype=torch.bfloat16)
+    counted = count_macs(lambda: without_storage(inputs_embeds=embeds, use_cache=True, logits_to_keep=1))
     assert counted - prefill_flops([tokens] * 32, 4096, 11008) - 4096 * 32000 in (0, tokens * 64)
 
 
@@ -47,7 +51,7 @@ def test_the_work_of_a_selection_is_its_similarity_and_little_else(dtype):
     inputs = PruningInputs(torch.randn(2, 200, 512, dtype=dtype), relevance=torch.rand(2, 200))
     counted = count_macs(lambda: get_pruner("script", keep_tokens=20).select(inputs))
     similarity = 2 * 200 * 200 * 512
-    assert similarity <= counted < 1.5 * similarity
+    assert similarity / 2 <= counted < similarity  # half of it is multiplied, and the squares on its diagonal
 
 
 def test_the_limit_gives_the_model_what_keeping_the_first_tokens_gives_it(subject, tiled):
@@ -74,7 +78,7 @@ def test_stages_and_the_whole_lead_to_the_same_prompt(subject):
 @pytest.mark.slow
 def test_figures_of_the_table(subject):
     rows = make_rows(["script", "fastv"], [64], 576)
-    assert measure(subject, rows, repeats=2, warm_up=1, new_tokens=3) == 2
+    assert measure(subject, rows, repeats=1, warm_up=1, new_tokens=2) == 1
     limit = rows[1]
     found = {row.name: summary_of(row, limit, rows[0]) for row in rows}
     config = subject.model.config
@@ -236,7 +240,22 @@ def test_the_command_ends_with_one_json_object_and_draws(tmp_path, capsys):
     drawing = tmp_path / "time.svg"
     arguments = ["--preset", "toy", "--keep-tokens", "64", "16", "--pruners", "script", "random"]
     assert (
-        main([*arguments, "--repeats", "1", "--new-tokens", "2", "--batch-sizes", "1", "2", "--plot", str(drawing)])
+        main(
+            [
+                *arguments,
+                "--repeats",
+                "1",
+                "--warm-up",
+                "0",
+                "--new-tokens",
+                "2",
+                "--batch-sizes",
+                "1",
+                "2",
+                "--plot",
+                str(drawing),
+            ]
+        )
         == 0
     )
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -30,5 +30,6 @@ def test_speed_prints_both_loops(capsys):
     selection_speed.main([*arguments, "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
     figures = json.loads(lines[-1])
-    assert {"loop", "plain_loop"} <= set(figures["milliseconds"])
+    assert {"product", "half_product", "loop", "plain_loop"} <= set(figures["milliseconds"])
+    assert set(figures["over_product"]) == {"half_product", "selection"}
     assert any(line.startswith("greedy loop against plain") for line in lines)
