@@ -17,7 +17,7 @@ from tqdm import tqdm
 from llava.eval.audit import checks
 from llava.eval.audit.checks import Finding
 from llava.eval.audit.pictures import AuditPicture, load_pictures
-from llava.eval.audit.report import print_findings, source_table, write_json, write_plot
+from llava.eval.audit.report import method_table, print_findings, source_table, write_json, write_plot
 from llava.eval.audit.subject import Subject
 from llava.model.builder import DEFAULT_CHECKPOINT, TOY_FOLDER, pick_device
 from llava.pruning import Method, get_pruner, list_pruners, parse_budget, parse_options
@@ -152,7 +152,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write_plot(options.plot, report, results)
     readers = [m.name for m in methods if isinstance(m, QuestionReader)]
     failed = [name for name, findings in results.items() if any(f.passed is False for f in findings)]
-    print(f"{len(results)} methods, {len(readers)} read the question; failed a check: {', '.join(failed) or 'none'}")
+    if len(results) > 1:
+        print(f"\n{method_table(results)}")
+    print(f"\n{len(results)} methods, {len(readers)} read the question; failed a check: {', '.join(failed) or 'none'}")
     return 1 if failed else 0
 
 

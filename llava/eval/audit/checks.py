@@ -68,11 +68,14 @@ def keeps_count_order_and_text(subject: Subject, method: Method, pictures: Seque
     )
     places = matched(plain.embeds, pruned.embeds)
     unknown = len(pruned.embeds) - len(places)
+    made = (
+        pruned.made if pruned.made or not method.makes_tokens else min(unknown, kept)
+    )  # hosts may count them as kept
     order = Finding(
         "order of reading",
-        unknown == pruned.made,
+        unknown == made,
         f"{len(places)} of {len(pruned.embeds)} positions are those of the whole prompt, in its order; "
-        f"{unknown} others, {pruned.made} of them made by the method",
+        f"{unknown} others, {made} of them made by the method",
         {"matched": len(places), "others": unknown},
     )
     return [cache, order, positions_as_promised(plain, pruned, places), *deep_planes(plain, pruned)]
@@ -152,11 +155,12 @@ def reads_the_question(subject: Subject, method: Method, pictures: Sequence[Audi
     share = fmean(float(mask.float().mean()) for mask in kept.values())
     if share == 0:
         return [Finding("reads the question", None, "it keeps no token as it is: all are made")]
-    figures = {"questions": fmean(questions), "wordings": fmean(wordings), "random": share}
-    figures |= {"pictures": fmean(across)} if across else {}
-    text = ", ".join(f"{name} {value:.2f}" for name, value in figures.items())
+    overlaps = {"questions": fmean(questions), "wordings": fmean(wordings), "random": share}
+    overlaps |= {"pictures": fmean(across)} if across else {}
+    text = ", ".join(f"{name} {value:.2f}" for name, value in overlaps.items())
+    figures = {f"{name}_overlap": value for name, value in overlaps.items()}
     reads = method.reads_question
-    passed = figures["questions"] < READS_BELOW if reads else figures["questions"] == 1
+    passed = overlaps["questions"] < READS_BELOW if reads else overlaps["questions"] == 1
     if method.place == "decoder":
         passed = None  # read by attention: what it must show is not known beforehand
     kind = "reads the question" if reads or method.place == "decoder" else "does not read the question"

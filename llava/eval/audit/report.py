@@ -11,6 +11,9 @@ from typing import Any
 from llava.eval.audit.checks import Finding
 from llava.pruning import Method
 
+PROMISES = (
+    "keep all = unpruned", "cache = text + kept", "order of reading", "positions", "deep features", "batch = singles",
+)  # fmt: skip
 MARKS = {True: "ok  ", False: "FAIL", None: "-   "}
 
 
@@ -19,6 +22,25 @@ def print_findings(method: Method, findings: Sequence[Finding]) -> None:
     print(f"\n{method.name}")
     for finding in findings:
         print(f"  {MARKS[finding.passed]} {finding.check}: {finding.text}")
+
+
+def method_table(results: Mapping[str, Sequence[Finding]]) -> str:
+    """Markdown: a row for each method, the figures that methods differ in."""
+    header = "| method | promises | overlap, two questions | AUC, asked | AUC, asked against the other | lift | right answers |"
+    lines = [header, "|---|---|---|---|---|---|---|"]
+    for name, findings in results.items():
+        refusal = next((finding.text for finding in findings if finding.check == "runs here"), None)
+        if refusal is not None:
+            lines.append(f"| `{name}` | {refusal.partition('. ')[0]} | | | | | |")
+            continue
+        figures = {key: value for finding in findings for key, value in finding.figures.items()}
+        broken = [finding.check for finding in findings if finding.check in PROMISES and finding.passed is False]
+        cells = ["kept" if not broken else f"**{', '.join(broken)}**"]
+        cells += [
+            f"{figures[key]:.2f}" if key in figures else "-" for key in ("questions_overlap", "auc", "pair", "lift")
+        ]
+        lines.append(f"| `{name}` | {' | '.join([*cells, format(figures['pruned'], '.2f')])} |")
+    return "\n".join(lines)
 
 
 def source_table(sources: Mapping[str, Any]) -> str:
@@ -50,7 +72,12 @@ def write_plot(file: Path, report: Mapping[str, Any], results: Mapping[str, Sequ
     figure, panels = plt.subplots(1, 2, figsize=(10, 0.4 * len(results) + 1.5), sharey=True, layout="constrained")
     names = list(results)[::-1]
     for panel, key, title, chance in (
-        (panels[0], "questions", "overlap of kept sets for two questions (1: the question plays no part)", None),
+        (
+            panels[0],
+            "questions_overlap",
+            "overlap of kept sets for two questions (1: the question plays no part)",
+            None,
+        ),
         (panels[1], "auc", "relevance on what is asked about (AUC)", 0.5),
     ):
         for row, name in enumerate(names):
