@@ -26,7 +26,8 @@ def print_findings(method: Method, findings: Sequence[Finding]) -> None:
 
 def method_table(results: Mapping[str, Sequence[Finding]]) -> str:
     """Markdown: a row for each method, the figures that methods differ in."""
-    header = "| method | promises | overlap, two questions | AUC, asked | AUC, asked against the other | lift | right answers |"
+    columns = ("overlap, two questions", "AUC, asked", "AUC, asked against the other", "lift", "right answers")
+    header = f"| method | promises | {' | '.join(columns)} |"
     lines = [header, "|---|---|---|---|---|---|---|"]
     for name, findings in results.items():
         refusal = next((finding.text for finding in findings if finding.check == "runs here"), None)
