@@ -122,7 +122,7 @@ def test_a_method_that_says_it_reads_and_does_not_is_caught(subject, scenes, mon
 
     def the_first(self, inputs, keep=None):
         keep = self.count(inputs.tokens) if keep is None else keep
-        return Selection(torch.arange(keep).expand(inputs.views, -1), inputs.tokens)
+        return Selection(torch.stack([view.nonzero().flatten()[:keep] for view in inputs.valid]), inputs.tokens)
 
     monkeypatch.setattr(ViewMethod, "select", the_first)
     (finding,) = checks.reads_the_question(subject, method, scenes)
