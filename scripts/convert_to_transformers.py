@@ -36,7 +36,7 @@ from transformers import (
 from llava.checkpoint import CheckpointError, find_folder, read_json, read_tensors, read_weight_file, weight_files
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, SeparatorStyle, conv_templates
-from llava.model.builder import TOWER_PREFIX, check_files, find_checkpoint, find_template
+from llava.model.checkpoint_files import TOWER_PREFIX, check_files, find_checkpoint, find_template
 
 ROW_MULTIPLE = 64  # rows of the vocabulary: what tensor parallelism and matrix kernels like
 PROJECTOR_LAYERS = {"0": "linear_1", "2": "linear_2"}

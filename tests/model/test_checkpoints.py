@@ -10,7 +10,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from checkpoint_copies import CHECKPOINTS, CLIP, copy_checkpoint, edit, load_cpu
 from llava.checkpoint import CheckpointError, find_folder
-from llava.model import builder
+from llava.model import builder, checkpoint_files
 from llava.model.builder import load_pretrained_model
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.pruning import get_pruner
@@ -135,7 +135,7 @@ def test_nothing_there():
 
 def test_missing_toy_says_how_to_rebuild_it_or_where_it_is(monkeypatch, tmp_path):
     toy = tmp_path / "playground" / "toy"
-    monkeypatch.setattr(builder, "TOY_FOLDER", toy)
+    monkeypatch.setattr(checkpoint_files, "TOY_FOLDER", toy)
     with pytest.raises(CheckpointError, match=r"no checkpoint at .* comes with a checkout of the repository"):
         load_cpu(toy / "llava-toy-v1.5")
     with pytest.raises(CheckpointError, match="comes with a checkout of the repository"):

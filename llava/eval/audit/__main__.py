@@ -68,7 +68,7 @@ def load_subject(options: argparse.Namespace) -> Subject:
     if options.siglip_path:
         loading["joint_space_path"] = options.siglip_path
     if options.dtype != "auto":
-        loading["torch_dtype"] = options.dtype
+        loading["dtype"] = options.dtype
     return OurSubject(options.model_path, options.conv_mode, **loading)
 
 

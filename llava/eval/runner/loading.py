@@ -8,7 +8,8 @@ from typing import Any
 from llava.checkpoint import find_folder
 from llava.eval.runner.answering import Answerer
 from llava.mm_utils import get_model_name_from_path
-from llava.model.builder import check_files, find_template, load_pretrained_model, read_config
+from llava.model.builder import find_template, load_pretrained_model, read_config
+from llava.model.checkpoint_files import check_files
 from llava.pruning import Pruner
 
 
