@@ -145,7 +145,7 @@ def next_stage(
         sources.append(torch.cat(parts))
         rows.append(PromptRow(0, len(sources[-1]), tuple(spans)))
     columns = max(row.length for row in rows)
-    if any(row.start for row in stage.rows):  # padding keeps its side
+    if all(row.start + row.length == stage.columns for row in stage.rows):  # none ends early: none shall end early now
         rows = [replace(row, start=columns - row.length) for row in rows]
 
     source = torch.zeros(batch, columns, dtype=torch.int64)
