@@ -73,7 +73,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=[name for name in PICTURE_FORMATS if name in Image.OPEN])
+            image = Image.open(io.BytesIO(data), formats=[kind for kind in PICTURE_FORMATS if kind in Image.OPEN])
             _check_pixels(image.size, name)
             image.load()
     except Image.DecompressionBombError as error:

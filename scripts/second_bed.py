@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import statistics
 import sys
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from llava.eval.audit.checks import area_under_curve, error_of
 from llava.eval.measure.how_made import LIBRARIES, how_made
 from llava.pruning.functional import relevance_scores
 from llava.relevance.first_attention import FirstAttention
@@ -109,12 +109,6 @@ class Bed:
         return {source: score[0] for source, score in scores.items()}
 
 
-def area_under_curve(scores: Tensor, positive: Tensor) -> float:
-    """Probability that a token of the object scores above one that is not (ties count half)."""
-    above, others = scores[positive][:, None], scores[~positive]
-    return ((above > others).double().mean() + (above == others).double().mean() / 2).item()
-
-
 @torch.inference_mode()
 def measure(bed: Bed, trials: int) -> dict[str, dict[str, dict[str, float]]]:
     """Mean areas and their standard errors, by source, by whose question it was, and by noise."""
@@ -133,7 +127,7 @@ def measure(bed: Bed, trials: int) -> dict[str, dict[str, dict[str, float]]]:
             whose: {
                 noise: {
                     "auc": round(statistics.fmean(cell), 4),
-                    "standard_error": round(statistics.stdev(cell) / math.sqrt(len(cell)), 4),
+                    "standard_error": round(error_of(cell), 4),
                 }
                 for noise, cell in by_noise.items()
             }

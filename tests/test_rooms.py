@@ -29,7 +29,8 @@ TOOLS = {"constants", "checkpoint", "conversation", "mm_utils", "video", "pictur
 HEART = {"pruning", "relevance", "layout", "decoder"}
 MAY_IMPORT["model"] = TOOLS | HEART
 MAY_IMPORT["integrations"] = {"constants", "checkpoint", "pictures"} | HEART
-MAY_IMPORT["serve"] = MAY_IMPORT["eval"] = TOOLS | HEART | {"model", "integrations", "serve", "eval"}
+MAY_IMPORT["serve"] = TOOLS | HEART | {"model", "integrations"}
+MAY_IMPORT["eval"] = MAY_IMPORT["serve"] | {"serve"}
 
 
 def module_of(file: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,13 +16,13 @@ from transformers import (
 )
 
 from llava.checkpoint import CheckpointError, fill_module, read_json, read_tensors
-from llava.relevance.remembered import RememberedTexts
+from llava.relevance.text_side import TextSide
 
 PROJECTION = "visual_projection.weight"
 LAST_NORM = "vision_model.post_layernorm."
 
 
-class ClipJointSpace:
+class ClipJointSpace(TextSide):
     """The space in which CLIP compares pictures and texts: its text encoder and both projections.
 
     No module of the model, so that checkpoints saved from it stay in their own format.
@@ -43,12 +42,12 @@ class ClipJointSpace:
         visual_projection: Tensor,
         last_norm: nn.LayerNorm,
     ) -> None:
+        super().__init__()
         self.tokenizer = tokenizer
         self.text_model = text_model.requires_grad_(False).eval()
         self.visual_projection = visual_projection  # (e, c) float32
         self.last_norm = last_norm.requires_grad_(False)
         self.max_length = text_model.config.max_position_embeddings
-        self.remembered = RememberedTexts()
 
     @classmethod
     def load(cls, folder: Path, dtype: torch.dtype, device: torch.device | str) -> ClipJointSpace:
@@ -82,21 +81,10 @@ class ClipJointSpace:
         pieces = [ids[start : start + room] for start in range(0, max(len(ids), 1), room)]
         return [[self.tokenizer.bos_token_id, *piece, self.tokenizer.eos_token_id] for piece in pieces]
 
-    @torch.inference_mode()
-    def text_embeds(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """T texts -> embeddings (T, M, e) float32 of their segments and mask (T, M), False where a text has fewer."""
-        tower = self.text_model
-        rows = self.remembered.embeds(texts, self._embed, by=(tower.device, tower.dtype))
-        embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        mask = torch.arange(embeds.shape[1]) < torch.tensor([len(segments) for segments in rows])[:, None]
-        return embeds, mask.to(embeds.device, non_blocking=True)
-
-    def _embed(self, texts: Sequence[str]) -> Sequence[Tensor]:
-        """Texts, together -> the embeddings (M_t, e) float32 of each one's segments, by the text tower."""
-        segments = [self.segments(text) for text in texts]
-        rows = self.tokenizer.pad({"input_ids": [ids for pieces in segments for ids in pieces]}, return_tensors="pt")
+    def embed_segments(self, segments: list[list[int]]) -> Tensor:
+        rows = self.tokenizer.pad({"input_ids": segments}, return_tensors="pt")
         rows = {name: value.to(self.text_model.device, non_blocking=True) for name, value in rows.items()}
-        return self.text_model(**rows).text_embeds.float().split([len(pieces) for pieces in segments])
+        return self.text_model(**rows).text_embeds
 
 
 def check_joint_space(folder: Path) -> None:

@@ -12,7 +12,6 @@ of this patch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,12 +20,12 @@ from torch.nn import functional as F
 from transformers import SiglipTextConfig, SiglipTextModel, SiglipTokenizer, SiglipVisionConfig, SiglipVisionModel
 
 from llava.checkpoint import CheckpointError, fill_module, read_json, read_tensors
-from llava.relevance.remembered import RememberedTexts
+from llava.relevance.text_side import TextSide
 
 TEXT_PREFIX, VISION_PREFIX = "text_model.", "vision_model."
 
 
-class SiglipJointSpace:
+class SiglipJointSpace(TextSide):
     """The space in which SigLIP compares pictures and texts: text tower, last vision layer and pooling head.
 
     LLaVA's checkpoints hold none of the three, so they come from a folder of the full SigLIP.
@@ -38,6 +37,7 @@ class SiglipJointSpace:
     relevance_sign = 1  # CLIP's reversed sign rests on its class token, which SigLIP lacks; not verified on pictures
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
         check_siglip_folder(folder)
         self.folder = folder
         self.tokenizer = SiglipTokenizer.from_pretrained(folder)
@@ -55,7 +55,6 @@ class SiglipJointSpace:
         tensors = {name.replace(last, "encoder.layers.0."): tensor for name, tensor in tensors.items()}
         self.last_layer_and_head = _filled(vision, tensors, folder, dtype, device)
         self._full_tower: SiglipVisionModel | None = None
-        self.remembered = RememberedTexts()
 
     # --- pictures --------------------------------------------------------------------------------------------------
 
@@ -128,20 +127,9 @@ class SiglipJointSpace:
         pieces = [ids[start : start + room] for start in range(0, max(len(ids), 1), room)]
         return [piece + [self.tokenizer.eos_token_id] * (self.max_length - len(piece)) for piece in pieces]
 
-    @torch.inference_mode()
-    def text_embeds(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """T texts -> embeddings (T, M, e) float32 of their segments and mask (T, M), False where a text has fewer."""
-        tower = self.text_model
-        rows = self.remembered.embeds(texts, self._embed, by=(tower.device, tower.dtype))
-        embeds = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        mask = torch.arange(embeds.shape[1]) < torch.tensor([len(segments) for segments in rows])[:, None]
-        return embeds, mask.to(embeds.device)
-
-    def _embed(self, texts: Sequence[str]) -> Sequence[Tensor]:
-        """Texts, together -> the embeddings (M_t, e) float32 of each one's segments, by the text tower."""
-        segments = [self.segments(text) for text in texts]
-        rows = torch.tensor([ids for pieces in segments for ids in pieces], device=self.text_model.device)
-        return self.text_model(rows).pooler_output.float().split([len(pieces) for pieces in segments])
+    def embed_segments(self, segments: list[list[int]]) -> Tensor:
+        rows = torch.tensor(segments, device=self.text_model.device)
+        return self.text_model(rows).pooler_output
 
 
 def _on_meta(config: SiglipVisionConfig, layers: int | None = None) -> SiglipVisionModel:

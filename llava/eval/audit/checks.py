@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -68,9 +68,9 @@ def keeps_count_order_and_text(subject: Subject, method: Method, pictures: Seque
     )
     places = matched(plain.embeds, pruned.embeds)
     unknown = len(pruned.embeds) - len(places)
-    made = (
-        pruned.made if pruned.made or not method.makes_tokens else min(unknown, kept)
-    )  # hosts may count them as kept
+    made = pruned.made
+    if method.makes_tokens and not made:
+        made = min(unknown, kept)  # a host that does not tell made tokens apart counts them as kept
     order = Finding(
         "order of reading",
         unknown == made,
@@ -171,7 +171,12 @@ def reads_the_question(subject: Subject, method: Method, pictures: Sequence[Audi
 
 
 def area_under_curve(scores: Tensor, positive: Tensor) -> float:
-    """Probability that a positive token (of (t,) bool) scores higher than another one, ties counted half."""
+    """Probability that a positive token scores higher than another one, ties counted half.
+
+    Args:
+        scores: (t,) of any floating dtype.
+        positive: (t,) bool, True somewhere and False somewhere.
+    """
     high, low = scores[positive].double(), scores[~positive].double()
     above = (high[:, None] > low).double() + 0.5 * (high[:, None] == low)
     return float(above.mean())
@@ -234,11 +239,8 @@ def sign_and_auc(figures: dict[str, Any]) -> list[Finding]:
 
 
 def error_of(values: Sequence[float]) -> float:
-    """Standard error of a mean."""
-    if len(values) < 2:
-        return 0.0
-    mean = fmean(values)
-    return (sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)) ** 0.5
+    """Standard error of a mean; 0 where one value cannot tell."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 # --- 4. does the answer need the picture? --------------------------------------------------------------------------

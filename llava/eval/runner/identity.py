@@ -134,11 +134,6 @@ def _samples(path: Path) -> bytes:
     return b"".join(samples)
 
 
-def file_identity(path: Path) -> str:
-    """Hash of a whole file."""
-    return _digest([path.read_bytes()])
-
-
 def _digest(parts: Iterable[bytes]) -> str:
     digest = hashlib.sha256()
     for part in parts:

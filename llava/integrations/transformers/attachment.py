@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from llava.integrations.transformers.arguments import (
     of_shorter_prompt,
 )
 from llava.integrations.transformers.boundary import Plan
-from llava.integrations.transformers.capture import Absent, Capture, capture_prompt, replaced
+from llava.integrations.transformers.capture import Absent, capture_prompt, replaced
 from llava.integrations.transformers.compiled import SetAside, original, refuse_to_be_compiled
 from llava.integrations.transformers.host import TOKEN_TYPES, Host, find_host
 from llava.integrations.transformers.inside_decoder import (
@@ -46,20 +46,13 @@ from llava.integrations.transformers.inside_decoder import (
 )
 from llava.integrations.transformers.pictures import find_pictures
 from llava.integrations.transformers.relevance import HostRelevance
-from llava.integrations.transformers.selection import KeptPicture, select_tokens, with_made_tokens
-from llava.integrations.transformers.shortening import (
-    Shortening,
-    counted_positions,
-    original_positions,
-    packed_positions,
-    shorten,
-)
+from llava.integrations.transformers.selection import KeptPicture, select_tokens
+from llava.integrations.transformers.short_prompt import Positions, dropped_columns, plan_short_prompt
+from llava.integrations.transformers.shortening import Shortening, counted_positions, shorten
 from llava.integrations.transformers.whole_prompt import WholePrompt, WholePromptStreamer
 from llava.pruning import DecoderPruner, Method
 from llava.pruning.functional import without_autocast
 from llava.relevance.policy import Choice
-
-Positions = Literal["auto", "packed", "original"]
 
 
 def attach(method: Method, model: nn.Module, processor: Any = None, **options: Any) -> AttachedPruner:
@@ -414,59 +407,12 @@ class AttachedPruner:
         cuts = inside and any(target_of(method, picture) < len(picture.columns) for picture in pictures)
         pad_left = call.generating or bool((mask[:, 0] == 0).any())
         shortening = shorten(dropped_columns(kept, mask), mask.cpu(), pad_left, may_stay=not cuts)
-        call.plan = self._make_plan(capture, mask, shortening, kept, call.generating)
+        call.plan = plan_short_prompt(capture, mask, shortening, kept, call.generating, self.positions)
         if cuts:
             call.in_decoder = decoder_pruning(self.host, method, pictures, shortening)
             call.resume()
         self._look_at_innermost()
         return shortening
-
-    def _make_plan(
-        self, capture: Capture, mask: Tensor, shortening: Shortening, kept: Sequence[KeptPicture], generating: bool
-    ) -> Plan:
-        embeds = with_made_tokens(capture.inputs_embeds, kept)
-        batch, length = mask.shape
-        positions = capture.position_ids
-        counted = positions is None
-        if counted:
-            everything = torch.arange(length, device=mask.device).expand(batch, -1)
-            positions = counted_positions(mask) if generating else everything
-        if positions.ndim == 3:
-            positions = positions[-3:]  # in front of mRoPE's axes the plain count may stand
-        positions = positions.expand(*positions.shape[:-2], batch, length)
-        several_axes = positions.ndim == 3
-        original_ones = self.positions == "original" or (self.positions == "auto" and several_axes)
-        dropped = shortening.length < length or shortening.drops
-        if original_ones:
-            short = original_positions(positions, shortening)
-        else:
-            short = packed_positions(positions, mask, shortening)
-        visual_mask = deepstack = None
-        if capture.deepstack is not None:
-            device = capture.inputs_embeds.device
-            whole_mask = capture.visual_mask.to(device)
-            visual_mask = shortening.tokens(whole_mask.long(), padding=0).bool()
-            deepstack = []
-            for layer in capture.deepstack:
-                dense = layer.new_zeros(batch, length, layer.shape[-1], device=device)
-                dense[whole_mask] = layer.to(device)
-                deepstack.append(shortening.embeddings(dense))
-        return Plan(
-            embeds=shortening.embeddings(embeds),
-            positions=short,
-            gapped=original_ones and dropped,
-            counts_itself=several_axes or (counted and not (original_ones and dropped)),
-            visual_mask=visual_mask,
-            deepstack=deepstack,
-        )
-
-
-def dropped_columns(kept: Sequence[KeptPicture], attention_mask: Tensor) -> Tensor:
-    """(B, L) bool on the CPU, True at visual tokens of prompts (B, L) that are not kept though the mask shows them."""
-    dropped = torch.zeros(attention_mask.shape, dtype=torch.bool)
-    for one in kept:
-        dropped[one.picture.row, one.picture.columns] = one.picture.attended & ~one.kept
-    return dropped
 
 
 class PrunedGenerate:

@@ -43,10 +43,6 @@ class Picture:
         """V, the number of views."""
         return int(self.views.max()) + 1
 
-    def view_columns(self) -> list[Tensor]:
-        """Columns (n,) of the tokens of each view."""
-        return [self.columns[self.views == view] for view in range(self.count)]
-
     def view_sizes(self) -> list[int]:
         """Number of tokens of each view."""
         return torch.bincount(self.views[self.views != SEPARATOR], minlength=self.count).tolist()

@@ -92,10 +92,6 @@ class VisionTower(nn.Module, ABC):
         """Why `joint_space` cannot be had of files on this machine, and what would help; ``None`` if it can."""
 
     @property
-    def has_joint_space(self) -> bool:
-        return self.why_no_joint_space() is None
-
-    @property
     def is_loaded(self) -> bool:
         return hasattr(self, "vision_tower")
 
