@@ -91,6 +91,7 @@ def single_crop_layout(eligible: Tensor) -> ViewLayout:
 
 
 @lru_cache(maxsize=1024)
+@torch.inference_mode(False)  # kept for later calls, in which gradients may be wanted
 def padded_square_layout(size: tuple[int, int], side: int) -> ViewLayout:
     """One view of side x side patches that shows a picture of ``size`` (width, height) centred on a square.
 
@@ -100,6 +101,7 @@ def padded_square_layout(size: tuple[int, int], side: int) -> ViewLayout:
 
 
 @lru_cache(maxsize=1024)
+@torch.inference_mode(False)  # kept for later calls, in which gradients may be wanted
 def tiled_layout(
     size: tuple[int, int], grid: tuple[int, int], side: int, merge_type: str, most_tiles: int | None = None
 ) -> ViewLayout:

@@ -1,6 +1,7 @@
 """Counts of a picture before anything is computed: with padding, newlines, budgets of several kinds."""
 
 import pytest
+import torch
 
 from llava.layout.padding import patches_of_square, patches_of_tiles
 from llava.layout.plan import plan_picture
@@ -89,3 +90,13 @@ def test_padding_of_tiles_is_what_the_unpadded_plane_leaves_out(size, grid):
     read = layout.sequence[layout.sequence >= 0]
     assert shown.flatten().nonzero().flatten().tolist() == read.sort().values.tolist()
     assert patches_of_square(size, SIDE).equal(padded_square_layout(size, SIDE).eligible)
+
+
+def test_a_layout_that_was_first_asked_for_in_inference_mode_serves_training_later():
+    with torch.inference_mode():
+        layouts = [padded_square_layout((641, 203), 7), tiled_layout((641, 203), (2, 1), 7, "spatial_unpad")]
+    for layout in layouts:
+        features = torch.ones(layout.eligible.shape, requires_grad=True)
+        (features * layout.eligible).sum().backward()
+        assert torch.equal(features.grad, layout.eligible.float())
+        assert not layout.sequence.is_inference()
