@@ -7,6 +7,7 @@ digest of the plan, which holds vLLM's own hash of the picture: what is not the 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -17,10 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import BatchFeature
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import PromptUpdateDetails
 
+from llava.integrations.vllm.bounded import BoundedCache
 from llava.integrations.vllm.options import (
     LONGEST_QUESTION,
     PruningOptions,
@@ -32,6 +35,7 @@ from llava.integrations.vllm.options import (
 from llava.integrations.vllm.plan import PicturePlan, PictureShape
 from llava.integrations.vllm.prompt import questions_of_pictures
 from llava.integrations.vllm.relevance import Reading, read_by
+from llava.integrations.vllm.reuse import HotPictures, without_question
 from llava.pruning import Method
 from llava.relevance.question import check_asked, question_text
 
@@ -81,6 +85,10 @@ class PrunedProcessingInfo(ABC):
     def script_reading(self) -> Reading:
         """What cannot be served is told here, before a worker would find out."""
         return server_reading(self.ctx.model_config, self.script_has_clip)
+
+    @cached_property
+    def script_server(self) -> ServerOptions:
+        return server_options(self.ctx.model_config)[0]
 
     @property
     def script_options(self) -> PruningOptions:
@@ -134,33 +142,54 @@ class PrunedProcessor(ABC):
         Raises:
             ValueError: a method that cannot be served, or one that reads a question where none is asked.
         """
-        pruner, arguments = self.info.script_reading.settle(options)
+        settle = self.info.script_reading.settle
+        asking = settle(options)
+        shared = None if options.reuse == "none" else settle(without_question(options, asking[0]))
         contents = self.script_contents(inputs)
         plans = {}
         for modality in self.info.script_modalities:
             pictures = contents.get(modality, [])
             queries: list[str | None] = [None] * len(pictures)
-            if pictures and options.prunes and pruner.reads_question:
+            if pictures and options.prunes and asking[0].reads_question and options.reuse != "picture":
                 if options.query is None:
                     queries = self.script_questions(inputs.prompt, modality, options, len(pictures))
                 else:
                     queries = [question_text(options.query)] * len(pictures)
-                check_asked(queries, pruner.name)
-            plans[modality] = [
-                PicturePlan(
-                    picture,
-                    options.keep_tokens,
-                    options.image_pruning_rate,
-                    options.min_visual_tokens,
-                    pruner.name,
-                    arguments,
-                    query,
-                    self.script_words(pruner, query),
-                    options.keep_per,
-                )
-                for picture, query in zip(pictures, queries, strict=True)
-            ]
+                check_asked(queries, asking[0].name)
+            plans[modality] = []
+            for picture, query in zip(pictures, queries, strict=True):
+                settled = asking
+                if shared is not None and (query is None or self.script_hot_pictures.ask(picture, query)):
+                    settled, query = shared, None
+                plans[modality].append(self.script_plan(picture, options, settled, query))
         return plans
+
+    def script_plan(
+        self, picture: str, options: PruningOptions, settled: tuple[Method, str], query: str | None
+    ) -> PicturePlan:
+        """The plan of one picture, by a method and its arguments as `Reading.settle` gives them."""
+        method, arguments = settled
+        return PicturePlan(
+            picture,
+            options.keep_tokens,
+            options.image_pruning_rate,
+            options.min_visual_tokens,
+            method.name,
+            arguments,
+            query,
+            self.script_words(method, query),
+            options.keep_per,
+        )
+
+    @cached_property
+    def script_hot_pictures(self) -> HotPictures:
+        server = self.info.script_server
+        return HotPictures(server.reuse_after, server.reuse_seconds)
+
+    @cached_property
+    def script_prepared(self) -> BoundedCache[BatchFeature]:
+        """What the picture processor makes of pictures, by their contents: another question finds it here."""
+        return BoundedCache(self.info.script_server.pixel_cache_mib * 2**20)
 
     def script_contents(self, inputs: Any) -> dict[str, list[str]]:
         """A hash of the content of each picture, whatever uuid a client gave it.
@@ -231,7 +260,13 @@ class PrunedProcessor(ABC):
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         plans, own = without_plans(hf_kwargs)
-        data = super()._apply_hf_processor_main(mm_items=mm_items, hf_kwargs=own)
+        key = prepared_key(mm_items, plans, own)
+        data = None if key is None else self.script_prepared.get(key)
+        if data is None:
+            data = super()._apply_hf_processor_main(mm_items=mm_items, hf_kwargs=own)
+            if key is not None:
+                self.script_prepared.put(key, data, bytes_of(data))
+        data = copy.copy(data)  # what is added belongs to this request
         for modality, rows in plans.items():
             if rows:
                 data[field_name(modality)] = [encode_plan(plan) for plan in rows]
@@ -295,6 +330,24 @@ def shortened(content: list[int] | PromptUpdateDetails, count: int) -> list[int]
     return dataclasses.replace(
         content, full=[token for token, stay in zip(content.full, stays.tolist(), strict=True) if stay]
     )
+
+
+def prepared_key(
+    mm_items: Mapping[str, Any], plans: Mapping[str, list[PicturePlan]], own: Mapping[str, object]
+) -> str | None:
+    """What the picture processor's answer depends on; ``None`` where there is no picture, or something unplanned."""
+    if not mm_items or any(len(items) != len(plans.get(name, ())) for name, items in mm_items.items()):
+        return None
+    return repr(([(name, [plan.picture for plan in plans[name]]) for name in mm_items], sorted(own.items())))
+
+
+def bytes_of(value: Any) -> int:
+    """Bytes of all tensors in nested tables and lists."""
+    if isinstance(value, Mapping):
+        return sum(map(bytes_of, value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(bytes_of, value))
+    return getattr(value, "nbytes", 0)
 
 
 def without_plans(kwargs: Mapping[str, Any]) -> tuple[dict[str, list[PicturePlan]], dict[str, Any]]:
