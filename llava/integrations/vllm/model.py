@@ -23,6 +23,8 @@ from llava.relevance.heads import HeadWeights
 
 logger = init_logger("vllm.script")
 
+LARGE_BLOCK = 32  # tokens; vLLM takes blocks of 128 on a CPU
+
 
 class PrunedModel:
     """What a pruned model has beside its family's own code."""
@@ -41,6 +43,13 @@ class PrunedModel:
         hook_resets()
         if get_tp_group().rank_in_group == 0 and get_pp_group().is_first_rank:
             logger.info("%s", start_line(self.script_reading, self.script_server.feature_cache_mib))
+            block = vllm_config.cache_config.block_size
+            if self.script_reading.options.reuse != "none" and block > LARGE_BLOCK:
+                logger.warning(
+                    "prefixes are cached in blocks of %d tokens, more than a pruned picture may have: start with "
+                    "--block-size 32, or questions about one picture will not find it there",
+                    block,
+                )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """The family's own; features of pictures that older weights made are forgotten.
@@ -119,7 +128,13 @@ def start_line(reading: Reading, cache_mib: int) -> str:
         budget = f"removes {options.image_pruning_rate:.0%} of the visual tokens"
     else:
         budget = "keeps all visual tokens unless a request says otherwise"
-    source = "reads no question" if reading.choice is None else f"reads the question with {reading.choice}"
+    if reading.choice is None:
+        source = "reads no question"
+    elif options.reuse == "picture":
+        source = "chooses without the question, for all of them (reuse=picture)"
+    else:
+        often = " until a picture is asked about often (reuse=auto)" if options.reuse == "auto" else ""
+        source = f"reads the question with {reading.choice}{often}"
     return (
         f"Script: pruner '{reading.method.name}' {budget} of each {options.keep_per} and {source}; up to {cache_mib} "
         "MiB of unpruned features are kept in each worker"
