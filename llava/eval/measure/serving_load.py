@@ -67,7 +67,7 @@ def server(arguments: Sequence[str], log: Path) -> Iterator[int]:
     """A vLLM server on a free port of this machine, which it yields; ended with the block.
 
     Raises:
-        RuntimeError: the server ends, or is not ready in `START_SECONDS`; shows the end of its log.
+        RuntimeError: the server ends, or is not ready in `START_SECONDS`; shows its first error and its log's end.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -79,8 +79,10 @@ def server(arguments: Sequence[str], log: Path) -> Iterator[int]:
         deadline = time.monotonic() + START_SECONDS
         while not is_ready(port):
             if process.poll() is not None or time.monotonic() > deadline:
-                tail = "\n".join(log.read_text().splitlines()[-15:])
-                raise RuntimeError(f"the server did not start; the end of its log:\n{tail}")
+                lines = log.read_text().splitlines()
+                cause = next((line for line in lines if "Error: " in line), "not told")
+                tail = "\n".join(lines[-15:])
+                raise RuntimeError(f"the server did not start; first error: {cause}\nthe end of its log:\n{tail}")
             time.sleep(1)
         yield port
     finally:

@@ -11,8 +11,9 @@ from vllm.distributed import get_pp_group, get_tp_group, tensor_model_parallel_a
 from vllm.logger import init_logger
 
 from llava.integrations.vllm.features import FeatureCache, PictureFeatures
+from llava.integrations.vllm.metrics import WorkerMetrics
 from llava.integrations.vllm.plan import PicturePlan
-from llava.integrations.vllm.processing import PrunedProcessingInfo, server_options, server_reading
+from llava.integrations.vllm.processing import PrunedProcessingInfo, model_name, server_options, server_reading
 from llava.integrations.vllm.relevance import Reading, relevance_sign
 from llava.integrations.vllm.resets import hook_resets
 from llava.integrations.vllm.selection import TokenSelector
@@ -41,7 +42,9 @@ class PrunedModel:
         self.script_cache = FeatureCache(self.script_server.feature_cache_mib * 2**20)
         self.script_selector: TokenSelector | None = None
         hook_resets()
-        if get_tp_group().rank_in_group == 0 and get_pp_group().is_first_rank:
+        is_first = get_tp_group().rank_in_group == 0 and get_pp_group().is_first_rank
+        self.script_metrics = WorkerMetrics(model_name(model_config), is_first)
+        if is_first:
             logger.info("%s", start_line(self.script_reading, self.script_server.feature_cache_mib))
             block = vllm_config.cache_config.block_size
             if self.script_reading.options.reuse != "none" and block > LARGE_BLOCK:
@@ -68,7 +71,8 @@ class PrunedModel:
         """Numbers of the kept tokens of every picture: see `TokenSelector.select`."""
         if self.script_selector is None:  # weights came without `load_weights`, for example random ones
             self.script_selector = self.make_selector()
-        return self.script_selector.select(pictures, plans)
+        with self.script_metrics.selecting([plan.method for plan in plans]):
+            return self.script_selector.select(pictures, plans)
 
     def make_selector(self) -> TokenSelector:
         """The selector, with all that requests may have their questions read by.
@@ -116,6 +120,7 @@ class PrunedModel:
         for number, features in zip(missing, encode(missing) if missing else [], strict=True):
             found[keys[number]] = features
             self.script_cache.keep(plans[number].picture, features)
+        self.script_metrics.looked_up(len(found) - len(missing), len(missing), self.script_cache.size)
         return [found[key] for key in keys]
 
 

@@ -22,6 +22,10 @@ LONGEST_QUESTION = 4096  # characters; also what is read of a prompt's turn
 LONGEST_MESSAGE = 1000  # of a refusal, which repeats what the client sent
 
 
+class OverBudgetError(ValueError):
+    """A request asks for more tokens of a picture than the server has reserved."""
+
+
 @dataclass(frozen=True)
 class ServerOptions:
     """What only whoever starts the server decides (``script_pruning`` in ``--hf-overrides``).
@@ -162,14 +166,14 @@ class PruningOptions:
         return min(self.max_keep_tokens * (1 if self.keep_per == "picture" else views), views * tokens)
 
     def check_request(self, request: PruningOptions, views: int, tokens: int) -> None:
-        """Raise ValueError if a request asks for more of a picture than this server has reserved."""
+        """Raise OverBudgetError if a request asks for more of a picture than this server has reserved."""
         asked, most = request.count_picture(views, tokens), self.most(views, tokens)
         if asked <= most:
             return
         of = f"a picture of {views * tokens}"
         if self.keep_per == request.keep_per == "view":
             asked, most, of = asked // views, most // views, f"a view of {tokens}"
-        raise ValueError(
+        raise OverBudgetError(
             f"this request keeps {asked} visual tokens of {of}, but the server allows {most}: ask "
             "for fewer, or start the server with a larger max_keep_tokens in script_pruning"
         )

@@ -24,8 +24,10 @@ from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import PromptUpdateDetails
 
 from llava.integrations.vllm.bounded import BoundedCache
+from llava.integrations.vllm.metrics import FrontEndMetrics
 from llava.integrations.vllm.options import (
     LONGEST_QUESTION,
+    OverBudgetError,
     PruningOptions,
     ServerOptions,
     in_few_words,
@@ -127,14 +129,23 @@ class PrunedProcessor(ABC):
         return dataclasses.replace(inputs, hf_processor_mm_kwargs={"query": "What is shown here?"})
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        checked = "embeddings"
         try:
             refuse_embeddings(inputs.mm_data_items)
+            checked = "options"
             options = read_request_options(self.info.script_options, inputs.hf_processor_mm_kwargs)
             plain = dataclasses.replace(inputs, hf_processor_mm_kwargs={})
+            checked = "question"
             plans = self.script_plans(plain, options)
-            return super().apply(dataclasses.replace(plain, hf_processor_mm_kwargs={PLANS: plans}), timing_ctx)
+            checked = "prompt"
+            laid_out = super().apply(dataclasses.replace(plain, hf_processor_mm_kwargs={PLANS: plans}), timing_ctx)
         except ValueError as error:
+            self.script_metrics.refused("budget" if isinstance(error, OverBudgetError) else checked)
             raise ValueError(in_few_words(error)) from error
+        for modality, rows in plans.items():
+            for plan, place in zip(rows, laid_out["mm_placeholders"].get(modality, ()), strict=False):
+                self.script_metrics.laid_out(plan.picture, plan.method, place.get_num_embeds())
+        return laid_out
 
     def script_plans(self, inputs: Any, options: PruningOptions) -> dict[str, list[PicturePlan]]:
         """A plan for every picture of a request.
@@ -180,6 +191,10 @@ class PrunedProcessor(ABC):
             self.script_words(method, query),
             options.keep_per,
         )
+
+    @cached_property
+    def script_metrics(self) -> FrontEndMetrics:
+        return FrontEndMetrics(model_name(self.info.ctx.model_config))
 
     @cached_property
     def script_hot_pictures(self) -> HotPictures:
@@ -262,6 +277,8 @@ class PrunedProcessor(ABC):
         plans, own = without_plans(hf_kwargs)
         key = prepared_key(mm_items, plans, own)
         data = None if key is None else self.script_prepared.get(key)
+        if key is not None:
+            self.script_metrics.prepared(data is not None, sum(map(len, plans.values())))
         if data is None:
             data = super()._apply_hf_processor_main(mm_items=mm_items, hf_kwargs=own)
             if key is not None:
@@ -312,11 +329,25 @@ class PrunedProcessor(ABC):
             full = stock(index) if callable(stock) else stock
             shape = self.script_shape(modality, index, mm_items, out_mm_kwargs)
             plan = plans[index]
+            self.script_metrics.note_unpruned(plan.picture, visual_tokens(full))
             self.info.script_options.check_request(plan.budget, shape.views, shape.tokens)
             count = plan.count(shape)
             return full if count is None else shortened(full, count + shape.beside)
 
         return replacement
+
+
+def model_name(model_config: Any) -> str:
+    """The name by which vLLM's own metrics call the model."""
+    name = model_config.served_model_name or model_config.model
+    return name if isinstance(name, str) else name[0]
+
+
+def visual_tokens(content: list[int] | PromptUpdateDetails) -> int:
+    """How many tokens of a picture's replacement visual embeddings are put on."""
+    if not isinstance(content, PromptUpdateDetails):
+        return len(content)
+    return len(content.full) if content.is_embed is None else int(content.is_embed(content.full).sum())
 
 
 def shortened(content: list[int] | PromptUpdateDetails, count: int) -> list[int] | PromptUpdateDetails:
