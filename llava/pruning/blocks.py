@@ -1,7 +1,7 @@
 """Similarities among very many tokens, as of all frames of a clip, without the matrix of all pairs.
 
 64 frames of 169 tokens are n = 10,816 tokens: 468 MB of float32 for the n x n matrix, and as much again for each step
-that looks at it. Here no tensor has more than `ROWS` rows of n; a choice leaves one number at each token (screening.py).
+that looks at it. Here no tensor has more than `ROWS` rows of n; a choice leaves a number at each token (screening.py).
 """
 
 from __future__ import annotations

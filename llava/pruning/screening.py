@@ -22,6 +22,7 @@ from llava.pruning.functional import inner_products, inverse_norm
 ROWS = 256  # rows of similarities that are looked at together
 POOL = 256  # tokens among which a round chooses
 GROUP = 1024  # waiting tokens that are looked at together, at least
+KEY = 64  # columns by which tokens with the same features are found
 
 
 @dataclass(frozen=True)
@@ -215,15 +216,16 @@ def repeats(features: Tensor, bound: Tensor) -> Tensor:
     They can be chosen neither before that one nor after it, when their variance is below epsilon; left out, they
     cannot be mistaken for it where rounding tells equal columns of a product apart.
     """
-    bits = features.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[features.element_size()])
+    some = features[:, :: max(1, features.shape[1] // KEY)].contiguous()
+    bits = some.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[features.element_size()]).long()
     factors = torch.randint(2**62, bits.shape[1:], generator=torch.Generator().manual_seed(0)).to(bits.device)
-    keys = torch.cat([(part.long() * factors).sum(-1) for part in bits.split(ROWS)])  # integers: no rounding
+    keys = (bits * factors).sum(-1)  # of integers: no rounding
     number = torch.unique(keys, return_inverse=True)[1]
     order = bound.argsort(descending=True, stable=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     first = order[torch.full_like(order, len(order)).scatter_reduce_(0, number, place, reduce="amin")[number]]
     found = (first != torch.arange(len(order), device=order.device)).nonzero().flatten()
-    for part in found.split(ROWS):  # equal keys are almost always, not always, of equal features
+    for part in found.split(ROWS):  # equal keys may be of features that differ elsewhere
         first[part] = torch.where((features[part] == features[first[part]]).all(-1), first[part], part)
     return first != torch.arange(len(order), device=order.device)
 
