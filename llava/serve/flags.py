@@ -45,7 +45,7 @@ def add_method(parser: Any, default: str | None = DEFAULT_METHOD) -> None:
         default=FULL,
         metavar="N",
         help="visual tokens kept per view or frame: a count, a share, full, or auto (auto:0.9, auto:gain=0.0006, "
-        "auto:0.9:floor=8:ceiling=128): as many as it takes",
+        "auto:0.9:floor=8:ceiling=128): as many as it takes; auto:mean_tokens=64:curves=FILE: 64 on average",
     )
     methods = ", ".join(list_pruners())
     parser.add_argument(

@@ -114,7 +114,7 @@ def test_a_misspelt_option_among_the_processors_own():
 
 def test_a_budget_that_finds_itself_cannot_be_served():
     """The prompt is laid out before the picture is encoded."""
-    for text in ("auto", "auto:0.9"):
+    for text in ("auto", "auto:0.9", "auto:mean_tokens=64:curves=curves.json"):
         with pytest.raises(ValueError, match=f"keep_tokens={text} cannot be served: vLLM lays out the prompt before"):
             read_server_options({"keep_tokens": text}, None)
         with pytest.raises(ValueError, match="give a count, or image_pruning_rate"):

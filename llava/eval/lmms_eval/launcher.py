@@ -112,11 +112,11 @@ class HarnessRun:
             raise ValueError(f"give --benchmark ({', '.join(sorted(HARNESS_TASKS))}) or --tasks")
         if options.tag is not None and Path(options.tag).name != options.tag:
             raise ValueError(f"--tag is a name, not a path; got {options.tag!r}")
-        pruner, tiled = check_model(options)
+        self.pruner, tiled = check_model(options)
         if options.include_path is not None and not options.include_path.is_dir():
             raise FileNotFoundError(f"there is no folder {options.include_path} of task files")
         self.tasks = options.tasks or HARNESS_TASKS[options.benchmark].task
-        keep = None if pruner is None else pruner.keep_tokens
+        keep = None if self.pruner is None else self.pruner.keep_tokens
         tag = options.tag or run_tag(keep, tiled, options.pruner, options.pruner_args, options.seed)
         if options.limit is not None and options.tag is None:
             tag += f"-first{options.limit}"
@@ -131,7 +131,7 @@ class HarnessRun:
         given = {
             "pretrained": options.model_path,
             "pruner": options.pruner,
-            "keep_tokens": options.keep_tokens,
+            "keep_tokens": options.keep_tokens if self.pruner is None else self.pruner.keep_tokens,
             "pruner_args": " ".join(pruner_options(options)),
             "conv_template": options.conv_mode,
             "dtype": options.dtype,

@@ -290,6 +290,7 @@ def test_empty_chunk_gets_an_empty_file(tmp_path):
         ((0.25, True), "vtn_0.25"),
         (("auto:0.95", True), "vtn_auto95"),
         (("auto:gain=0.001:floor=8", False, "scope", (), 2), "vtn_auto-gain0.001-floor8-scope-seed2"),
+        (("auto:gain=0.001:floor=8:mean_tokens=64", False), "vtn_auto-mean64"),
     ],
 )
 def test_tags(arguments, tag):
