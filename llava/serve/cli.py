@@ -15,14 +15,14 @@ from PIL import Image
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, conv_templates
 from llava.layout.visuals import IMAGE, VIDEO, Reading
-from llava.mm_utils import load_image, process_images, tokenizer_image_token
+from llava.mm_utils import load_image, process_images, tokenizer_image_token, view_side
 from llava.model.builder import find_template, load_pretrained_model
 from llava.model.encoded_images import EncodedImages
 from llava.pruning import Method
 from llava.relevance.policy import settle
 from llava.serve.chat import AnySession, Chat
-from llava.serve.flags import make_pruner
-from llava.serve.options import check_options, parse_arguments, parse_grid, without_budget
+from llava.serve.flags import make_pruner, parse_grid
+from llava.serve.options import check_options, parse_arguments, without_budget
 from llava.serve.status import TimedStreamer, status_line, stoppable
 from llava.serve.token_picture import draw_kept_tokens, drawn_cell, join_panels, save_drawing, with_caption
 from llava.serve.transformers_session import TransformersSession
@@ -57,9 +57,9 @@ class Session:
             joint_space_path=options.siglip_path,
         )
         changes = {"mm_spatial_pool_mode": options.pool_mode} if options.pool_mode else {}
-        if options.image_grid:
-            changes["image_grid_pinpoints"] = [parse_grid(options.image_grid)]
         self.reading = Reading.of(self.model.config, **changes)
+        if options.image_grid:
+            self.reading = self.reading.with_grid(parse_grid(options.image_grid), view_side(self.image_processor))
         self.pictures: EncodedImages | None = None
         self.vision_seconds = 0.0
         self.stopped = False

@@ -54,6 +54,26 @@ def add_method(parser: Any, default: str | None = DEFAULT_METHOD) -> None:
     parser.add_argument("--pruner-args", nargs="+", default=[], metavar="KEY=VALUE", help="options of the pruner")
 
 
+def add_image_grid(parser: Any) -> None:
+    """``--image-grid``, which `parse_grid` reads."""
+    parser.add_argument(
+        "--image-grid",
+        metavar="WxH",
+        help="cut every picture for this resolution, whatever its shape, such as 672x672",
+    )
+
+
+def parse_grid(text: str, name: str = "--image-grid") -> list[int]:
+    """Read "672x672" as [width, height] in pixels. Raises ValueError, which calls it ``name``."""
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        width, height = 0, 0
+    if min(width, height) < 1:
+        raise ValueError(f"{name} is written WIDTHxHEIGHT in pixels, such as 672x672; got {text!r}")
+    return [width, height]
+
+
 def add_device(parser: Any) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 

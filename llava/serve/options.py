@@ -62,7 +62,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--repetition-penalty", type=float, metavar="P", help="default: the checkpoint's; 1 is none")
     flags.add_template(parser)
-    parser.add_argument("--image-grid", metavar="WxH", help="cut every picture for this resolution, such as 672x672")
+    flags.add_image_grid(parser)
     flags.add_device(parser)
     parser.add_argument("--device-map", choices=DEVICE_MAPS, help="spread the language model over GPUs")
     flags.add_dtype(parser)
@@ -102,7 +102,7 @@ def check_options(options: argparse.Namespace) -> None:
     pick_device(options.device)
     check_sampling(options)
     if options.image_grid:
-        parse_grid(options.image_grid)
+        flags.parse_grid(options.image_grid)
     if options.video_file and options.image_file:
         raise ValueError("--image-file and --video-file exclude each other")
     if options.captions and options.show_tokens is None:
@@ -150,12 +150,3 @@ def check_writable(path: Path) -> None:
             tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise OSError(f"--show-tokens {path} cannot be written: {error.strerror}") from error
-
-
-def parse_grid(text: str) -> list[int]:
-    """Read "672x672". Raises ValueError."""
-    try:
-        width, height = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise ValueError(f"--image-grid is written WIDTHxHEIGHT, got {text!r}") from None
-    return [width, height]

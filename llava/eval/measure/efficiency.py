@@ -34,6 +34,8 @@ from llava.eval.measure.efficiency_transformers import (
     build_random_transformers,
 )
 from llava.eval.measure.geometry import GEOMETRIES, build_random
+from llava.layout.visuals import Reading
+from llava.mm_utils import view_side
 from llava.model.builder import DEFAULT_CHECKPOINT, load_pretrained_model, pick_device
 from llava.pruning import Method, get_pruner, list_pruners, parse_budget, parse_options
 from llava.serve import flags
@@ -157,6 +159,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     flags.add_kernels(parser)
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16, on a CPU float32")
     flags.add_attention(parser)
+    flags.add_image_grid(parser)
     parser.add_argument("--compile-tower", action="store_true", help="put the vision tower through torch.compile")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw where the time goes (.svg, .png, .pdf)")
@@ -164,13 +167,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def load_subjects(options: argparse.Namespace) -> Iterator[AnySubject]:
-    """The model, with each batch size in turn."""
+    """The model, with each batch size in turn. With a fixed grid the picture asked about has its size."""
     half = options.counts_only or options.device.startswith("cuda")
     dtype = getattr(torch, ("bfloat16" if half else "float32") if options.dtype == "auto" else options.dtype)
     loaded = {"dtype": dtype, "device": options.device, "attn_implementation": options.attn_implementation}
     if options.model_path is None and options.preset in TRANSFORMERS_PRESETS:
-        if options.counts_only or options.compile_tower:
-            raise ValueError(f"{options.preset} is a model of Transformers: no --counts-only, no --compile-tower")
+        if options.counts_only or options.compile_tower or options.image_grid:
+            refused = "no --counts-only, no --compile-tower, no --image-grid"
+            raise ValueError(f"{options.preset} is a model of Transformers: {refused}")
         built = build_random_transformers(TRANSFORMERS_PRESETS[options.preset], **loaded)
         yield from (TransformersSubject(built, batch, options.device) for batch in options.batch_sizes)
         return
@@ -185,10 +189,16 @@ def load_subjects(options: argparse.Namespace) -> Iterator[AnySubject]:
         decoder = "meta" if options.counts_only else None
         model, image_processor = build_random(geometry, **loaded, decoder_device=decoder)
         size, frames = geometry.picture, geometry.frames
+    reading = Reading.of(model.config)
+    if options.image_grid:
+        size = tuple(flags.parse_grid(options.image_grid))
+        if frames is not None:
+            raise ValueError(f"--image-grid is for pictures; {options.preset} is measured on a video")
+        reading = reading.with_grid(size, view_side(image_processor))
     if options.compile_tower:
         model.get_vision_tower().compile_layers()
     for batch in [1] if options.counts_only else options.batch_sizes:
-        yield Subject(model, image_processor, size, batch, options.device, frames)
+        yield Subject(model, image_processor, size, batch, options.device, frames, reading)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -220,6 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(json.dumps({
         "preset": options.model_path or options.preset,
+        **({"image_grid": options.image_grid} if options.image_grid else {}),
         "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "dtype": str(subject.dtype).removeprefix("torch."),

@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.eval.measure.cost import count_macs, prefill_flops
 from llava.eval.measure.selection_speed import extra_memory, synchronise
-from llava.layout.visuals import Visuals
+from llava.layout.visuals import Reading, Visuals
 from llava.mm_utils import process_images
 from llava.model.encoded_images import EncodedImages
 from llava.model.llava_arch import EmbeddedPrompts
@@ -81,7 +81,9 @@ class Subject:
         batch: int,
         device: str,
         frames: int | None = None,
+        reading: Reading | None = None,
     ) -> None:
+        self.reading = Reading.of(model.config) if reading is None else reading
         self.model, self.image_processor, self.batch, self.device = model, image_processor, batch, device
         self.frames, self.modality = frames, "image" if frames is None else "video"
         self.dtype = next(model.parameters()).dtype
@@ -100,7 +102,7 @@ class Subject:
         self.pixels = [pixels.to(device, self.dtype) for pixels in self.preprocess()]
         if frames is None:
             self.pixels = torch.stack(self.pixels)
-        self.visuals = self.model.visuals(self.pixels, self.sizes, self.modality)
+        self.visuals = self.model.visuals(self.pixels, self.sizes, self.modality, self.reading)
         layout, _ = self.model.vision.layouts(self.visuals)[0]
         self.tokens_per_view = layout.eligible.shape[1]
 
@@ -111,8 +113,7 @@ class Subject:
     def preprocess(self) -> list[Tensor]:
         """Pictures -> pixels of each, (views, 3, s, s) or (3, s, s) float32; videos -> (frames, 3, s, s)."""
         if self.frames is None:
-            config = self.model.config
-            return [process_images([picture], self.image_processor, config)[0] for picture in self.pictures]
+            return [process_images([picture], self.image_processor, self.reading)[0] for picture in self.pictures]
         return [process_video([picture] * self.frames, self.image_processor) for picture in self.pictures]
 
     def encode(self) -> EncodedImages:

@@ -293,3 +293,13 @@ def test_a_row_can_be_a_method_with_options():
     assert method_of("random", 8) == get_pruner("random", keep_tokens=8)
     with pytest.raises(ValueError, match="no option taw"):
         method_of("script:taw=1", 8)
+
+
+def test_a_fixed_grid_is_measured_as_it_is_evaluated(capsys):
+    model = ["--model-path", str(TOY_FOLDER / "llava-toy-v1.6"), "--keep-tokens", "8", "--pruners", "first"]
+    assert main([*model, "--counts-only", "--device", "cpu", "--image-grid", "336x672"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["image_grid"] == "336x672"
+    assert [row["visual_tokens"] for row in found["batches"][0]["rows"]][1:] == [24, 24]  # three views
+    assert main(["--counts-only", "--image-grid", "672x672"]) == 2
+    assert "cut pictures into tiles" in capsys.readouterr().err

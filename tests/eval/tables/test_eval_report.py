@@ -83,6 +83,17 @@ def test_the_papers_relative_follows_from_its_averages():
     assert checked > 20
 
 
+def test_relative_is_to_the_unpruned_run_of_the_same_grid(tmp_path):
+    paths = [make_run(tmp_path, "gqa", "full", 60.0)]
+    paths.append(make_run(tmp_path, "gqa", "vtn_64-grid672x672", 54.0, 64, image_grid=[672, 672]))
+    runs = [read_run(path) for path in paths]
+    rows = make_rows(runs, {})
+    assert rows[1].relative is None
+    assert any("another --image-grid" in line for line in explanations(runs, rows))
+    runs.append(read_run(make_run(tmp_path, "gqa", "full-grid672x672", 72.0, image_grid=[672, 672])))
+    assert next(row for row in make_rows(runs, {}) if row.tag.startswith("vtn")).relative == pytest.approx(75.0)
+
+
 def test_the_same_run_twice_is_refused(tmp_path):
     paths = [make_run(tmp_path / part, "sqa", "full", 60.0) for part in ("A", "I")]
     with pytest.raises(ValueError, match="same benchmark, tag and seed"):
