@@ -201,44 +201,59 @@ def load_subjects(options: argparse.Namespace) -> Iterator[AnySubject]:
         yield Subject(model, image_processor, size, batch, options.device, frames, reading)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    try:
-        options.device = pick_device(options.device)
-        flags.use_kernels(options.kernels, options.device)
-        budgets = [parse_budget(text) for text in options.keep_tokens]
-        if any(isinstance(budget, float) for budget in budgets):
-            raise ValueError("--keep-tokens takes counts here, not shares")
-        make_rows(options.pruners, budgets, sys.maxsize)  # names and counts, before anything is loaded
-        subjects = load_subjects(options)
-        batches = []
-        for subject in subjects:
-            rows = make_rows(options.pruners, budgets, subject.tokens_per_view)
-            repeats = 0 if options.counts_only else options.repeats
-            warm_up = 0 if options.counts_only else options.warm_up
-            completed = measure(subject, rows, repeats, warm_up, options.new_tokens)
-            limits = {row.keep: row for row in rows if row.name == "limit"}
-            found = [summary_of(row, limits.get(row.keep), rows[0]) for row in rows]
-            batches.append({"batch": subject.batch, "repeats": completed, "rows": found})
+def measure_all(options: argparse.Namespace, show: bool = True) -> dict[str, Any]:
+    """All rows at all batch sizes, as the JSON line holds them.
+
+    Args:
+        show: print a table for each batch size.
+
+    Raises:
+        ValueError, OSError: options, a method or a checkpoint that do not fit; the first before anything is loaded.
+    """
+    options.device = pick_device(options.device)
+    flags.use_kernels(options.kernels, options.device)
+    budgets = [parse_budget(text) for text in options.keep_tokens]
+    if any(isinstance(budget, float) for budget in budgets):
+        raise ValueError("--keep-tokens takes counts here, not shares")
+    make_rows(options.pruners, budgets, sys.maxsize)  # names and counts, before anything is loaded
+    batches = []
+    for subject in load_subjects(options):
+        rows = make_rows(options.pruners, budgets, subject.tokens_per_view)
+        repeats = 0 if options.counts_only else options.repeats
+        warm_up = 0 if options.counts_only else options.warm_up
+        completed = measure(subject, rows, repeats, warm_up, options.new_tokens)
+        limits = {row.keep: row for row in rows if row.name == "limit"}
+        found = [summary_of(row, limits.get(row.keep), rows[0]) for row in rows]
+        batches.append({"batch": subject.batch, "repeats": completed, "rows": found})
+        if show:
             print_table(found, options.preset if options.model_path is None else None, subject.batch)
-        if options.plot:
-            plot(batches[0]["rows"], options.plot)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps({
+    weights = sum(parameter.nbytes for parameter in subject.model.parameters())
+    return {
         "preset": options.model_path or options.preset,
         **({"image_grid": options.image_grid} if options.image_grid else {}),
         "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else f"{platform.machine()} CPU",
         "threads": torch.get_num_threads(),
         "dtype": str(subject.dtype).removeprefix("torch."),
+        "weight_bytes": weights,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "date": time.strftime("%Y-%m-%d"),
         "batches": batches,
-    }))  # fmt: skip
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        found = measure_all(options)
+        if options.plot:
+            plot(found["batches"][0]["rows"], options.plot)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(found))
     return 0
 
 

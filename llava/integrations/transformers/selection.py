@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,8 @@ class KeptPicture:
         relevance: where the question was read, and why; ``None`` for a method that reads none.
         scores: (t,) float32 on the CPU, what the method made of the question, scaled within each selection; NaN at
             separators and where nothing was selected. ``None`` where the method computes none.
+        told: places (n,) among the t, and what the method told of the tokens there, (n,) by name, where it computes:
+            one pair for each selection. `details` puts them together.
     """
 
     picture: Picture
@@ -39,6 +41,16 @@ class KeptPicture:
     per_layer: tuple[int, ...] | None = None
     relevance: Choice | None = None
     scores: Tensor | None = None
+    told: tuple[tuple[Tensor, Mapping[str, Tensor]], ...] = ()
+
+    def details(self) -> dict[str, Tensor]:
+        """What the method told of every token, (t,) float32 on the CPU by name; NaN where nothing was selected."""
+        names = dict.fromkeys(name for _, values in self.told for name in values)
+        found = {name: torch.full(self.kept.shape, torch.nan) for name in names}
+        for places, values in self.told:
+            for name, value in values.items():
+                found[name][places] = value.float().cpu()
+        return found
 
     @property
     def tokens(self) -> int:
@@ -129,6 +141,7 @@ def select_tokens(
     kept_columns: dict[int, list[Tensor]] = {index: [] for index in range(len(pictures))}
     made: dict[int, list[tuple[Tensor, Tensor]]] = {}
     scores: dict[int, Tensor] = {}
+    told: dict[int, list[tuple[Tensor, Mapping[str, Tensor]]]] = {}
     whole = dict.fromkeys(range(len(pictures)), True)
     for (tokens, keep), group in groups.items():
         if keep >= tokens:
@@ -154,8 +167,13 @@ def select_tokens(
         if made_tokens is not None and method.place == "encoder":
             made_tokens = project(made_tokens)
         _, made_counts = method.kept_and_made(keep, attended)
+        of_tokens = {name: value for name, value in selection.details.items() if value.shape == (len(group), tokens)}
         for number, one in enumerate(group):
             whole[one.picture] = False
+            if of_tokens:
+                places = torch.searchsorted(pictures[one.picture].columns, one.columns)
+                own_details = {name: value[number] for name, value in of_tokens.items()}
+                told.setdefault(one.picture, []).append((places, own_details))
             if "relevance" in selection.details:
                 own_scores = scores.setdefault(one.picture, torch.full(pictures[one.picture].columns.shape, torch.nan))
                 places = torch.searchsorted(pictures[one.picture].columns, one.columns)
@@ -180,7 +198,8 @@ def select_tokens(
             kept = kept | picture.separators_to_keep(kept & picture.attended)
         parts = made.get(index)
         joined = None if parts is None else tuple(torch.cat(part) for part in zip(*parts, strict=True))
-        answers.append(KeptPicture(picture, kept & picture.attended, joined, scores=scores.get(index)))
+        told_of = tuple(told.get(index, ()))
+        answers.append(KeptPicture(picture, kept & picture.attended, joined, scores=scores.get(index), told=told_of))
     return answers
 
 
