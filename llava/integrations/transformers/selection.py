@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ class KeptPicture:
         per_layer: tokens that enter each layer of the decoder, separators among them, where a method inside it drops
             some; ``None`` where all layers see the same.
         relevance: where the question was read, and why; ``None`` for a method that reads none.
-        scores: (t,) float32 on the CPU, what the method made of the question, scaled within each selection; NaN at
-            separators and where nothing was selected. ``None`` where the method computes none.
+        details: what the method computed of each token on the way, by name: (t,) float32 on the CPU, NaN at separators
+            and where nothing was selected.
     """
 
     picture: Picture
@@ -38,7 +38,12 @@ class KeptPicture:
     made: tuple[Tensor, Tensor] | None = None
     per_layer: tuple[int, ...] | None = None
     relevance: Choice | None = None
-    scores: Tensor | None = None
+    details: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def scores(self) -> Tensor | None:
+        """(t,) what the method made of the question, scaled within each selection; ``None`` if it computes none."""
+        return self.details.get("relevance")
 
     @property
     def tokens(self) -> int:
@@ -128,7 +133,7 @@ def select_tokens(
         groups.setdefault((len(one.columns), one.keep), []).append(one)
     kept_columns: dict[int, list[Tensor]] = {index: [] for index in range(len(pictures))}
     made: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    scores: dict[int, Tensor] = {}
+    details: dict[int, dict[str, Tensor]] = {}
     whole = dict.fromkeys(range(len(pictures)), True)
     for (tokens, keep), group in groups.items():
         if keep >= tokens:
@@ -156,10 +161,12 @@ def select_tokens(
         _, made_counts = method.kept_and_made(keep, attended)
         for number, one in enumerate(group):
             whole[one.picture] = False
-            if "relevance" in selection.details:
-                own_scores = scores.setdefault(one.picture, torch.full(pictures[one.picture].columns.shape, torch.nan))
-                places = torch.searchsorted(pictures[one.picture].columns, one.columns)
-                own_scores[places] = selection.details["relevance"][number].float().cpu()
+            places = torch.searchsorted(pictures[one.picture].columns, one.columns)
+            for name, values in selection.details.items():
+                if values.shape[1:] == (tokens,):
+                    empty = torch.full(pictures[one.picture].columns.shape, torch.nan)
+                    of_picture = details.setdefault(one.picture, {}).setdefault(name, empty)
+                    of_picture[places] = values[number].float().cpu()
             own, own_columns = selection.indices[number], one.columns[chosen[number]]
             if selection.eligible is not None:  # only the data told how many
                 own, own_columns = own[selection.eligible[number]], own_columns[selection.eligible[number].cpu()]
@@ -180,7 +187,7 @@ def select_tokens(
             kept = kept | picture.separators_to_keep(kept & picture.attended)
         parts = made.get(index)
         joined = None if parts is None else tuple(torch.cat(part) for part in zip(*parts, strict=True))
-        answers.append(KeptPicture(picture, kept & picture.attended, joined, scores=scores.get(index)))
+        answers.append(KeptPicture(picture, kept & picture.attended, joined, details=details.get(index, {})))
     return answers
 
 
