@@ -225,7 +225,7 @@ class LibrarySource(Source):
 
     def details(self, kept: object) -> Mapping[str, Tensor]:
         shown = kept.picture.views != SEPARATOR
-        return {name: values[shown] for name, values in kept.details().items()}
+        return {name: values[shown] for name, values in kept.details.items()}
 
 
 def _colours(pixels: Tensor, processor: object) -> Tensor:

@@ -29,8 +29,6 @@ class KeptPicture:
         per_layer: tokens that enter each layer of the decoder, separators among them, where a method inside it drops
             some; ``None`` where all layers see the same.
         relevance: where the question was read, and why; ``None`` for a method that reads none.
-        scores: (t,) float32 on the CPU, what the method made of the question, scaled within each selection; NaN at
-            separators and where nothing was selected. ``None`` where the method computes none.
         told: places (n,) among the t, and what the method told of the tokens there, (n,) by name, where it computes:
             one pair for each selection. `details` puts them together.
     """
@@ -40,9 +38,9 @@ class KeptPicture:
     made: tuple[Tensor, Tensor] | None = None
     per_layer: tuple[int, ...] | None = None
     relevance: Choice | None = None
-    scores: Tensor | None = None
     told: tuple[tuple[Tensor, Mapping[str, Tensor]], ...] = ()
 
+    @property
     def details(self) -> dict[str, Tensor]:
         """What the method told of every token, (t,) float32 on the CPU by name; NaN where nothing was selected."""
         names = dict.fromkeys(name for _, values in self.told for name in values)
@@ -51,6 +49,11 @@ class KeptPicture:
             for name, value in values.items():
                 found[name][places] = value.float().cpu()
         return found
+
+    @property
+    def scores(self) -> Tensor | None:
+        """(t,) what the method made of the question, scaled within each selection; ``None`` if it computes none."""
+        return self.details.get("relevance")
 
     @property
     def tokens(self) -> int:
@@ -140,7 +143,6 @@ def select_tokens(
         groups.setdefault((len(one.columns), one.keep), []).append(one)
     kept_columns: dict[int, list[Tensor]] = {index: [] for index in range(len(pictures))}
     made: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    scores: dict[int, Tensor] = {}
     told: dict[int, list[tuple[Tensor, Mapping[str, Tensor]]]] = {}
     whole = dict.fromkeys(range(len(pictures)), True)
     for (tokens, keep), group in groups.items():
@@ -174,10 +176,6 @@ def select_tokens(
                 places = torch.searchsorted(pictures[one.picture].columns, one.columns)
                 own_details = {name: value[number] for name, value in of_tokens.items()}
                 told.setdefault(one.picture, []).append((places, own_details))
-            if "relevance" in selection.details:
-                own_scores = scores.setdefault(one.picture, torch.full(pictures[one.picture].columns.shape, torch.nan))
-                places = torch.searchsorted(pictures[one.picture].columns, one.columns)
-                own_scores[places] = selection.details["relevance"][number].float().cpu()
             own, own_columns = selection.indices[number], one.columns[chosen[number]]
             if selection.eligible is not None:  # only the data told how many
                 own, own_columns = own[selection.eligible[number]], own_columns[selection.eligible[number].cpu()]
@@ -198,8 +196,7 @@ def select_tokens(
             kept = kept | picture.separators_to_keep(kept & picture.attended)
         parts = made.get(index)
         joined = None if parts is None else tuple(torch.cat(part) for part in zip(*parts, strict=True))
-        told_of = tuple(told.get(index, ()))
-        answers.append(KeptPicture(picture, kept & picture.attended, joined, scores=scores.get(index), told=told_of))
+        answers.append(KeptPicture(picture, kept & picture.attended, joined, told=tuple(told.get(index, ()))))
     return answers
 
 
