@@ -13,8 +13,8 @@ import statistics
 from dataclasses import dataclass
 
 import torch
-from results import FIRST_SCENE, World, build_world, prompt_of
 from tqdm import tqdm
+from world import FIRST_SCENE, World, build_world, prompt_of
 
 from llava.eval.measure.calibrate_budget import curves_of
 from llava.mm_utils import tokenizer_image_token
