@@ -164,13 +164,20 @@ def test_tiles_stand_in_their_grid():
     assert html.count("data:image/jpeg") == 5  # once, whatever the number of looks
 
 
-def test_frames_of_a_video_are_a_strip(desk):
+def test_frames_of_a_video_are_a_strip(video):
+    desk = room_of(str(video / "checkpoints" / "llava-video-tiny-qwen2")).desk()
     frames = [Image.fromarray(np.full((40, 40, 3), shade, np.uint8)) for shade in (20, 120, 220)]
     desk.show("clip.mp4", video=Video(frames, [0, 1, 2]))
     look = desk.look(Setting(QUESTION, "uniform", "16"))
     assert look.pictures[0].is_video
     assert [view.title for view in look.pictures[0].views] == ["frame 1", "frame 2", "frame 3"]
     assert 'class="sv-strip"' in fragment(desk.comparison([look]), "c")
+    look = desk.look(Setting(QUESTION, keep="8", options=("scope=global",)))
+    assert look.kept == 24
+    own = desk.session.last_prompt.kept[0].mask()
+    assert torch.stack([view.kept.flatten() for view in look.pictures[0].views]).equal(own)
+    closest = torch.stack([view.closest.flatten() for view in look.pictures[0].views])
+    assert own.flatten()[closest.flatten()].all()  # counted over all frames
 
 
 def test_steps_and_closest_tokens():

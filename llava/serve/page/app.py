@@ -79,7 +79,7 @@ class Page:
         try:
             picture = user.take(sent, self.offered, self.most_bytes, self.room.options.num_frames)
         except Exception as error:
-            return gr.skip(), pieces.error(told_error(error)), gr.skip(), ""
+            return gr.skip() if user.desk.name else "", pieces.error(told_error(error)), gr.skip(), ""
         slider = gr.Slider(maximum=user.desk.tokens_of_view() or MOST_UNKNOWN)
         return self._preview(user, picture), pieces.note("ready for a question"), slider, ""
 
