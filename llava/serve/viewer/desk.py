@@ -78,6 +78,13 @@ class Desk:
             self.session.show(list(pictures), video)
         self.name = name
 
+    def tokens_of_view(self) -> int | None:
+        """The most visual tokens that a view of what is here has; ``None`` where only the processor tells."""
+        if self.room.options.hf or not self.name:
+            return None
+        layouts = self.session.model.vision.layouts(self.session.visuals)
+        return max(layout.eligible.shape[1] for layout, _ in layouts)
+
     def look(self, setting: Setting, listener: Terminal | None = None) -> Look:
         """Ask the question and say what was kept for it.
 

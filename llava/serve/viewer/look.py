@@ -143,7 +143,11 @@ def closest_kept(features: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def as_dict(comparison: Comparison) -> dict[str, Any]:
-    """All that a comparison says, pictures apart, as JSON takes it; cells by their numbers in the picture."""
+    """All that a comparison says, pictures apart, as JSON takes it.
+
+    "kept" of a view are the numbers of its kept cells, "order" the step at which each of them was chosen, "scores" and
+    "cosine" have a number for each cell, "closest" a cell of the picture, counted over its views.
+    """
     return {
         "picture": comparison.picture,
         "model": comparison.model,
@@ -175,7 +179,7 @@ def _picture_dict(picture: Picture) -> dict[str, Any]:
         one: dict[str, Any] = {"title": view.title, "rows": view.kept.shape[0], "columns": view.kept.shape[1]}
         one["kept"] = view.kept.flatten().nonzero().flatten().tolist()
         if view.order is not None:
-            one["order"] = view.order.flatten().tolist()
+            one["order"] = view.order[view.kept].tolist()
         one["scores"] = {name: rounded(values.flatten().tolist()) for name, values in view.scores.items()}
         if view.closest is not None:
             one["closest"] = view.closest.flatten().tolist()
@@ -185,7 +189,11 @@ def _picture_dict(picture: Picture) -> dict[str, Any]:
 
 
 def rounded(values: Sequence[Any]) -> list[Any]:
-    """Nested lists of numbers with four digits behind the point; NaN becomes ``None``, as JSON has none."""
+    """Nested lists of numbers with four digits; NaN becomes ``None``, as JSON has none."""
     if values and isinstance(values[0], list):
         return [rounded(row) for row in values]
-    return [None if value != value else round(value, 4) for value in values]
+    return [None if value != value else _plain(float(f"{value:.4g}")) for value in values]
+
+
+def _plain(value: float) -> int | float:
+    return int(value) if value.is_integer() else value
