@@ -20,7 +20,7 @@ from llava.integrations.vllm.options import (
 )
 from llava.integrations.vllm.plan import FIXED, PicturePlan, PictureShape, cannot_run, make_pruner
 from llava.integrations.vllm.prompt import questions_of_pictures, split_at
-from llava.integrations.vllm.registration import ARCHITECTURES, unsupported
+from llava.integrations.vllm.registration import ARCHITECTURES, is_tested, unsupported
 from llava.integrations.vllm.relevance import joint_space_folder, read_by, relevance_sign
 from llava.integrations.vllm.reuse import REMEMBERED_PICTURES, HotPictures, without_question
 from llava.integrations.vllm.selection import TokenSelector
@@ -576,4 +576,6 @@ def test_requests_take_the_sources_that_the_server_has_loaded():
 def test_supported_versions(version, fine):
     assert (unsupported(version) is None) == fine
     assert unsupported("unknown") is not None
+    assert is_tested(version) == (version == "0.32.0")
+    assert is_tested("0.33.0+cpu")
     assert len(ARCHITECTURES) == 5
