@@ -6,7 +6,9 @@
 
 The *limit* is the same pipeline in which the choice of tokens is given and costs nothing: the vision tower sees the
 whole picture, the language model gets as many tokens. A method that reaches 95 % of it spends 5 % of the time to the
-first token on choosing. Weights are random unless ``--model-path`` names a checkpoint. Last line: one JSON object.
+first token on choosing. *Resized* is the unpruned model on a smaller picture, at the sizes that its own processor
+offers (Gemma 4, counts only). Weights are random unless ``--model-path`` names a checkpoint. Last line: one JSON
+object.
 """
 
 from __future__ import annotations
@@ -28,19 +30,17 @@ from tqdm import tqdm
 
 from llava.eval.measure.efficiency_subject import STAGES, Row, Subject
 from llava.eval.measure.efficiency_table import plot, print_table
-from llava.eval.measure.efficiency_transformers import (
-    TRANSFORMERS_PRESETS,
-    TransformersSubject,
-    build_random_transformers,
-)
+from llava.eval.measure.efficiency_transformers import TransformersSubject, build_random_transformers
 from llava.eval.measure.geometry import GEOMETRIES, build_random
+from llava.eval.measure.transformers_counts import TransformersCounts
+from llava.eval.measure.transformers_presets import TRANSFORMERS_PRESETS
 from llava.layout.visuals import Reading
 from llava.mm_utils import view_side
 from llava.model.builder import DEFAULT_CHECKPOINT, load_pretrained_model, pick_device
 from llava.pruning import Method, get_pruner, list_pruners, parse_budget, parse_options
 from llava.serve import flags
 
-AnySubject = Subject | TransformersSubject
+AnySubject = Subject | TransformersSubject | TransformersCounts
 DTYPES = ("float32", "float16", "bfloat16")
 PRESETS = ("toy", *GEOMETRIES, *TRANSFORMERS_PRESETS)
 
@@ -75,9 +75,7 @@ def guarded(row: Row) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def measure(
-    subject: Subject | TransformersSubject, rows: list[Row], repeats: int, warm_up: int, new_tokens: int
-) -> int:
+def measure(subject: AnySubject, rows: list[Row], repeats: int, warm_up: int, new_tokens: int) -> int:
     """Fill the rows, taken in turn so that all meet the same machine; returns how many repeats were completed.
 
     Interrupted (Ctrl-C) it keeps what is complete.
@@ -172,10 +170,14 @@ def load_subjects(options: argparse.Namespace) -> Iterator[AnySubject]:
     dtype = getattr(torch, ("bfloat16" if half else "float32") if options.dtype == "auto" else options.dtype)
     loaded = {"dtype": dtype, "device": options.device, "attn_implementation": options.attn_implementation}
     if options.model_path is None and options.preset in TRANSFORMERS_PRESETS:
-        if options.counts_only or options.compile_tower or options.image_grid:
-            refused = "no --counts-only, no --compile-tower, no --image-grid"
-            raise ValueError(f"{options.preset} is a model of Transformers: {refused}")
+        if options.compile_tower or options.image_grid:
+            raise ValueError(f"{options.preset} is a model of Transformers: no --compile-tower, no --image-grid")
+        if options.counts_only:
+            loaded["device"] = "meta"
         built = build_random_transformers(TRANSFORMERS_PRESETS[options.preset], **loaded)
+        if options.counts_only:
+            yield TransformersCounts(built)
+            return
         yield from (TransformersSubject(built, batch, options.device) for batch in options.batch_sizes)
         return
     if options.model_path or options.preset == "toy":
@@ -219,6 +221,7 @@ def measure_all(options: argparse.Namespace, show: bool = True) -> dict[str, Any
     batches = []
     for subject in load_subjects(options):
         rows = make_rows(options.pruners, budgets, subject.tokens_per_view)
+        rows[1:1] = [Row("resized", tokens) for tokens in subject.own_sizes]
         repeats = 0 if options.counts_only else options.repeats
         warm_up = 0 if options.counts_only else options.warm_up
         completed = measure(subject, rows, repeats, warm_up, options.new_tokens)

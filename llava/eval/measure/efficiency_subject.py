@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,9 +37,9 @@ class Row:
     """A line of the table: a way to give the language model its visual tokens.
 
     Args:
-        name: of the method, "unpruned" or "limit".
+        name: of the method, "unpruned", "limit" or "resized": the unpruned model on a smaller picture.
         keep: tokens per view; ``None`` for all.
-        pruner: ``None`` for the unpruned model and the limit.
+        pruner: ``None`` for the unpruned model, the limit and "resized".
         seconds: by stage, one entry per repeat.
         note: why a figure is missing.
     """
@@ -72,6 +72,8 @@ class Subject:
 
     `preprocess` to `prefill` are the stages of the pipeline; `answer` is all of it as a user runs it.
     """
+
+    own_sizes: Sequence[int] = ()
 
     def __init__(
         self,
@@ -263,5 +265,11 @@ class Subject:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of all keys and values that a cache holds."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    """Bytes of all that a cache holds: keys and values, and the states of recurrent layers."""
+    total = 0
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is not None:
+            total += layer.keys.nbytes + layer.values.nbytes
+        for states in ("conv_states", "recurrent_states"):
+            total += sum(state.nbytes for state in getattr(layer, states, {}).values())
+    return total
