@@ -96,7 +96,7 @@ def entropy_map(grid: Tensor, shows: Tensor, neighbourhood: str = "square", span
     if span == "global":
         middle = (low + high) / 2
         width = width.amax().expand_as(width)
-        low = middle - width / 2
+        low = middle - width * (1 + 1 / BINS) / 2  # the middle lies inside a bin, not between two
     place = ((projections - low) / width.clamp_min(1e-12) * BINS).nan_to_num().floor().clamp(0, BINS - 1).long()
     counts = torch.zeros(*shows.shape, BINS).scatter_add_(2, place, there.float())
     p = counts / counts.sum(-1, keepdim=True).clamp_min(1) + 1e-8
