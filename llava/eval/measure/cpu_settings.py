@@ -109,7 +109,7 @@ def figures_of(found: dict[Setting, Times]) -> list[dict[str, Any]]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """As Markdown."""
     lines = [
-        "| numbers | threads | tower compiled | tokens | first token, ms | times faster | further, ms | times faster |",
+        "| numbers | threads | compiled | tokens | first token, ms | times faster | further, ms | times faster |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
