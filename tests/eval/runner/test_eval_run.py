@@ -18,7 +18,7 @@ from llava.eval.measure.cost import prefill_flops
 from llava.eval.runner import completion, journal, run
 from llava.pruning import get_pruner
 from own_questions import CHECKPOINT, PICTURES, write_questions
-from records import GOLDEN
+from records import GOLDEN, golden_scorers
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(run.__file__).parents[3])}
 
@@ -345,7 +345,7 @@ def test_missing_files_are_named_with_their_section(tmp_path, capsys):
 
 
 def test_mmbench_prompts():
-    table = next((GOLDEN / "scorers/mmbench/case1").glob("*.tsv"))
+    table = next((golden_scorers() / "mmbench/case1").glob("*.tsv"))
     recorded = {line["question_id"]: line for line in read_whole_lines(table.parent / "answers.jsonl")}
     questions = load_questions("mmbench", table, None)
     for question in questions:
@@ -358,7 +358,7 @@ def test_mmbench_prompts():
             assert (
                 question.text == f"{question.prompt}\nAnswer with the option's letter from the given choices directly."
             )
-    chinese = next((GOLDEN / "scorers/mmbench/case2").glob("*.tsv"))
+    chinese = next((golden_scorers() / "mmbench/case2").glob("*.tsv"))
     assert load_questions("mmbench_cn", chinese, None)[0].text.endswith("\n请直接回答选项字母。")
 
 
@@ -372,7 +372,7 @@ def test_mmbench_prompts():
     ],
 )
 def test_recorded_prompts(bench, folder, file):
-    case = GOLDEN / "scorers" / folder / "case1"
+    case = golden_scorers() / folder / "case1"
     answers = case / ("answers/merge.jsonl" if bench == "gqa" else "answers.jsonl")
     recorded = {(line["question_id"], line["prompt"]) for line in read_whole_lines(answers)}
     ours = {(question.question_id, question.prompt) for question in load_questions(bench, case / file, case)}
