@@ -21,7 +21,7 @@ from llava.integrations.vllm.options import (
 )
 from llava.integrations.vllm.plan import FIXED, PicturePlan, PictureShape, cannot_run, make_pruner
 from llava.integrations.vllm.prompt import questions_of_pictures, split_at
-from llava.integrations.vllm.registration import ARCHITECTURES, unsupported
+from llava.integrations.vllm.registration import ARCHITECTURES, is_tested, unsupported
 from llava.integrations.vllm.relevance import joint_space_folder, read_by, relevance_sign
 from llava.integrations.vllm.reuse import REMEMBERED_PICTURES, HotPictures, without_question
 from llava.integrations.vllm.selection import TokenSelector
@@ -116,7 +116,7 @@ def test_a_misspelt_option_among_the_processors_own():
 
 def test_a_budget_that_finds_itself_cannot_be_served():
     """The prompt is laid out before the picture is encoded."""
-    for text in ("auto", "auto:0.9"):
+    for text in ("auto", "auto:0.9", "auto:mean_tokens=64:curves=curves.json"):
         with pytest.raises(ValueError, match=f"keep_tokens={text} cannot be served: vLLM lays out the prompt before"):
             read_server_options({"keep_tokens": text}, None)
         with pytest.raises(ValueError, match="give a count, or image_pruning_rate"):
@@ -578,6 +578,8 @@ def test_requests_take_the_sources_that_the_server_has_loaded():
 def test_supported_versions(version, fine):
     assert (unsupported(version) is None) == fine
     assert unsupported("unknown") is not None
+    assert is_tested(version) == (version == "0.32.0")
+    assert is_tested("0.33.0+cpu")
     assert len(ARCHITECTURES) == 5
 
 

@@ -14,9 +14,10 @@ from llava.integrations.vllm.features import FeatureCache, PictureFeatures
 from llava.integrations.vllm.metrics import WorkerMetrics
 from llava.integrations.vllm.plan import PicturePlan
 from llava.integrations.vllm.processing import PrunedProcessingInfo, model_name, server_options, server_reading
-from llava.integrations.vllm.relevance import Reading, relevance_sign
+from llava.integrations.vllm.relevance import relevance_sign
 from llava.integrations.vllm.resets import hook_resets
 from llava.integrations.vllm.selection import TokenSelector
+from llava.integrations.vllm.startup import start_line
 from llava.relevance.asked import LanguageSpace
 from llava.relevance.clip import ClipJointSpace
 from llava.relevance.first_attention import FirstAttention
@@ -45,7 +46,7 @@ class PrunedModel:
         is_first = get_tp_group().rank_in_group == 0 and get_pp_group().is_first_rank
         self.script_metrics = WorkerMetrics(model_name(model_config), is_first)
         if is_first:
-            logger.info("%s", start_line(self.script_reading, self.script_server.feature_cache_mib))
+            logger.info("%s", start_line(self.script_reading, self.script_server))
             block = vllm_config.cache_config.block_size
             if self.script_reading.options.reuse != "none" and block > LARGE_BLOCK:
                 logger.warning(
@@ -122,28 +123,6 @@ class PrunedModel:
             self.script_cache.keep(plans[number].picture, features)
         self.script_metrics.looked_up(len(found) - len(missing), len(missing), self.script_cache.size)
         return [found[key] for key in keys]
-
-
-def start_line(reading: Reading, cache_mib: int) -> str:
-    """What an operator is told once, when the server starts."""
-    options = reading.options
-    if options.keep_tokens is not None:
-        budget = f"keeps {options.keep_tokens} visual tokens"
-    elif options.image_pruning_rate is not None:
-        budget = f"removes {options.image_pruning_rate:.0%} of the visual tokens"
-    else:
-        budget = "keeps all visual tokens unless a request says otherwise"
-    if reading.choice is None:
-        source = "reads no question"
-    elif options.reuse == "picture":
-        source = "chooses without the question, for all of them (reuse=picture)"
-    else:
-        often = " until a picture is asked about often (reuse=auto)" if options.reuse == "auto" else ""
-        source = f"reads the question with {reading.choice}{often}"
-    return (
-        f"Script: pruner '{reading.method.name}' {budget} of each {options.keep_per} and {source}; up to {cache_mib} "
-        "MiB of unpruned features are kept in each worker"
-    )
 
 
 def same_on_all_ranks(indices: Tensor) -> Tensor:
