@@ -33,6 +33,9 @@ def register() -> None:
     if reason is not None:
         init_logger("vllm.script").error("%s The names %s are not available.", reason, ", ".join(ARCHITECTURES))
         return
+    from llava.integrations.vllm.shipping import hook_receivers
+
+    hook_receivers()
     known = ModelRegistry.get_supported_archs()
     for architecture, place in ARCHITECTURES.items():
         if architecture not in known:
