@@ -1,7 +1,7 @@
 """A family in vLLM beside the same weights in the library's class, and what must hold between them."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -25,13 +25,13 @@ class Served:
     """One engine and the library's model.
 
     Args:
-        video_kwargs: what the library's processor needs beside the frames of a video.
+        without: what the library's class is not given of its processor's inputs.
     """
 
     llm: Any
     model: Any
     folder: Any
-    video_kwargs: dict = field(default_factory=dict)
+    without: tuple[str, ...] = ()
 
     def __post_init__(self):
         self.spy = Spy(self.llm)
@@ -52,6 +52,7 @@ class Served:
         """Greedy tokens and logprobs of the library's class, and the indices that it kept."""
         wanted = {"output_logits": True, "return_dict_in_generate": True, "pad_token_id": 0}
         made = self.processor(text=prompt, return_tensors="pt", **inputs)
+        made = {name: values for name, values in made.items() if name not in self.without}
         # Random weights answer with any token, the one that ends an answer among them.
         wanted |= {"eos_token_id": -1, "max_new_tokens": TOKENS, "do_sample": False}
         with torch.inference_mode(), pruner(self.model, self.processor) if pruner else nullcontext() as handle:
