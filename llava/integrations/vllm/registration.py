@@ -12,6 +12,8 @@ ARCHITECTURES = {
     "ScriptLlavaForConditionalGeneration": f"{_PACKAGE}.llava:ScriptLlavaForConditionalGeneration",
     "ScriptLlavaNextForConditionalGeneration": f"{_PACKAGE}.llava_next:ScriptLlavaNextForConditionalGeneration",
     "ScriptQwen2_5_VLForConditionalGeneration": f"{_PACKAGE}.qwen2_5_vl:ScriptQwen2_5_VLForConditionalGeneration",
+    "ScriptQwen3VLForConditionalGeneration": f"{_PACKAGE}.qwen3_vl:ScriptQwen3VLForConditionalGeneration",
+    "ScriptQwen3VLMoeForConditionalGeneration": f"{_PACKAGE}.qwen3_vl:ScriptQwen3VLMoeForConditionalGeneration",
     "ScriptInternVLChatModel": f"{_PACKAGE}.internvl:ScriptInternVLChatModel",
     "ScriptLlavaOnevisionForConditionalGeneration": (
         f"{_PACKAGE}.llava_onevision:ScriptLlavaOnevisionForConditionalGeneration"
