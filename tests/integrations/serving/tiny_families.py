@@ -23,8 +23,8 @@ RECURRENT = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
     "linear_conv_kernel_dim": 4,
 }
 
@@ -101,9 +101,6 @@ def make_gemma3(folder):
     model = randomised(hf.Gemma3ForConditionalGeneration._from_config(config))
     model.save_pretrained(folder)
     hub_names(folder)
-    crops = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 32, "pan_and_scan_max_num_crops": 4}
-    images = getattr(hf, "Gemma3ImageProcessorPil", hf.Gemma3ImageProcessor)(
-        size={"height": 112, "width": 112}, **crops, pan_and_scan_min_ratio_to_activate=1.6
-    )
+    images = getattr(hf, "Gemma3ImageProcessorPil", hf.Gemma3ImageProcessor)(size={"height": 112, "width": 112})
     hf.Gemma3Processor(images, tokenizer, image_seq_length=16).save_pretrained(folder)
     return model
