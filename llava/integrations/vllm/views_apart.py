@@ -1,0 +1,68 @@
+"""Families that write text between the views of a picture or video, such as the time of each frame."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from vllm.multimodal.processing import PromptUpdateDetails
+
+from llava.integrations.vllm.plan import PicturePlan, PictureShape
+from llava.integrations.vllm.processing import PrunedProcessor
+
+
+class ViewsApartProcessor(PrunedProcessor):
+    """Mixed in before the multi-modal processor of such a family."""
+
+    script_apart: tuple[str, ...]  # its modalities whose views stand apart
+
+    def script_replacement(
+        self, modality: str, stock: Any, plans: list[PicturePlan], mm_items: Any, out_mm_kwargs: Any
+    ) -> Any:
+        """vLLM's own replacement of a placeholder, with as many visual tokens of each view as the plan says."""
+        whole = super().script_replacement(modality, stock, plans, mm_items, out_mm_kwargs)
+        if modality not in self.script_apart:
+            return whole
+
+        def replacement(index: int) -> Any:
+            whole(index)  # checks the budget
+            full = stock(index) if callable(stock) else stock
+            shape = self.script_shape(modality, index, mm_items, out_mm_kwargs)
+            return shortened_by_view(full, counts_of_views(plans[index], shape, modality), shape.tokens)
+
+        return replacement
+
+
+def counts_of_views(plan: PicturePlan, shape: PictureShape, modality: str) -> list[int]:
+    """How many tokens each view keeps.
+
+    Raises:
+        ValueError: that is known only when they are chosen, since the views compete for one budget.
+    """
+    candidates = plan.candidates(shape)
+    if any(len(one.views) > 1 and not one.is_whole for one in candidates):
+        raise ValueError(
+            f"pruner '{plan.method}' with scope='global' lets the views of this {modality} compete for one budget, "
+            "but this model writes text between them, so how many tokens each keeps must be known before they are "
+            "chosen; scope='view' is possible, with keep_per='picture' too"
+        )
+    counts = [shape.tokens] * shape.views
+    for one in candidates:
+        for view in one.views if len(one.views) == 1 else ():
+            counts[view] = min(one.keep, one.tokens)
+    return counts
+
+
+def shortened_by_view(content: PromptUpdateDetails | list[int], counts: Sequence[int], tokens: int) -> Any:
+    """The same text with only the first ``counts[v]`` of the ``tokens`` visual tokens of each view v."""
+    details = content if isinstance(content, PromptUpdateDetails) else PromptUpdateDetails.from_seq(content)
+    visual = torch.ones(len(details.full), dtype=torch.bool)
+    if details.is_embed is not None:
+        visual = details.is_embed(details.full)
+    numbers = visual.cumsum(0) - 1
+    stays = ~visual | (numbers % tokens < torch.tensor(counts)[(numbers // tokens).clamp(0, len(counts) - 1)])
+    return dataclasses.replace(
+        details, full=[token for token, stay in zip(details.full, stays.tolist(), strict=True) if stay]
+    )
