@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from vllm.multimodal.processing import PromptUpdateDetails
 
 from llava.integrations.vllm.plan import PicturePlan, PictureShape
-from llava.integrations.vllm.processing import PrunedProcessor
+from llava.integrations.vllm.processing import PrunedProcessor, UnprunedPicture
 
 
 class ViewsApartProcessor(PrunedProcessor):
@@ -18,21 +17,13 @@ class ViewsApartProcessor(PrunedProcessor):
 
     script_apart: tuple[str, ...]  # its modalities whose views stand apart
 
-    def script_replacement(
-        self, modality: str, stock: Any, plans: list[PicturePlan], mm_items: Any, out_mm_kwargs: Any
-    ) -> Any:
+    def script_pruned(self, update: UnprunedPicture, plan: PicturePlan) -> UnprunedPicture:
         """vLLM's own replacement of a placeholder, with as many visual tokens of each view as the plan says."""
-        whole = super().script_replacement(modality, stock, plans, mm_items, out_mm_kwargs)
-        if modality not in self.script_apart:
-            return whole
-
-        def replacement(index: int) -> Any:
-            whole(index)  # checks the budget
-            full = stock(index) if callable(stock) else stock
-            shape = self.script_shape(modality, index, mm_items, out_mm_kwargs)
-            return shortened_by_view(full, counts_of_views(plans[index], shape, modality), shape.tokens)
-
-        return replacement
+        pruned = super().script_pruned(update, plan)  # checks the budget
+        if pruned is update or update.modality not in self.script_apart:
+            return pruned
+        counts = counts_of_views(plan, update.shape, update.modality)
+        return dataclasses.replace(update, content=shortened_by_view(update.content, counts, update.shape.tokens))
 
 
 def counts_of_views(plan: PicturePlan, shape: PictureShape, modality: str) -> list[int]:
@@ -55,14 +46,13 @@ def counts_of_views(plan: PicturePlan, shape: PictureShape, modality: str) -> li
     return counts
 
 
-def shortened_by_view(content: PromptUpdateDetails | list[int], counts: Sequence[int], tokens: int) -> Any:
+def shortened_by_view(content: PromptUpdateDetails, counts: Sequence[int], tokens: int) -> PromptUpdateDetails:
     """The same text with only the first ``counts[v]`` of the ``tokens`` visual tokens of each view v."""
-    details = content if isinstance(content, PromptUpdateDetails) else PromptUpdateDetails.from_seq(content)
-    visual = torch.ones(len(details.full), dtype=torch.bool)
-    if details.is_embed is not None:
-        visual = details.is_embed(details.full)
+    visual = torch.ones(len(content.full), dtype=torch.bool)
+    if content.is_embed is not None:
+        visual = content.is_embed(content.full)
     numbers = visual.cumsum(0) - 1
     stays = ~visual | (numbers % tokens < torch.tensor(counts)[(numbers // tokens).clamp(0, len(counts) - 1)])
     return dataclasses.replace(
-        details, full=[token for token, stay in zip(details.full, stays.tolist(), strict=True) if stay]
+        content, full=[token for token, stay in zip(content.full, stays.tolist(), strict=True) if stay]
     )
