@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from llava.pruning import PruningInputs, get_pruner, parse_options, reference
 from llava.pruning.functional import cosine_similarity, greedy_map_rank, self_products
+from llava.pruning.kernels.captured import CapturedSelection
 from llava.serve import flags
 
 JOINT_WIDTH = 768
@@ -108,6 +109,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         "plain_loop": lambda: reference.greedy_map_rank(similarity, arguments.keep_tokens, **given),
         "selection": lambda: pruner.select(inputs),
     }
+    if arguments.device.startswith("cuda"):
+        captured = CapturedSelection(pruner, inputs)
+        rows["captured"] = lambda: captured(inputs)
     seconds = time_rows(rows, arguments.repeats, arguments.device)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     beside = statistics.median(s - p for s, p in zip(seconds["selection"], seconds["half_product"], strict=True))
@@ -161,8 +165,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "loop": "greedy loop",
         "plain_loop": "the same as a plain loop",
         "selection": "whole selection",
+        "captured": "the same as a CUDA graph",
     }
-    for name, label in names.items():
+    for name in figures["milliseconds"]:
+        label = names[name]
         low, high = figures["spread_ms"][name]
         print(f"{label:25} {figures['milliseconds'][name]:9.2f} ms  ({low:.2f} to {high:.2f})")
     print(f"{'all but the product':25} {figures['beside_product_ms']:9.2f} ms")
