@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import io
+import queue
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -40,11 +42,15 @@ class DeadlineReader(io.RawIOBase):
 def download(address: str, seconds: float = URL_TIMEOUT_SECONDS, most: int = URL_MAX_BYTES) -> bytes:
     """What an http(s) address holds.
 
+    The transfer runs in a thread of its own: the system's look-up of a name takes no deadline, so that only who waits
+    for it can stop waiting.
+
     Raises:
-        OSError: it cannot be had in ``seconds`` (looking up the name excepted), has more than ``most`` bytes, leads
-            away from HTTP, or is not answered in HTTP; names the address and the reason.
+        OSError: it cannot be had in ``seconds``, has more than ``most`` bytes, leads away from HTTP, or is not
+            answered in HTTP; names the address and the reason.
     """
     end = time.monotonic() + seconds
+    outcome: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
 
     def left() -> float:
         remaining = end - time.monotonic()
@@ -52,16 +58,33 @@ def download(address: str, seconds: float = URL_TIMEOUT_SECONDS, most: int = URL
             raise TimeoutError("the time is over")
         return remaining
 
+    def transfer() -> None:
+        try:
+            outcome.put(_fetched(address, most, left))
+        except Exception as error:  # told where it is waited for
+            outcome.put(error)
+
+    threading.Thread(target=transfer, name="download", daemon=True).start()
     try:
-        with _opener(left).open(address, timeout=left()) as response:
-            data = bytearray()
-            while len(data) <= most and (chunk := response.read(CHUNK)):
-                data += chunk
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = str(error) or type(error).__name__
-        raise OSError(f"cannot fetch {address} within {seconds:g} s: {reason}") from error
-    if len(data) > most:
+        found = outcome.get(timeout=seconds)
+    except queue.Empty:
+        found = TimeoutError("the time is over")
+    if isinstance(found, (OSError, http.client.HTTPException, ValueError)):
+        reason = str(found) or type(found).__name__
+        raise OSError(f"cannot fetch {address} within {seconds:g} s: {reason}") from found
+    if isinstance(found, Exception):
+        raise found
+    if len(found) > most:
         raise OSError(f"{address} holds more than {most / 2**20:g} MiB")
+    return found
+
+
+def _fetched(address: str, most: int, left: Callable[[], float]) -> bytes:
+    """The first bytes of what an address holds, few more than ``most`` of them."""
+    data = bytearray()
+    with _opener(left).open(address, timeout=left()) as response:
+        while len(data) <= most and (chunk := response.read(CHUNK)):
+            data += chunk
     return bytes(data)
 
 

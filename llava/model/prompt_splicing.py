@@ -41,6 +41,9 @@ class EmbeddedPrompts:
     rows: list[PromptRow]
     pruner: DecoderPruner | None = None
 
+    def __post_init__(self) -> None:
+        self._entering = self.kept
+
     def decoder_pruning(self, decoder: nn.Module) -> DecoderPruning | None:
         """The method that is still to act, made ready for a decoder; ``None`` if there is none."""
         return None if self.pruner is None else DecoderPruning(decoder, self.pruner, self.rows)
@@ -48,7 +51,7 @@ class EmbeddedPrompts:
     def note_kept(self, pruning: DecoderPruning) -> None:
         """After the forward: write down in ``kept`` what the decoder has kept of each picture."""
         places = pruning.kept_places()
-        self.kept = [tokens.left_at(place) for tokens, place in zip(self.kept, places, strict=True)]
+        self.kept = [tokens.left_at(place) for tokens, place in zip(self._entering, places, strict=True)]
 
 
 def match_images(placeholders: list[int], images: int) -> tuple[list[list[int]], list[int]]:

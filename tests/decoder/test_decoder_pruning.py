@@ -592,6 +592,19 @@ def test_what_is_kept_is_written_down(load, pixels_of, checkpoint):
         assert set(after.sequence.tolist()) <= set(order)
 
 
+def test_embedded_prompts_can_be_answered_again(load, pixels_of):
+    tokenizer, model, _, _ = load(V15)
+    pixels, sizes = pixels_of(V15, "wide1000x400")
+    ids, _ = ids_of(tokenizer, prompt_of(QUESTIONS[0]))
+    pruner = method("fastv", keep_tokens=350)
+    prompts = model.embed_prompts(ids, images=pixels, image_sizes=sizes, pruner=pruner, padding_side="left")
+    answers = []
+    for _ in range(2):
+        answer = model.generate(prompts, max_new_tokens=4)
+        answers.append((answer.tolist(), prompts.kept[0].sequence.tolist(), prompts.kept[0].recycled))
+    assert answers[0] == answers[1]
+
+
 def test_the_loss_is_over_the_text_that_is_left(load, pixels_of):
     tokenizer, model, _, _ = load(V15)
     pixels, sizes = pixels_of(V15, "square336")

@@ -20,8 +20,9 @@ from llava.integrations.vllm.options import (
 )
 from llava.integrations.vllm.plan import FIXED, PicturePlan, PictureShape, cannot_run, make_pruner
 from llava.integrations.vllm.prompt import questions_of_pictures, split_at
-from llava.integrations.vllm.registration import ARCHITECTURES, unsupported
+from llava.integrations.vllm.registration import ARCHITECTURES, is_tested, unsupported
 from llava.integrations.vllm.relevance import joint_space_folder, read_by, relevance_sign
+from llava.integrations.vllm.reuse import REMEMBERED_PICTURES, HotPictures, without_question
 from llava.integrations.vllm.selection import TokenSelector
 from llava.layout.padding import patches_of_square, patches_of_tiles
 from llava.layout.views import padded_square_layout, tiled_layout
@@ -113,7 +114,7 @@ def test_a_misspelt_option_among_the_processors_own():
 
 def test_a_budget_that_finds_itself_cannot_be_served():
     """The prompt is laid out before the picture is encoded."""
-    for text in ("auto", "auto:0.9"):
+    for text in ("auto", "auto:0.9", "auto:mean_tokens=64:curves=curves.json"):
         with pytest.raises(ValueError, match=f"keep_tokens={text} cannot be served: vLLM lays out the prompt before"):
             read_server_options({"keep_tokens": text}, None)
         with pytest.raises(ValueError, match="give a count, or image_pruning_rate"):
@@ -177,6 +178,7 @@ SERVED = [name for name in list_pruners() if cannot_run(get_pruner(name)) is Non
 def test_options_that_are_accepted_do_on_pictures(name):
     """Whatever value of an option gets past the front end selects on a worker's pictures, padded ones included."""
     fields = {"relevance": torch.rand(2, 64), "view_ids": torch.arange(2), "pictures": torch.tensor([0, 0])}
+    fields["query_embeds"] = torch.randn(1, 3, 8)
     valid = torch.ones(2, 64, dtype=torch.bool)
     valid[1] = False
     valid[0, 60:] = False
@@ -293,22 +295,22 @@ def test_the_cache_is_bounded_and_drops_what_was_not_used_longest():
     size = picture(0).nbytes
     cache = FeatureCache(2 * size)
     for name in "ab":
-        cache.put(name, picture(ord(name)))
-    assert cache.get("a", "cpu", 1, 4).features[0, 0, 0] == ord("a")
-    cache.put("c", picture(ord("c")))
-    assert cache.get("b", "cpu", 1, 4) is None
-    assert cache.get("a", "cpu", 1, 4) is not None
+        cache.keep(name, picture(ord(name)))
+    assert cache.find("a", "cpu", 1, 4).features[0, 0, 0] == ord("a")
+    cache.keep("c", picture(ord("c")))
+    assert cache.find("b", "cpu", 1, 4) is None
+    assert cache.find("a", "cpu", 1, 4) is not None
     assert cache.size == 2 * size
-    cache.put("large", PictureFeatures(torch.zeros(9, 4, 8)))
-    assert cache.get("large", "cpu", 9, 4) is None
+    cache.keep("large", PictureFeatures(torch.zeros(9, 4, 8)))
+    assert cache.find("large", "cpu", 9, 4) is None
     none = FeatureCache(0)
-    none.put("a", picture(1))
-    assert none.get("a", "cpu", 1, 4) is None
-    assert cache.get("a", "cpu", 2, 4) is None  # another picture under its name
-    assert cache.get("a", "cpu", 1, 4) is None
+    none.keep("a", picture(1))
+    assert none.find("a", "cpu", 1, 4) is None
+    assert cache.find("a", "cpu", 2, 4) is None  # another picture under its name
+    assert cache.find("a", "cpu", 1, 4) is None
     assert cache.size == size
     cache.clear()
-    assert (cache.get("c", "cpu", 1, 4), cache.size) == (None, 0)
+    assert (cache.find("c", "cpu", 1, 4), cache.size) == (None, 0)
 
 
 def test_small_batches_are_the_whole():
@@ -321,6 +323,51 @@ def test_small_batches_are_the_whole():
     pixels = torch.arange(10.0).reshape(5, 2)
     assert torch.equal(in_small_batches(run, pixels, 2), pixels * 2)
     assert seen == [2, 2, 1]
+
+
+# --- pictures that are asked about often ---------------------------------------------------------------------------
+
+
+def test_a_picture_is_hot_by_different_questions_within_the_time():
+    now = [0.0]
+    hot = HotPictures(3, 10.0, clock=lambda: now[0])
+    assert [hot.ask("a", question) for question in ("one", "two", "two", "one")] == [False] * 4
+    assert hot.ask("a", "three")
+    assert hot.ask("a", "one")  # an old question about a hot picture
+    assert not hot.ask("b", "four")
+    now[0] = 9.0
+    assert hot.ask("a", "five")
+    now[0] = 11.0  # of three questions within ten seconds only "five" is left, and this one
+    assert not hot.ask("a", "six")
+    assert hot.ask("a", "seven")
+
+
+def test_pictures_are_forgotten_the_longest_unasked_first():
+    hot = HotPictures(2, 1e9)
+    hot.ask("first", "one")
+    for number in range(REMEMBERED_PICTURES):
+        hot.ask(f"{number}", "one")
+    assert not hot.ask("first", "two")
+    assert hot.ask("first", "three")
+
+
+@pytest.mark.parametrize("name", [name for name in list_pruners() if cannot_run(get_pruner(name)) is None])
+def test_a_form_without_the_question_reads_none(name):
+    options = PruningOptions(keep_tokens=4, image_pruning_method=name)
+    method = make_pruner(name, "{}")
+    if name == "hawk":
+        options = dataclasses.replace(options, image_pruning_args={"heads": "of a model"})
+    free = without_question(options, method)
+    assert not make_pruner(name, json.dumps(free.image_pruning_args)).reads_question
+    assert (free is options) is not method.reads_question
+
+
+def test_a_method_that_always_reads_the_question_has_no_reuse():
+    class Reader:
+        name, reads_question = "reader", True
+
+    with pytest.raises(ValueError, match="pruner 'reader' chooses by the question alone: take reuse=none"):
+        without_question(PruningOptions(), Reader())
 
 
 # --- selection -----------------------------------------------------------------------------------------------------
@@ -529,4 +576,6 @@ def test_requests_take_the_sources_that_the_server_has_loaded():
 def test_supported_versions(version, fine):
     assert (unsupported(version) is None) == fine
     assert unsupported("unknown") is not None
+    assert is_tested(version) == (version == "0.32.0")
+    assert is_tested("0.33.0+cpu")
     assert len(ARCHITECTURES) == 5

@@ -1,6 +1,7 @@
 """Pictures from the web: one limit for the whole transfer, only HTTP, and every fault a sentence."""
 
 import io
+import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -120,3 +121,19 @@ def test_more_than_the_limit_is_not_read(monkeypatch):
     with server(answer) as address, pytest.raises(OSError, match="holds more than"):
         download(address, most=1000)
     assert pictures.download is downloads.download
+
+
+def test_looking_up_a_name_is_within_the_time(monkeypatch):
+    asked = threading.Event()
+
+    def never(*arguments, **options):
+        asked.set()
+        time.sleep(5)
+        raise OSError("no such name")
+
+    monkeypatch.setattr(socket, "getaddrinfo", never)
+    began = time.monotonic()
+    with pytest.raises(OSError, match=r"cannot fetch http://slow\.example/a\.png within 0\.3 s: the time is over"):
+        download("http://slow.example/a.png", seconds=0.3)
+    assert asked.is_set()
+    assert time.monotonic() - began < 4

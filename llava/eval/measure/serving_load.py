@@ -2,10 +2,12 @@
 
     python -m llava.eval.serving_load --model /tmp/random-llava --keep-tokens 64
 
-Starts one server after another on this machine: the model as vLLM has it, then under Script's architecture. Against
-each, N clients ask through the OpenAI API, each its next question when the last is answered: all about the same
-picture, then each about another one. The table says requests per second, time to the first token, p50 and p99 of the
-whole answer, and the most of the KV cache that was in use; the last line is one JSON object.
+Starts one server after another on this machine: the model as vLLM has it ("unpruned"), then under Script's
+architecture with every policy of `--reuse`. Against each, N clients ask through the OpenAI API, each its next question
+when the last is answered: all about the same new picture, about a hot one (of which questions have been answered
+before, so that it is in every cache), and each about another one. The table says which share of the prompts' tokens
+came from the prefix cache, requests per second, time to the first token, p50 and p99 of the whole answer, and the most
+of the KV cache that was in use; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -38,17 +40,20 @@ from PIL import Image
 WORDS = ("what", "which", "is", "the", "of", "left", "right", "near", "circle", "house", "tree", "many")
 KV_USE = re.compile(r"^vllm:kv_cache_usage_perc(?:\{[^}]*\})? ([0-9.e+-]+)$", re.MULTILINE)
 START_SECONDS = 900
+UNPRUNED = "unpruned"
+HEATING = 6  # questions about a hot picture before its row begins: more than make it hot (`ServerOptions.reuse_after`)
 
 
 @dataclass(frozen=True)
 class LoadRow:
-    """One cell of the table; times in seconds, ``kv_use`` a share of the cache."""
+    """One cell of the table; times in seconds, ``kv_use`` a share of the cache, ``cached`` of the prompts' tokens."""
 
     mode: str
     pictures: str
     clients: int
     requests: int
     prompt_tokens: int
+    cached: float
     requests_per_second: float
     first_token_p50: float
     first_token_p99: float
@@ -62,7 +67,7 @@ def server(arguments: Sequence[str], log: Path) -> Iterator[int]:
     """A vLLM server on a free port of this machine, which it yields; ended with the block.
 
     Raises:
-        RuntimeError: the server ends, or is not ready in `START_SECONDS`; shows the end of its log.
+        RuntimeError: the server ends, or is not ready in `START_SECONDS`; shows its first error and its log's end.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -74,8 +79,10 @@ def server(arguments: Sequence[str], log: Path) -> Iterator[int]:
         deadline = time.monotonic() + START_SECONDS
         while not is_ready(port):
             if process.poll() is not None or time.monotonic() > deadline:
-                tail = "\n".join(log.read_text().splitlines()[-15:])
-                raise RuntimeError(f"the server did not start; the end of its log:\n{tail}")
+                lines = log.read_text().splitlines()
+                cause = next((line for line in lines if "Error: " in line), "not told")
+                tail = "\n".join(lines[-15:])
+                raise RuntimeError(f"the server did not start; first error: {cause}\nthe end of its log:\n{tail}")
             time.sleep(1)
         yield port
     finally:
@@ -114,8 +121,18 @@ def make_picture(seed: int, side: int) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def ask(port: int, model: str, picture: str, question: str, tokens: int) -> tuple[float, float, int]:
-    """Ask one question; seconds to the first token and to the last, and the tokens of the prompt.
+@dataclass(frozen=True)
+class Answered:
+    """Seconds to the first token of an answer and to its last; tokens of the prompt, and how many were cached."""
+
+    first: float
+    whole: float
+    prompt: int
+    cached: int
+
+
+def ask(port: int, model: str, picture: str, question: str, tokens: int) -> Answered:
+    """Ask one question.
 
     Raises:
         RuntimeError: the server refuses; shows its message.
@@ -144,17 +161,18 @@ def ask(port: int, model: str, picture: str, question: str, tokens: int) -> tupl
         response = connection.getresponse()
         if response.status != 200:
             raise RuntimeError(f"HTTP {response.status}: {response.read().decode()[:500]}")
-        first, prompt = None, 0
+        first, prompt, cached = None, 0, 0
         for line in response:
             if not line.startswith(b"data: {"):
                 continue
             event = json.loads(line[6:])
             if event.get("usage"):
                 prompt = event["usage"]["prompt_tokens"]
+                cached = (event["usage"].get("prompt_tokens_details") or {}).get("cached_tokens") or 0
             if first is None and event["choices"] and event["choices"][0]["delta"].get("content"):
                 first = time.perf_counter() - start
         whole = time.perf_counter() - start
-        return whole if first is None else first, whole, prompt
+        return Answered(whole if first is None else first, whole, prompt, cached)
     finally:
         connection.close()
 
@@ -169,10 +187,13 @@ def measure(
         (make_picture(draw.randrange(2**31), arguments.side), " ".join(draw.choices(WORDS, k=12)) + "?")
         for _ in range(requests)
     ]
-    if pictures == "same":
+    if pictures != "different":
         jobs = [(jobs[0][0], question) for _, question in jobs]
+    if pictures == "hot":
+        for number in range(HEATING):
+            ask(port, arguments.served_name, jobs[0][0], f"what is it, {clients} and {number}?", 1)
     rest, lock = iter(jobs), threading.Lock()
-    times: list[tuple[float, float, int]] = []
+    answers: list[Answered] = []
     errors: list[BaseException] = []
     highest, over = 0.0, threading.Event()
 
@@ -183,7 +204,7 @@ def measure(
             if job is None:
                 return
             try:
-                times.append(ask(port, arguments.served_name, *job, arguments.answer_tokens))
+                answers.append(ask(port, arguments.served_name, *job, arguments.answer_tokens))
             except (OSError, RuntimeError) as error:
                 errors.append(error)
 
@@ -204,13 +225,14 @@ def measure(
     watcher.join()
     if errors:
         raise RuntimeError(f"a request failed: {errors[0]}") from errors[0]
-    first, whole = sorted(t[0] for t in times), sorted(t[1] for t in times)
+    first, whole = sorted(answer.first for answer in answers), sorted(answer.whole for answer in answers)
     return LoadRow(
         mode,
         pictures,
         clients,
         requests,
-        max(t[2] for t in times),
+        max(answer.prompt for answer in answers),
+        round(sum(answer.cached for answer in answers) / sum(answer.prompt for answer in answers), 4),
         round(requests / seconds, 3),
         *(round(value, 4) for value in (statistics.median(first), percentile(first, 0.99))),
         *(round(value, 4) for value in (statistics.median(whole), percentile(whole, 0.99))),
@@ -224,30 +246,36 @@ def percentile(ascending: Sequence[float], share: float) -> float:
 
 
 def server_arguments(arguments: argparse.Namespace, mode: str) -> list[str]:
-    """What a server of a mode is started with: the same, but for the architecture."""
-    shared = ["--model", arguments.model, "--served-model-name", arguments.served_name, *arguments.server_args]
-    if mode == "unpruned":
+    """What a server of a mode is started with: the same, but for the architecture and its options.
+
+    Args:
+        mode: "unpruned", or a policy of ``reuse``.
+    """
+    shared = ["--model", arguments.model, "--served-model-name", arguments.served_name]
+    shared += ["--enable-prompt-tokens-details", *arguments.server_args]
+    if mode == UNPRUNED:
         return shared
     config = json.loads((Path(arguments.model) / "config.json").read_text())
     overrides = {
         "architectures": ["Script" + config["architectures"][0]],
-        "script_pruning": {"keep_tokens": arguments.keep_tokens, "image_pruning_method": arguments.method},
+        "script_pruning": {
+            "keep_tokens": arguments.keep_tokens,
+            "image_pruning_method": arguments.method,
+            "reuse": mode,
+        },
     }
     return [*shared, "--hf-overrides", json.dumps(overrides)]
 
 
 def table(rows: Sequence[LoadRow]) -> str:
-    """The rows as Markdown, pruned beside unpruned."""
-    lines = [
-        "| pictures | clients | mode | prompt | requests/s | first token p50 / p99 | answer p50 / p99 | KV cache |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in sorted(rows, key=lambda r: (r.pictures, r.clients, r.mode != "unpruned")):
-        lines.append(
-            f"| {row.pictures} | {row.clients} | {row.mode} | {row.prompt_tokens} | {row.requests_per_second:.2f} | "
-            f"{row.first_token_p50:.2f} / {row.first_token_p99:.2f} s | {row.answer_p50:.2f} / {row.answer_p99:.2f} s "
-            f"| {row.kv_use:.1%} |"
-        )
+    """The rows as Markdown, the modes beside each other, unpruned first."""
+    names = "pictures, clients, mode, prompt, cached, requests/s, first token p50 / p99, answer p50 / p99, KV cache"
+    lines = ["| " + names.replace(", ", " | ") + " |", "|---" * (names.count(", ") + 1) + "|"]
+    for row in sorted(rows, key=lambda r: (r.pictures, r.clients, r.mode != UNPRUNED)):
+        cells = [row.pictures, str(row.clients), row.mode, str(row.prompt_tokens), f"{row.cached:.0%}"]
+        cells += [f"{row.requests_per_second:.2f}", f"{row.first_token_p50:.2f} / {row.first_token_p99:.2f} s"]
+        cells += [f"{row.answer_p50:.2f} / {row.answer_p99:.2f} s", f"{row.kv_use:.1%}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -260,7 +288,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=8, help="requests of one client, but at least twice --clients")
     parser.add_argument("--answer-tokens", type=int, default=16)
     parser.add_argument("--side", type=int, default=336, help="side of the pictures in pixels")
-    parser.add_argument("--pictures", nargs="+", choices=("same", "different"), default=["same", "different"])
+    kinds, policies = ("same", "hot", "different"), ("none", "picture", "auto")
+    parser.add_argument("--pictures", nargs="+", choices=kinds, default=list(kinds))
+    parser.add_argument("--reuse", nargs="+", choices=policies, default=["none"], help="policies to measure")
     parser.add_argument("--server-args", nargs=argparse.REMAINDER, default=[], help="further arguments of the server")
     arguments = parser.parse_args()
     if not (Path(arguments.model) / "config.json").is_file():
@@ -275,7 +305,7 @@ def main() -> None:
     arguments = parse()
     rows: list[LoadRow] = []
     load_before = os.getloadavg()
-    for mode in ("unpruned", "pruned"):
+    for mode in (UNPRUNED, *arguments.reuse):
         with (
             tempfile.TemporaryDirectory() as folder,
             server(server_arguments(arguments, mode), Path(folder) / "server.log") as port,
@@ -292,6 +322,7 @@ def main() -> None:
         "model": arguments.model,
         "keep_tokens": arguments.keep_tokens,
         "method": arguments.method,
+        "requests": arguments.requests,
         "answer_tokens": arguments.answer_tokens,
         "server_args": arguments.server_args,
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",

@@ -11,17 +11,21 @@ from vllm.distributed import get_pp_group, get_tp_group, tensor_model_parallel_a
 from vllm.logger import init_logger
 
 from llava.integrations.vllm.features import FeatureCache, PictureFeatures
+from llava.integrations.vllm.metrics import WorkerMetrics
 from llava.integrations.vllm.plan import PicturePlan
-from llava.integrations.vllm.processing import PrunedProcessingInfo, server_options, server_reading
-from llava.integrations.vllm.relevance import Reading, relevance_sign
+from llava.integrations.vllm.processing import PrunedProcessingInfo, model_name, server_options, server_reading
+from llava.integrations.vllm.relevance import relevance_sign
 from llava.integrations.vllm.resets import hook_resets
 from llava.integrations.vllm.selection import TokenSelector
+from llava.integrations.vllm.startup import start_line
 from llava.relevance.asked import LanguageSpace
 from llava.relevance.clip import ClipJointSpace
 from llava.relevance.first_attention import FirstAttention
 from llava.relevance.heads import HeadWeights
 
 logger = init_logger("vllm.script")
+
+LARGE_BLOCK = 32  # tokens; vLLM takes blocks of 128 on a CPU
 
 
 class PrunedModel:
@@ -39,8 +43,17 @@ class PrunedModel:
         self.script_cache = FeatureCache(self.script_server.feature_cache_mib * 2**20)
         self.script_selector: TokenSelector | None = None
         hook_resets()
-        if get_tp_group().rank_in_group == 0 and get_pp_group().is_first_rank:
-            logger.info("%s", start_line(self.script_reading, self.script_server.feature_cache_mib))
+        is_first = get_tp_group().rank_in_group == 0 and get_pp_group().is_first_rank
+        self.script_metrics = WorkerMetrics(model_name(model_config), is_first)
+        if is_first:
+            logger.info("%s", start_line(self.script_reading, self.script_server))
+            block = vllm_config.cache_config.block_size
+            if self.script_reading.options.reuse != "none" and block > LARGE_BLOCK:
+                logger.warning(
+                    "prefixes are cached in blocks of %d tokens, more than a pruned picture may have: start with "
+                    "--block-size 32, or questions about one picture will not find it there",
+                    block,
+                )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """The family's own; features of pictures that older weights made are forgotten.
@@ -59,7 +72,8 @@ class PrunedModel:
         """Numbers of the kept tokens of every picture: see `TokenSelector.select`."""
         if self.script_selector is None:  # weights came without `load_weights`, for example random ones
             self.script_selector = self.make_selector()
-        return self.script_selector.select(pictures, plans)
+        with self.script_metrics.selecting([plan.method for plan in plans]):
+            return self.script_selector.select(pictures, plans)
 
     def make_selector(self) -> TokenSelector:
         """The selector, with all that requests may have their questions read by.
@@ -102,28 +116,13 @@ class PrunedModel:
             encode: makes those of the numbered pictures that are not at hand.
         """
         keys = [(plan.picture, *shape) for plan, shape in zip(plans, shapes, strict=True)]
-        found = {key: self.script_cache.get(*key[:1], device, *key[1:]) for key in dict.fromkeys(keys)}
+        found = {key: self.script_cache.find(key[0], device, *key[1:]) for key in dict.fromkeys(keys)}
         missing = [keys.index(key) for key, features in found.items() if features is None]
         for number, features in zip(missing, encode(missing) if missing else [], strict=True):
             found[keys[number]] = features
-            self.script_cache.put(plans[number].picture, features)
+            self.script_cache.keep(plans[number].picture, features)
+        self.script_metrics.looked_up(len(found) - len(missing), len(missing), self.script_cache.size)
         return [found[key] for key in keys]
-
-
-def start_line(reading: Reading, cache_mib: int) -> str:
-    """What an operator is told once, when the server starts."""
-    options = reading.options
-    if options.keep_tokens is not None:
-        budget = f"keeps {options.keep_tokens} visual tokens"
-    elif options.image_pruning_rate is not None:
-        budget = f"removes {options.image_pruning_rate:.0%} of the visual tokens"
-    else:
-        budget = "keeps all visual tokens unless a request says otherwise"
-    source = "reads no question" if reading.choice is None else f"reads the question with {reading.choice}"
-    return (
-        f"Script: pruner '{reading.method.name}' {budget} of each {options.keep_per} and {source}; up to {cache_mib} "
-        "MiB of unpruned features are kept in each worker"
-    )
 
 
 def same_on_all_ranks(indices: Tensor) -> Tensor:

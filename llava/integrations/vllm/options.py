@@ -15,11 +15,15 @@ from typing import Annotated, Any, Literal
 
 from llava.pruning import list_pruners
 from llava.pruning.auto_budget import is_auto
-from llava.pruning.options import Count, Range, check_value, option_types
+from llava.pruning.options import Count, Positive, Range, check_value, option_types
 from llava.relevance.question import QUERY_SCOPES, QueryScope
 
 LONGEST_QUESTION = 4096  # characters; also what is read of a prompt's turn
 LONGEST_MESSAGE = 1000  # of a refusal, which repeats what the client sent
+
+
+class OverBudgetError(ValueError):
+    """A request asks for more tokens of a picture than the server has reserved."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,19 @@ class ServerOptions:
             work is all of them: this bounds its memory.
         feature_cache_mib: MiB of host memory, in each worker, for unpruned features, so that many questions about one
             picture run the tower once; 0 switches the cache off.
+        pixel_cache_mib: MiB of host memory, in each front end, for preprocessed pictures, so that many questions about
+            one picture preprocess it once; 0 switches the cache off.
+        reuse_after, reuse_seconds: with ``reuse="auto"``, a picture's tokens are shared over questions while it has
+            been asked about with so many different questions within so many seconds, as each front end counts them.
     """
 
     clip: str | None = None
     relevance_sign: Literal[-1, 1] | None = None
     views_at_once: Count = 16
     feature_cache_mib: Annotated[int, Range(0, 2**20)] = 512
+    pixel_cache_mib: Annotated[int, Range(0, 2**20)] = 256
+    reuse_after: Count = 4
+    reuse_seconds: Positive = 600.0
 
     def __post_init__(self):
         for name, kind in option_types(type(self)).items():
@@ -63,6 +74,9 @@ class PruningOptions:
         query_scope: "image_turn" reads the user's turn that a picture stands in, and keeps all caches warm over a
             conversation; "latest_turn" reads the last question, and encodes the picture anew for each.
         min_visual_tokens: never fewer tokens than this, of what ``keep_per`` says.
+        reuse: "none" chooses the tokens of a picture for each question; "picture" chooses them without the question,
+            once for all, so that they are found in every cache; "auto" begins with the first and takes the second
+            while a picture is asked about often (`ServerOptions.reuse_after`).
         max_keep_tokens: the most that a request may ask for, counted as ``keep_tokens``; ``None``: what the server
             itself keeps. Server only.
     """
@@ -76,6 +90,7 @@ class PruningOptions:
     min_visual_tokens: Count = 1
     max_keep_tokens: Count | None = None
     keep_per: Literal["view", "picture"] = "view"
+    reuse: Literal["none", "picture", "auto"] = "none"
 
     def __post_init__(self):
         kinds = option_types(type(self))
@@ -84,7 +99,14 @@ class PruningOptions:
                 f"keep_tokens={self.keep_tokens} cannot be served: vLLM lays out the prompt before the picture is "
                 "encoded, and must know by then how many tokens it takes; give a count, or image_pruning_rate"
             )
-        for name in ("keep_tokens", "max_keep_tokens", "min_visual_tokens", "keep_per", "image_pruning_method"):
+        for name in (
+            "keep_tokens",
+            "max_keep_tokens",
+            "min_visual_tokens",
+            "keep_per",
+            "reuse",
+            "image_pruning_method",
+        ):
             check_value(name, getattr(self, name), kinds[name])
         rate = self.image_pruning_rate
         check_value("image_pruning_rate", rate, kinds["image_pruning_rate"])
@@ -144,14 +166,14 @@ class PruningOptions:
         return min(self.max_keep_tokens * (1 if self.keep_per == "picture" else views), views * tokens)
 
     def check_request(self, request: PruningOptions, views: int, tokens: int) -> None:
-        """Raise ValueError if a request asks for more of a picture than this server has reserved."""
+        """Raise OverBudgetError if a request asks for more of a picture than this server has reserved."""
         asked, most = request.count_picture(views, tokens), self.most(views, tokens)
         if asked <= most:
             return
         of = f"a picture of {views * tokens}"
         if self.keep_per == request.keep_per == "view":
             asked, most, of = asked // views, most // views, f"a view of {tokens}"
-        raise ValueError(
+        raise OverBudgetError(
             f"this request keeps {asked} visual tokens of {of}, but the server allows {most}: ask "
             "for fewer, or start the server with a larger max_keep_tokens in script_pruning"
         )

@@ -158,6 +158,8 @@ def try_out(pruner: Method) -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(1, 4, 8, generator=generator).repeat(1, 4, 1)
     own = {"encoder_features": features} if "encoder_features" in pruner.needs else {}
+    if "query_embeds" in pruner.needs:
+        own["query_embeds"] = torch.randn(1, 3, 8, generator=generator)
     own["relevance"] = torch.rand(1, 16, generator=generator)
     valid = torch.arange(16)[None] < 12
     view_ids = torch.zeros(1, dtype=torch.long)

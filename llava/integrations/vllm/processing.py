@@ -7,6 +7,7 @@ digest of the plan, which holds vLLM's own hash of the picture: what is not the 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -17,12 +18,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import BatchFeature
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import PromptUpdateDetails
 
+from llava.integrations.vllm.bounded import BoundedCache
+from llava.integrations.vllm.metrics import FrontEndMetrics
 from llava.integrations.vllm.options import (
     LONGEST_QUESTION,
+    OverBudgetError,
     PruningOptions,
     ServerOptions,
     in_few_words,
@@ -32,6 +37,7 @@ from llava.integrations.vllm.options import (
 from llava.integrations.vllm.plan import PicturePlan, PictureShape
 from llava.integrations.vllm.prompt import questions_of_pictures
 from llava.integrations.vllm.relevance import Reading, read_by
+from llava.integrations.vllm.reuse import HotPictures, without_question
 from llava.pruning import Method
 from llava.relevance.question import check_asked, question_text
 
@@ -82,6 +88,10 @@ class PrunedProcessingInfo(ABC):
         """What cannot be served is told here, before a worker would find out."""
         return server_reading(self.ctx.model_config, self.script_has_clip)
 
+    @cached_property
+    def script_server(self) -> ServerOptions:
+        return server_options(self.ctx.model_config)[0]
+
     @property
     def script_options(self) -> PruningOptions:
         """The server's own."""
@@ -119,14 +129,23 @@ class PrunedProcessor(ABC):
         return dataclasses.replace(inputs, hf_processor_mm_kwargs={"query": "What is shown here?"})
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
+        checked = "embeddings"
         try:
             refuse_embeddings(inputs.mm_data_items)
+            checked = "options"
             options = read_request_options(self.info.script_options, inputs.hf_processor_mm_kwargs)
             plain = dataclasses.replace(inputs, hf_processor_mm_kwargs={})
+            checked = "question"
             plans = self.script_plans(plain, options)
-            return super().apply(dataclasses.replace(plain, hf_processor_mm_kwargs={PLANS: plans}), timing_ctx)
+            checked = "prompt"
+            laid_out = super().apply(dataclasses.replace(plain, hf_processor_mm_kwargs={PLANS: plans}), timing_ctx)
         except ValueError as error:
+            self.script_metrics.refused("budget" if isinstance(error, OverBudgetError) else checked)
             raise ValueError(in_few_words(error)) from error
+        for modality, rows in plans.items():
+            for plan, place in zip(rows, laid_out["mm_placeholders"].get(modality, ()), strict=False):
+                self.script_metrics.laid_out(plan.picture, plan.method, place.get_num_embeds())
+        return laid_out
 
     def script_plans(self, inputs: Any, options: PruningOptions) -> dict[str, list[PicturePlan]]:
         """A plan for every picture of a request.
@@ -134,33 +153,58 @@ class PrunedProcessor(ABC):
         Raises:
             ValueError: a method that cannot be served, or one that reads a question where none is asked.
         """
-        pruner, arguments = self.info.script_reading.settle(options)
+        settle = self.info.script_reading.settle
+        asking = settle(options)
+        shared = None if options.reuse == "none" else settle(without_question(options, asking[0]))
         contents = self.script_contents(inputs)
         plans = {}
         for modality in self.info.script_modalities:
             pictures = contents.get(modality, [])
             queries: list[str | None] = [None] * len(pictures)
-            if pictures and options.prunes and pruner.reads_question:
+            if pictures and options.prunes and asking[0].reads_question and options.reuse != "picture":
                 if options.query is None:
                     queries = self.script_questions(inputs.prompt, modality, options, len(pictures))
                 else:
                     queries = [question_text(options.query)] * len(pictures)
-                check_asked(queries, pruner.name)
-            plans[modality] = [
-                PicturePlan(
-                    picture,
-                    options.keep_tokens,
-                    options.image_pruning_rate,
-                    options.min_visual_tokens,
-                    pruner.name,
-                    arguments,
-                    query,
-                    self.script_words(pruner, query),
-                    options.keep_per,
-                )
-                for picture, query in zip(pictures, queries, strict=True)
-            ]
+                check_asked(queries, asking[0].name)
+            plans[modality] = []
+            for picture, query in zip(pictures, queries, strict=True):
+                settled = asking
+                if shared is not None and (query is None or self.script_hot_pictures.ask(picture, query)):
+                    settled, query = shared, None
+                plans[modality].append(self.script_plan(picture, options, settled, query))
         return plans
+
+    def script_plan(
+        self, picture: str, options: PruningOptions, settled: tuple[Method, str], query: str | None
+    ) -> PicturePlan:
+        """The plan of one picture, by a method and its arguments as `Reading.settle` gives them."""
+        method, arguments = settled
+        return PicturePlan(
+            picture,
+            options.keep_tokens,
+            options.image_pruning_rate,
+            options.min_visual_tokens,
+            method.name,
+            arguments,
+            query,
+            self.script_words(method, query),
+            options.keep_per,
+        )
+
+    @cached_property
+    def script_metrics(self) -> FrontEndMetrics:
+        return FrontEndMetrics(model_name(self.info.ctx.model_config))
+
+    @cached_property
+    def script_hot_pictures(self) -> HotPictures:
+        server = self.info.script_server
+        return HotPictures(server.reuse_after, server.reuse_seconds)
+
+    @cached_property
+    def script_prepared(self) -> BoundedCache[BatchFeature]:
+        """What the picture processor makes of pictures, by their contents: another question finds it here."""
+        return BoundedCache(self.info.script_server.pixel_cache_mib * 2**20)
 
     def script_contents(self, inputs: Any) -> dict[str, list[str]]:
         """A hash of the content of each picture, whatever uuid a client gave it.
@@ -231,7 +275,15 @@ class PrunedProcessor(ABC):
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
         plans, own = without_plans(hf_kwargs)
-        data = super()._apply_hf_processor_main(mm_items=mm_items, hf_kwargs=own)
+        key = prepared_key(mm_items, plans, own)
+        data = None if key is None else self.script_prepared.get(key)
+        if key is not None:
+            self.script_metrics.prepared(data is not None, sum(map(len, plans.values())))
+        if data is None:
+            data = super()._apply_hf_processor_main(mm_items=mm_items, hf_kwargs=own)
+            if key is not None:
+                self.script_prepared.put(key, data, bytes_of(data))
+        data = copy.copy(data)  # what is added belongs to this request
         for modality, rows in plans.items():
             if rows:
                 data[field_name(modality)] = [encode_plan(plan) for plan in rows]
@@ -277,11 +329,25 @@ class PrunedProcessor(ABC):
             full = stock(index) if callable(stock) else stock
             shape = self.script_shape(modality, index, mm_items, out_mm_kwargs)
             plan = plans[index]
+            self.script_metrics.note_unpruned(plan.picture, visual_tokens(full))
             self.info.script_options.check_request(plan.budget, shape.views, shape.tokens)
             count = plan.count(shape)
             return full if count is None else shortened(full, count + shape.beside)
 
         return replacement
+
+
+def model_name(model_config: Any) -> str:
+    """The name by which vLLM's own metrics call the model."""
+    name = model_config.served_model_name or model_config.model
+    return name if isinstance(name, str) else name[0]
+
+
+def visual_tokens(content: list[int] | PromptUpdateDetails) -> int:
+    """How many tokens of a picture's replacement visual embeddings are put on."""
+    if not isinstance(content, PromptUpdateDetails):
+        return len(content)
+    return len(content.full) if content.is_embed is None else int(content.is_embed(content.full).sum())
 
 
 def shortened(content: list[int] | PromptUpdateDetails, count: int) -> list[int] | PromptUpdateDetails:
@@ -295,6 +361,24 @@ def shortened(content: list[int] | PromptUpdateDetails, count: int) -> list[int]
     return dataclasses.replace(
         content, full=[token for token, stay in zip(content.full, stays.tolist(), strict=True) if stay]
     )
+
+
+def prepared_key(
+    mm_items: Mapping[str, Any], plans: Mapping[str, list[PicturePlan]], own: Mapping[str, object]
+) -> str | None:
+    """What the picture processor's answer depends on; ``None`` where there is no picture, or something unplanned."""
+    if not mm_items or any(len(items) != len(plans.get(name, ())) for name, items in mm_items.items()):
+        return None
+    return repr(([(name, [plan.picture for plan in plans[name]]) for name in mm_items], sorted(own.items())))
+
+
+def bytes_of(value: Any) -> int:
+    """Bytes of all tensors in nested tables and lists."""
+    if isinstance(value, Mapping):
+        return sum(map(bytes_of, value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(bytes_of, value))
+    return getattr(value, "nbytes", 0)
 
 
 def without_plans(kwargs: Mapping[str, Any]) -> tuple[dict[str, list[PicturePlan]], dict[str, Any]]:

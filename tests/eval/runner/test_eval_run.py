@@ -289,11 +289,39 @@ def test_empty_chunk_gets_an_empty_file(tmp_path):
         ((64, False, "script", ("tau=0.3",)), "vtn_64-script-tau=0.3"),
         ((0.25, True), "vtn_0.25"),
         (("auto:0.95", True), "vtn_auto95"),
+        (
+            (64, True, "script", ("exclude_padding=false",), 1, [672, 672]),
+            "vtn_320-script-exclude_padding=false-grid672x672-seed1",
+        ),
+        ((None, True, "script", (), 0, (336, 672)), "full-grid336x672"),
         (("auto:gain=0.001:floor=8", False, "scope", (), 2), "vtn_auto-gain0.001-floor8-scope-seed2"),
+        (("auto:gain=0.001:floor=8:mean_tokens=64", False), "vtn_auto-mean64"),
     ],
 )
 def test_tags(arguments, tag):
     assert run_tag(*arguments) == tag
+
+
+def test_a_fixed_grid_reads_every_picture_in_five_views(own, tmp_path, capsys):
+    """The protocol of the paper's LLaVA-NeXT tables: 2,880 tokens whatever the shape, none left out as padding."""
+    own[own.index("--model-path") + 1] = str(GOLDEN / "checkpoints" / "llava-v1.6-vicuna-tiny")
+    protocol = ("--image-grid", "672x672", "--limit", "3", "--pruner-args", "exclude_padding=false")
+    assert ask(own, tmp_path / "a.jsonl", *protocol) == 0
+    assert read_json(tmp_path / "a.run" / "summary.json")["visual_tokens"] == 25.0  # five of each of five views
+    assert read_json(tmp_path / "a.run" / "config.json")["settings"]["image_grid"] == [672, 672]
+    capsys.readouterr()
+    assert ask(own, tmp_path / "a.jsonl", "--limit", "3", "--pruner-args", "exclude_padding=false") == 2
+    assert "image_grid" in capsys.readouterr().err
+    assert ask(own, tmp_path / "b.jsonl", "--image-grid", "600x672") == 2
+    assert "whole tiles of 336 x 336" in capsys.readouterr().err
+
+
+def test_a_grid_is_refused_where_no_tiles_are_cut(own, tmp_path, capsys):
+    assert ask(own, tmp_path / "a.jsonl", "--image-grid", "672x672") == 2
+    assert "cut pictures into tiles" in capsys.readouterr().err
+    assert ask(own, tmp_path / "a.jsonl", "--image-grid", "672") == 2
+    assert "WIDTHxHEIGHT" in capsys.readouterr().err
+    assert not (tmp_path / "a.run").exists()
 
 
 def test_places():

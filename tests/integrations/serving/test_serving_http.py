@@ -14,7 +14,7 @@ pytest.importorskip(
 )
 openai = pytest.importorskip("openai")
 
-from llava.eval.measure.serving_load import server  # noqa: E402
+from llava.eval.measure.serving_load import get, server  # noqa: E402
 
 KEEP = 64
 
@@ -22,6 +22,7 @@ KEEP = 64
 @pytest.fixture(scope="module")
 def client(toy, tmp_path_factory):
     os.environ.update(HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1", VLLM_CPU_KVCACHE_SPACE="1")
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(tmp_path_factory.mktemp("metrics"))
     overrides = {
         "architectures": ["ScriptLlavaForConditionalGeneration"],
         "script_pruning": {"keep_tokens": KEEP},
@@ -89,3 +90,48 @@ def test_a_request_may_ask_for_less_but_not_for_more(client):
     assert refused.value.status_code == 400
     with pytest.raises(openai.BadRequestError, match="unknown image_pruning_method 'best'"):
         ask(client, picture, "Is there a house?", image_pruning_method="best")
+
+
+def scraped(client):
+    """{(name, labels beside the model): value} of Script's rows on /metrics."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    status, text = get(client.base_url.port, "/metrics")
+    assert status == 200
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples if family.name.startswith("script_") else ():
+            labels = {name: value for name, value in sample.labels.items() if name not in ("pid", "le")}
+            assert labels.pop("model") == "toy"
+            if not sample.name.endswith("_bucket"):
+                found[(sample.name, *labels.values())] = sample.value
+    return found
+
+
+def test_an_operator_sees_what_was_pruned(client):
+    picture = sorted((MME / "position").glob("*.png"))[0]
+    before = scraped(client)
+    for question in ("Is it left?", "Is it right?", "Is it left?"):
+        ask(client, picture, question)
+    ask(client, picture, "Is it left?", image_pruning_method="divprune", keep_tokens=16)
+    for options in ({"keep_tokens": 128}, {"keep_tokens": 0}, {"kep_tokens": 4}):
+        with pytest.raises(openai.BadRequestError):
+            ask(client, picture, "Is it left?", **options)
+    with pytest.raises(openai.BadRequestError):
+        ask(client, picture, " ?! ")
+    seen = {key: value - before.get(key, 0) for key, value in scraped(client).items()}
+    assert seen["script_visual_tokens_before_total", "script"] == 3 * 576
+    assert seen["script_visual_tokens_after_total", "script"] == 3 * KEEP
+    assert seen["script_visual_tokens_after_total", "divprune"] == 16
+    assert seen["script_selected_pictures_total", "script"] == 2  # the third is in vLLM's encoder cache
+    assert seen["script_selection_seconds_count", "divprune"] == 1
+    assert 0 < seen["script_selection_seconds_sum", "script"] < 60
+    assert (seen["script_refusals_total", "budget"], seen["script_refusals_total", "options"]) == (1, 2)
+    assert seen["script_refusals_total", "question"] == 1
+    assert (seen["script_feature_cache_lookups_total", "miss"], seen["script_feature_cache_lookups_total", "hit"]) == (
+        1,
+        2,
+    )
+    assert seen["script_preprocessed_pictures_total", "miss"] == 1
+    assert seen["script_preprocessed_pictures_total", "hit"] >= 2
+    assert seen[("script_feature_cache_bytes",)] > 0

@@ -130,6 +130,8 @@ def test_budgets_of_requests(llm, pictures):
         ({"do_pad": False}, "no option 'do_pad'"),
         ({"script_plans": {"image": []}}, "no option 'script_plans'"),
         ({"query_scope": "all"}, "image_turn, latest_turn"),
+        ({"reuse": "always"}, "reuse must be one of none, picture, auto"),
+        ({"reuse_after": 1}, "the server's to set"),
         ({"max_keep_tokens": 576}, "the server's to set"),
     ],
 )
@@ -188,8 +190,8 @@ def test_resets_and_new_weights_forget_features(llm, spy, pictures):
 def test_features_of_another_shape_are_made_anew(llm, spy, pictures):
     model = model_of(llm)
     ask(llm, prompt_of(FIRST), pictures[0])
-    for name, found in model.script_cache._pictures.items():
-        model.script_cache._pictures[name] = dataclasses.replace(found, features=found.features[:, :100])
+    for name, (found, size) in list(model.script_cache._entries.items()):
+        model.script_cache._entries[name] = dataclasses.replace(found, features=found.features[:, :100]), size
     spy.reset()
     ask(llm, prompt_of(SECOND), pictures[0])
     assert spy.encoded == 1
@@ -208,6 +210,11 @@ def test_methods_queries_and_scopes(llm, spy, pictures):
     ask(llm, prompt_of(FIRST), pictures[0], image_pruning_method="divprune")
     ask(llm, prompt_of(SECOND), pictures[0], image_pruning_method="divprune")
     assert len(spy.chosen) == 1  # a method that reads no question shares the picture among questions
+    words = {"image_pruning_method": "mmtok"}
+    assert len(ask(llm, prompt_of(FIRST), pictures[1], **words).prompt_token_ids) > KEEP
+    ask(llm, prompt_of(SECOND), pictures[1], **words)
+    assert not torch.equal(*spy.chosen[1:])
+    del spy.chosen[1:]
     ask(llm, prompt_of(FIRST), pictures[0])
     ask(llm, prompt_of(SECOND), pictures[0], query=FIRST)
     assert len(spy.chosen) == 2  # the question is what counts, not where it was said
@@ -217,6 +224,54 @@ def test_methods_queries_and_scopes(llm, spy, pictures):
     assert not spy.chosen  # the picture's own turn asks as before
     ask(llm, conversation, pictures[0], query_scope="latest_turn")
     assert len(spy.chosen) == 1
+
+
+def test_a_picture_is_preprocessed_once_for_all_questions(llm, pictures, monkeypatch):
+    processor = llm.llm_engine.renderer.get_mm_processor()
+    seen = []
+    plain = type(processor)._call_hf_processor
+    monkeypatch.setattr(
+        type(processor), "_call_hf_processor", lambda self, *given: seen.append(1) or plain(self, *given)
+    )
+    processor.script_prepared.clear()
+    cold = [logprobs(ask(llm, prompt_of(FIRST), pictures[0])), logprobs(ask(llm, prompt_of(SECOND), pictures[0]))]
+    assert len(seen) == 1
+    two = ask(llm, prompt_of(FIRST, images=2), pictures[:2])
+    assert len(seen) == 2  # of the two the first is in vLLM's own cache
+    monkeypatch.setattr(processor.script_prepared, "limit", 0)
+    processor.script_prepared.clear()
+    make_cold(llm)
+    again = [logprobs(ask(llm, prompt_of(FIRST), pictures[0])), logprobs(ask(llm, prompt_of(SECOND), pictures[0]))]
+    assert again == cold
+    assert logprobs(ask(llm, prompt_of(FIRST, images=2), pictures[:2])) == logprobs(two)
+    assert len(seen) == 5
+
+
+def test_with_reuse_all_questions_share_the_tokens_that_none_of_them_chose(llm, spy, pictures):
+    free = ask(llm, prompt_of(FIRST), pictures[0], image_pruning_args={"relevance": "none"})
+    first = ask(llm, prompt_of(FIRST), pictures[0], reuse="picture")
+    second = ask(llm, prompt_of(SECOND), pictures[0], reuse="picture")
+    assert len(spy.chosen) == 1
+    assert logprobs(first) == pytest.approx(logprobs(free), abs=1e-4)
+    assert second.num_cached_tokens >= KEEP  # the picture is in the prefix cache
+    asking = ask(llm, prompt_of(SECOND), pictures[0])  # its own tokens, from an entry of their own
+    assert len(spy.chosen) == 2
+    assert not torch.equal(*spy.chosen)
+    make_cold(llm)
+    assert logprobs(ask(llm, prompt_of(SECOND), pictures[0])) == pytest.approx(logprobs(asking), abs=1e-4)
+
+
+def test_a_picture_that_is_asked_about_often_is_shared(llm, spy, pictures):
+    processor = llm.llm_engine.renderer.get_mm_processor()
+    processor.script_hot_pictures._asked.clear()
+    questions = [f"What is it, {number}?" for number in range(processor.info.script_server.reuse_after + 3)]
+    for question in questions:
+        ask(llm, prompt_of(question), pictures[1], reuse="auto")
+    # its own selection for each of the first questions, one for all others
+    assert len(spy.chosen) == processor.info.script_server.reuse_after
+    ask(llm, prompt_of(questions[0]), pictures[1], reuse="picture")
+    ask(llm, prompt_of(questions[0]), pictures[1])
+    assert len(spy.chosen) == processor.info.script_server.reuse_after
 
 
 @pytest.mark.parametrize("source", ["language", "qk", "words", "projector", "none"])
@@ -229,7 +284,7 @@ def test_sources_are_those_of_the_library(llm, spy, toy, square, source):
     processor = AutoProcessor.from_pretrained(folder)
     ask(llm, prompt_of(FIRST), square, image_pruning_args={"relevance": source})
     pixels = processor.image_processor(square, return_tensors="pt")["pixel_values"]
-    features = next(iter(model_of(llm).script_cache._pictures.values())).features
+    features = next(iter(model_of(llm).script_cache._entries.values()))[0].features
     with torch.inference_mode():
         torch.testing.assert_close(model.model.get_image_features(pixels).pooler_output[0], features[0], **NEAR)
         decoder = model.model.language_model
