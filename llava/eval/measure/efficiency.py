@@ -7,7 +7,8 @@
 The *limit* is the same pipeline in which the choice of tokens is given and costs nothing: the vision tower sees the
 whole picture, the language model gets as many tokens. A method that reaches 95 % of it spends 5 % of the time to the
 first token on choosing. *Resized* is the unpruned model on a smaller picture, at the sizes that its own processor
-offers (Gemma 4, counts only). Weights are random unless ``--model-path`` names a checkpoint. Last line: one JSON object.
+offers (Gemma 4, counts only). Weights are random unless ``--model-path`` names a checkpoint. Last line: one JSON
+object.
 """
 
 from __future__ import annotations
