@@ -19,7 +19,6 @@ from llava.terminal import printable
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 OURS_ALONE = {  # options that speak of LLaVA's original format or code
     "model_base": "--model-base",
-    "video_file": "--video-file",
     "pool_mode": "--pool-mode",
     "conv_mode": "--conv-mode",
     "image_grid": "--image-grid",
@@ -116,6 +115,8 @@ def check_options(options: argparse.Namespace) -> None:
     if options.show_tokens is not None:
         options.show_tokens = options.show_tokens.expanduser()
         check_writable(options.show_tokens)
+    if options.hf and options.video_file and options.show_tokens is not None:
+        raise ValueError("--show-tokens draws pictures, not videos, with --hf")
     if not options.hf:
         if options.clip_path:
             raise ValueError("--clip-path goes with --hf: a checkpoint of LLaVA's own format names its CLIP itself")

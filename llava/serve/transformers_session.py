@@ -18,11 +18,13 @@ from llava.integrations.transformers import KeptPicture
 from llava.integrations.transformers.host import find_host
 from llava.integrations.transformers.loading import load_transformers_model
 from llava.integrations.transformers.picture_sizes import check_picture_size
+from llava.integrations.transformers.video_inputs import video_inputs
 from llava.model.builder import pick_device
 from llava.pruning import Method
 from llava.serve.status import Terminal, TimedStreamer, stoppable
 from llava.serve.token_picture import with_caption
 from llava.serve.transformers_picture import check_drawable, draw_kept
+from llava.video import Video
 
 
 class TransformersSession:
@@ -47,6 +49,7 @@ class TransformersSession:
         self.listener = Terminal()
         self.use_pruner(pruner)
         self.pixels: Sequence[Image.Image] = []
+        self.video: Video | None = None
         self.clear()
 
     def another(self, listener: Terminal) -> TransformersSession:
@@ -69,20 +72,34 @@ class TransformersSession:
     def clear(self) -> None:
         self.messages: list[dict[str, Any]] = []
 
-    def show(self, pictures: Sequence[Image.Image] = (), video: Any = None) -> None:
-        """Put pictures on the table and start a new conversation."""
+    def show(self, pictures: Sequence[Image.Image] = (), video: Video | None = None) -> None:
+        """Put pictures or a video on the table and start a new conversation."""
         if video is not None:
-            raise ValueError("/video goes with LLaVA's own code, not with --hf")
+            self._check_video()
         for picture in pictures:
             check_picture_size(picture.size, self.processor)
         self.clear()
-        self.pixels = list(pictures)
+        self.pixels, self.video = list(pictures), video
+
+    def _check_video(self) -> None:
+        """Raise ValueError where a video cannot be shown, or what is kept of it cannot be drawn."""
+        reads_videos = getattr(self.processor, "video_processor", None) is not None
+        if not reads_videos or "video" not in find_host(self.model).placeholders:
+            raise ValueError(
+                f"{type(self.model).__name__} with {type(self.processor).__name__} takes no videos here; processors "
+                'with a part for videos need torchvision: pip install "script-llava[hf]"'
+            )
+        if self.arguments.show_tokens:
+            raise ValueError("--show-tokens draws pictures, not videos, with --hf")
 
     def has_pictures(self) -> bool:
-        return bool(self.pixels)
+        return bool(self.pixels) or self.video is not None
 
     def shown(self) -> str:
-        """The pictures' sizes: what they become in tokens is the processor's matter."""
+        """The sizes of the pictures or frames: what they become in tokens is the processor's matter."""
+        if self.video is not None:
+            frame = self.video.frames[0]
+            return f"{len(self.video.frames)} frames of {frame.width} x {frame.height} pixels"
         return ", ".join(f"{picture.width} x {picture.height} pixels" for picture in self.pixels)
 
     def model_line(self) -> str:
@@ -104,10 +121,14 @@ class TransformersSession:
         self.stopped = False
         content: list[dict[str, str]] = [{"type": "text", "text": question.replace(DEFAULT_IMAGE_TOKEN, "").strip()}]
         if not self.messages:
-            content = [{"type": "image"}] * len(self.pixels) + content
+            shown = [{"type": "image"}] * len(self.pixels) + [{"type": "video"}] * (self.video is not None)
+            content = shown + content
         messages = [*self.messages, {"role": "user", "content": content}]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        inputs = self.processor(images=list(self.pixels) or None, text=text, return_tensors="pt")
+        visuals: dict[str, Any] = {"images": list(self.pixels)} if self.pixels else {}
+        if self.video is not None:
+            visuals |= video_inputs([self.video])
+        inputs = self.processor(text=text, return_tensors="pt", **visuals)
         inputs = inputs.to(self.model.device, dtype=self.model.dtype)
         if self.pixels and self.arguments.show_tokens:
             check_drawable(self.model, inputs, self.pruner)
@@ -133,8 +154,8 @@ class TransformersSession:
         self.last_inputs, self.last_kept = inputs, None if handle is None else handle.kept
         self.last_turn = question, answer
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-        placeholder = find_host(self.model).placeholders["image"]
-        total = int((inputs["input_ids"] == placeholder).sum())
+        ids = inputs["input_ids"]
+        total = sum(int((ids == placeholder).sum()) for placeholder in find_host(self.model).placeholders.values())
         self.last_stages = {
             "first token" if name == "prefill" else name: seconds for name, seconds in streamer.stages(start).items()
         }  # tower and selection are within it

@@ -23,6 +23,7 @@ from llava.eval.lmms_eval.requests import Asked, Decoding, Message, Visual, last
 from llava.eval.runner import identity
 from llava.integrations.transformers.loading import check_processor
 from llava.integrations.transformers.picture_sizes import check_picture_size
+from llava.integrations.transformers.video_inputs import video_inputs
 from llava.mm_utils import load_image, to_rgb
 from llava.serve.flags import parse_grid
 from llava.video import Video, load_video
@@ -113,10 +114,10 @@ class TransformersModel(PrunedModel):
         ]
         shown = [visual for _, _, visuals in batch for visual in visuals]
         pictures = [visual for visual in shown if not isinstance(visual, Video)]
-        videos = [visual.frames for visual in shown if isinstance(visual, Video)]
+        videos = [visual for visual in shown if isinstance(visual, Video)]
         visual_inputs: dict[str, Any] = {"images": pictures} if pictures else {}
         if videos:
-            visual_inputs |= {"videos": videos, "do_sample_frames": False}
+            visual_inputs |= video_inputs(videos)
         inputs = self.processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **visual_inputs)
         inputs = inputs.to(self.device, self.model.dtype)
         options = decoding.options()
