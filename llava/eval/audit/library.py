@@ -16,6 +16,7 @@ from llava.integrations.transformers.pictures import SEPARATOR
 from llava.layout.tiles import anyres_grid
 from llava.layout.views import NEWLINE, tiled_layout
 from llava.pruning import Method
+from llava.pruning.question_reader import QuestionReader
 
 GRID = "image_grid_thw"
 
@@ -24,7 +25,7 @@ class LibrarySubject(Subject):
     """A folder or hub name that the library's auto classes load.
 
     Args:
-        clip, siglip: the joint space's model, as `AttachedPruner` takes it.
+        clip, siglip: the joint space's model, as `AttachedPruner` takes it; for methods that read one.
 
     Raises:
         ValueError: the model cannot be pruned, or its processor has no chat template.
@@ -63,7 +64,8 @@ class LibrarySubject(Subject):
         return self.processor.tokenizer.decode(new, skip_special_tokens=True).strip()
 
     def attached(self, method: Method) -> Any:
-        return method(self.model, self.processor, **self.spaces)
+        reads_one = isinstance(method, QuestionReader) and method.relevance in ("auto", "clip")
+        return method(self.model, self.processor, **(self.spaces if reads_one else {}))
 
     def of_kept(self, kept: Any) -> tuple[Tensor, Tensor | None, int]:
         shows = kept.picture.views != SEPARATOR

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from llava.eval.measure.selection_speed import time_rows
-from llava.mm_utils import load_image, process_images
+from llava.layout.visuals import Reading
+from llava.mm_utils import load_image, process_images, view_side
 from llava.model.builder import TOY_FOLDER, load_pretrained_model, pick_device
 from llava.pruning.redundancy import ESTIMATORS, compared_pairs, intersection_over_union, least_redundant
 from llava.serve import flags
@@ -37,12 +38,24 @@ def find_pictures(folder: Path, limit: int) -> list[Path]:
     return found
 
 
-def read_features(model_path: str, pictures: Sequence[Path], device: str) -> Tensor:
-    """Projected tokens (views, n, d) of the pictures, padding included, as LLaVA-1.5 reads them."""
-    _, model, processor, _ = load_pretrained_model(model_path, device=device)
+def read_features(
+    model_path: str,
+    pictures: Sequence[Path],
+    device: str,
+    model_base: str | None = None,
+    grid: Sequence[int] | None = None,
+) -> Tensor:
+    """Projected tokens (views, n, d) of the pictures, padding included.
+
+    Args:
+        grid: (width, height) for which every picture is cut; ``None`` leaves it to the checkpoint.
+    """
+    _, model, processor, _ = load_pretrained_model(model_path, model_base, device=device)
+    reading = Reading.of(model.config)
+    reading = reading if grid is None else reading.with_grid(grid, view_side(processor))
     parts = []
     for picture in pictures:
-        pixels = process_images([load_image(picture)], processor, model.config)[0]
+        pixels = process_images([load_image(picture)], processor, reading)[0]
         with torch.inference_mode():
             parts.append(model.encode_images(pixels if pixels.ndim == 4 else pixels[None]).float())
     return torch.cat(parts)

@@ -23,6 +23,8 @@ from llava.eval.tables.significance import compare, compare_items
 from llava.eval.tables.study import Spec, Study, parse_spec
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import pick_device
+from llava.pruning import parse_budget
+from llava.serve.flags import parse_grid
 
 Table = tuple[list[str], list[list[Any]], list[str]]  # heads, rows, notes
 ESTIMATORS = {
@@ -53,6 +55,9 @@ DETERMINISTIC = "deterministic: greedy decoding and no draw, so that its runs ar
 
 def table_1(options: argparse.Namespace) -> Table:
     """Three ways to find redundant tokens: pairs, time, agreement with the exhaustive one, POPE accuracy, speed-up."""
+    budget = parse_budget(options.keep_tokens)
+    if isinstance(budget, str):
+        raise ValueError(f"Table 1 needs a count or a share of tokens, not --keep-tokens {budget}")
     study = Study(options)
     specs = [
         spec
@@ -67,10 +72,13 @@ def table_1(options: argparse.Namespace) -> Table:
         raise FileNotFoundError(f"{folder} has {len(pictures)} pictures, not {options.count}")
 
     def measure() -> dict[str, Any]:
-        features = redundancy.read_features(options.model_path, pictures, pick_device(options.device))
-        keep = max(1, round(float(options.keep_tokens) * features.shape[1]))
-        if float(options.keep_tokens) >= 1:
-            keep = int(options.keep_tokens)
+        grid = None if options.image_grid is None else parse_grid(options.image_grid)
+        where = pick_device(options.device)
+        features = redundancy.read_features(options.model_path, pictures, where, options.model_base, grid)
+        tokens = features.shape[1]
+        keep = budget if isinstance(budget, int) else max(1, int(budget * tokens + 0.5))
+        if keep >= tokens:
+            raise ValueError(f"--keep-tokens {keep} keeps all {tokens} tokens of a view: nothing is compared")
         rows = redundancy.measure(features, keep, options.tau, options.gamma, options.repeats)
         return {"rows": rows, "keep": keep, "tokens": features.shape[1], "views": len(features)}
 
@@ -137,6 +145,8 @@ def average_interval(parts: Mapping[str, Resampled]) -> tuple[float, float]:
 
 def table_6(options: argparse.Namespace) -> Table:
     """Tokens, work, times and memory of methods, with POPE's F1 beside, and Script without its DPP."""
+    if options.model_base is not None:
+        raise ValueError("Table 6 measures a whole checkpoint: merge --model-base and its projector first")
     study = Study(options)
     specs = [Spec(UNPRUNED), *map(parse_spec, options.pruners)]
     study.plan(["pope"], specs)
@@ -148,7 +158,11 @@ def table_6(options: argparse.Namespace) -> Table:
         words += ["--repeats", options.repeats, "--new-tokens", options.new_tokens, "--device", options.device]
         words += [] if options.image_grid is None else ["--image-grid", options.image_grid]
         words += [] if options.dtype == "auto" else ["--dtype", options.dtype]
-        return efficiency.measure_all(efficiency.parse_arguments(list(map(str, words))), show=False)
+        words += [] if options.attn_implementation is None else ["--attn-implementation", options.attn_implementation]
+        found = efficiency.measure_all(efficiency.parse_arguments(list(map(str, words))), show=False)
+        if found["batches"][0]["repeats"] < options.repeats:
+            raise KeyboardInterrupt  # some repeats alone are no table, and not kept
+        return found
 
     given = {
         name: getattr(options, name) for name in ("keep_tokens", "pruners", "pruner_args", "repeats", "new_tokens")

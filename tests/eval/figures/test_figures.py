@@ -6,8 +6,10 @@ import shutil
 
 import pytest
 import torch
+from convert_to_transformers import convert
 
 from llava.eval.figures import command, of_questions, scores, sources
+from llava.model.builder import TOY_FOLDER
 from llava.pruning import get_pruner, list_pruners
 from records import GOLDEN, load_picture
 
@@ -142,3 +144,28 @@ def test_views_of_tiles():
     look = tiled.look(picture, "What?", get_pruner("script", keep_tokens=7))
     assert [int(kept.sum()) for kept in look.kept] == [7] * len(views)
     assert look.scores["redundancy"][0].shape == (24, 24)
+
+
+def test_the_librarys_class_is_seen_as_our_own(tmp_path_factory):
+    """The toy in both formats: the same tokens, scores and kept tokens, cell by cell."""
+    target = tmp_path_factory.mktemp("converted") / "llava-toy-v1.5"
+    toy = str(TOY_FOLDER / "llava-toy-v1.5")
+    convert(toy, target)
+    ours = sources.OurSource(command.OurSubject(toy, device="cpu"))
+    clip = str(TOY_FOLDER / "clip-toy-336")
+    theirs = sources.LibrarySource(command.LibrarySubject(str(target), "cpu", "auto", clip))
+    picture = load_picture("square336")
+    for features in sources.FEATURES:
+        own, other = (source.views(picture, features)[0] for source in (ours, theirs))
+        torch.testing.assert_close(own.tokens, other.tokens, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(own.colours, other.colours, atol=1e-3, rtol=0)
+    method = get_pruner("script", keep_tokens=16)
+    own, other = (source.look(picture, "Is there a star?", method) for source in (ours, theirs))
+    assert torch.equal(own.kept[0], other.kept[0])
+    assert own.scores.keys() == other.scores.keys()
+    torch.testing.assert_close(own.scores["relevance"][0], other.scores["relevance"][0], atol=1e-3, rtol=0)
+    attentive = get_pruner("fastervlm", keep_tokens=16)
+    own, other = (
+        source.look(picture, "Is there a star?", attentive).scores["attention"][0] for source in (ours, theirs)
+    )
+    torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-3)

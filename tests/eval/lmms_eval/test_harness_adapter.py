@@ -77,6 +77,23 @@ def test_both_forms_and_batches_give_the_same_answers(documents):
     assert len(set(answers[0])) > 1
 
 
+def test_a_fixed_grid_reads_every_picture_in_five_views(documents):
+    """The protocol of the paper's LLaVA-NeXT tables; it is part of what is compared before a run goes on."""
+    tiled = str(GOLDEN / "checkpoints" / "llava-v1.6-vicuna-tiny")
+    given = {"keep_tokens": 4, "image_grid": "672x672", "pruner_args": "exclude_padding=false", "device": "cpu"}
+    model = get_model("script_llava", force_simple=True)(pretrained=tiled, **given)
+    model.task_dict.update(documents)
+    model.generate_until([request(0)])
+    assert [model.book.answers[key].cost["visual_tokens"] for key in model.used] == [20]
+    assert model.settings()["image_grid"] == [672, 672]
+    with pytest.raises(ValueError, match="cut pictures into tiles"):
+        make("script_llava", documents, image_grid="672x672")
+    with pytest.raises(ValueError, match="image_grid is written WIDTHxHEIGHT"):
+        make("script_llava", documents, image_grid="672")
+    with pytest.raises(ValueError, match="picture_size is written WIDTHxHEIGHT"):
+        make("script_transformers", documents, picture_size="big")
+
+
 def test_answers_end_where_the_task_says(documents):
     model = make("script_llava", documents)
     [whole] = texts(model.generate_until([request(0, {"max_new_tokens": 12, "do_sample": False})]))

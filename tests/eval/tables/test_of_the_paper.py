@@ -1,10 +1,10 @@
 """Tables from one command: intervals by another way, one-sided tests, rows from runs, what is refused first."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
+from small_pope import write_pope
 
 from llava.eval.benchmarks import mme, pope
 from llava.eval.measure import redundancy
@@ -98,23 +98,7 @@ def test_which_methods_draw():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """POPE with four questions a category about one picture."""
-    place = tmp_path_factory.mktemp("data")
-    (place / "pope" / "val2014").mkdir(parents=True)
-    (place / "pope" / "coco").mkdir()
-    shutil.copy(GOLDEN / "images" / "small97x61.png", place / "pope" / "val2014" / "a.png")
-    questions = []
-    for group, category in enumerate(pope.CATEGORIES):
-        lines = []
-        for number in range(4):
-            text = f"Is there a {['dog', 'cat', 'cow', 'hen'][number]}?"
-            lines.append({"question_id": number, "image": "a.png", "text": text, "label": ["yes", "no"][number % 2]})
-            asked = {"question_id": 10 * group + number, "image": "a.png", "text": text, "category": category}
-            questions.append(asked)
-        file = place / "pope" / "coco" / f"coco_pope_{category}.json"
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (place / "pope" / "llava_pope_test.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
-    return place
+    return write_pope(tmp_path_factory.mktemp("data"))
 
 
 def given(data, out):
