@@ -11,12 +11,12 @@ from llava.terminal import printable
 
 COMMANDS = {
     "chat": ("llava.serve.cli", "ask a checkpoint about pictures or a video, once or in a chat"),
-    "page": ("llava.serve.page", "a page in the browser: ask, and see which tokens were kept"),
-    "gallery": ("llava.serve.gallery", "comparisons of kept tokens as one HTML file"),
     "eval": ("llava.eval.run", "ask the questions of a benchmark, or a list of your own, and write the answers"),
     "score": ("llava.eval.score", "score the answers to a benchmark"),
     "report": ("llava.eval.report", "a table of runs"),
     "harness": ("llava.eval.harness", "benchmarks through lmms-eval"),
+    "page": ("llava.serve.page", "a page in the browser: ask, and see which tokens were kept"),
+    "gallery": ("llava.serve.gallery", "comparisons of kept tokens as one HTML file"),
     "efficiency": ("llava.eval.efficiency", "time, memory and work of every part, by budget"),
     "selection-speed": ("llava.eval.selection_speed", "time of the selections alone"),
     "serving-load": ("llava.eval.serving_load", "requests per second of a server, unpruned and pruned"),

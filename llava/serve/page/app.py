@@ -23,6 +23,7 @@ METHODS, QUESTIONS, BUDGETS = "methods", "questions", "budgets"
 FORGET_AFTER = 3600  # seconds without use, then a tab's picture is forgotten
 MOST_UNKNOWN = 2048  # of the slider, where the number of tokens is the processor's matter
 MOST_TABS = 64  # whose pictures are held
+SEND = "window.sendPicture = (message) => trigger('input', message);"  # for page.js
 SAVE = """(text) => { if (!text) return; const link = document.createElement("a");
 link.href = URL.createObjectURL(new Blob([text], {type: "text/html"})); link.download = "kept-tokens.html";
 link.click(); }"""
@@ -74,14 +75,14 @@ class Page:
         pending = settings if user.bundled else []
         return user, pending, shown, message, *fields
 
-    def receive(self, user: User, sent: str) -> tuple[str, str, Any, str]:
+    def receive(self, user: User, event: gr.EventData) -> tuple[Any, str, Any]:
         """A picture was chosen, opened, pasted or taken."""
         try:
-            picture = user.take(sent, self.offered, self.most_bytes, self.room.options.num_frames)
+            picture = user.take(event._data, self.offered, self.most_bytes, self.room.options.num_frames)
         except Exception as error:
-            return gr.skip() if user.desk.name else "", pieces.error(told_error(error)), gr.skip(), ""
+            return gr.skip() if user.desk.name else "", pieces.error(told_error(error)), gr.skip()
         slider = gr.Slider(maximum=user.desk.tokens_of_view() or MOST_UNKNOWN)
-        return self._preview(user, picture), pieces.note("ready for a question"), slider, ""
+        return self._preview(user, picture), pieces.note("ready for a question"), slider
 
     def _preview(self, user: User, picture: Any) -> str:
         return pieces.preview(picture, user.desk.name, user.desk.session.shown())
@@ -173,11 +174,12 @@ class Page:
                 f"<h1>Which visual tokens are kept for a question?</h1><p>{self.room.session.model_line()}</p>",
                 padding=False,
             )
-            sent = gr.Textbox(visible="hidden", elem_id="sent", label="sent")
             document_text = gr.Textbox(visible="hidden", label="document")
             with gr.Row():
                 with gr.Column(scale=2, min_width=320):
-                    gr.HTML(pieces.picture_box(self.offered.values(), self.most_bytes), padding=False)
+                    box = gr.HTML(
+                        pieces.picture_box(self.offered.values(), self.most_bytes), js_on_load=SEND, padding=False
+                    )
                     preview = gr.HTML(elem_id="preview", padding=False)
                     question = gr.Textbox(label="Question", lines=1, max_lines=3, elem_id="question")
                     with gr.Row():
@@ -224,7 +226,7 @@ class Page:
 
             opened = blocks.load(self.begin, None, [user, pending, preview, live, *setting], **quick)
             opened.then(self.show, [user, pending], shown, **model, **quick)
-            sent.input(self.receive, [user, sent], [preview, live, count, sent], **model, **quick)
+            box.input(self.receive, user, [preview, live, count], **model, **quick)
             asked = [
                 ask.click(self.ask, [user, *setting], shown, **model, **quick),
                 question.submit(self.ask, [user, *setting], shown, **model, **quick),

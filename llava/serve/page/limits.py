@@ -1,13 +1,11 @@
-"""What the server takes and tells: sizes of requests, who may reach it, no path of its own in what it sends."""
+"""What the server takes: sizes of requests, and who may reach it."""
 
 from __future__ import annotations
 
 import ipaddress
-import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-PATH = re.compile(r"(?<![\w/:.])~?(?:/[\w.@+-]+){2,}/?|[A-Za-z]:(?:\\[\w.@+ -]+)+")
 REFUSED = ("/upload",)  # the page sends pictures through the queue, where they are checked
 
 Message = dict[str, Any]
@@ -26,11 +24,6 @@ def check_address(host: str, open_to_network: bool) -> None:
             f"--host {host} can be reached from other machines, and whoever reaches the page uses this one's model: "
             "add --open-to-network if that is wanted"
         )
-
-
-def without_paths(text: str) -> str:
-    """A message with the paths of this machine cut to their last part."""
-    return PATH.sub(lambda match: re.split(r"[/\\]", match.group().rstrip("/\\"))[-1], text)
 
 
 class LimitedRequests:

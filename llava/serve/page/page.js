@@ -1,16 +1,10 @@
 // The picture box: bundled pictures, files, the clipboard and the camera; what is chosen goes to the server as text.
 (() => {
   "use strict";
-  const send = (message) => {
-    const field = document.querySelector("#sent textarea, #sent input");
-    if (!field) return;
-    const prototype = field instanceof HTMLTextAreaElement ? HTMLTextAreaElement : HTMLInputElement;
-    Object.getOwnPropertyDescriptor(prototype.prototype, "value").set.call(field, JSON.stringify({ ...message, at: Date.now() }));
-    field.dispatchEvent(new Event("input", { bubbles: true }));
-  };
+  const send = (message) => window.sendPicture?.(message); // set where the box is loaded: app.py
   const say = (text) => {
     const told = document.querySelector("#box-told");
-    if (told) told.textContent = text;
+    if (told && told.textContent !== text) told.textContent = text;
   };
   const sendFile = (file, name) => {
     const most = Number(document.querySelector("#picture-box")?.dataset.most || 0);
@@ -20,6 +14,9 @@
     reader.onload = () => send({ name, data: reader.result.slice(reader.result.indexOf(",") + 1) });
     reader.readAsDataURL(file);
   };
+  new MutationObserver((changes) => {
+    if (changes.some((change) => change.target.closest?.("#live, #preview"))) say("");
+  }).observe(document.documentElement, { childList: true, subtree: true });
   let stream = null;
   const closeCamera = () => {
     stream?.getTracks().forEach((track) => track.stop());

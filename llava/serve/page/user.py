@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import base64
-import json
 import logging
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import parse_qs, urlencode
 
 import torch
 from PIL import Image
 
-from llava.serve.page.limits import without_paths
 from llava.serve.status import Stopped, Terminal
 from llava.serve.viewer.desk import Desk, read_upload
 from llava.serve.viewer.look import MOST_LOOKS, Comparison, Look
+from llava.serve.viewer.paths import without_paths
 from llava.serve.viewer.setting import Setting
 from llava.video import Video
 
@@ -101,16 +101,17 @@ class User:
         self.bundled, self.comparison = name, None
         return one.thumbnail
 
-    def take(self, sent: str, offered: dict[str, Bundled], most_bytes: int, frames: int) -> Image.Image:
+    def take(self, message: Any, offered: dict[str, Bundled], most_bytes: int, frames: int) -> Image.Image:
         """Put what the page sent on the desk, {"bundled": name} or {"name", "data"} in base64; its thumbnail.
 
         Raises:
             ValueError, ImportError: see `llava.serve.viewer.desk.read_upload`.
         """
-        message = json.loads(sent)
+        if not isinstance(message, dict):
+            raise ValueError("expected a picture")
         if "bundled" in message:
             return self.choose(offered, str(message["bundled"]))
-        name = str(message["name"])[:80] or "picture"
+        name = str(message.get("name") or "picture")[:80]
         if len(message["data"]) > most_bytes * 4 // 3 + 4:
             raise ValueError(f"{name} is larger than the limit of {most_bytes / 2**20:g} MiB")
         data = base64.b64decode(message["data"], validate=True)
@@ -146,9 +147,7 @@ class User:
 
         def run() -> None:
             try:
-                look = self.desk.look(setting, Relay(told, self.stop))
-                notes = tuple(map(without_paths, look.notes))
-                looks.append(replace(look, reads=without_paths(look.reads), notes=notes))
+                looks.append(self.desk.look(setting, Relay(told, self.stop)))
             except BaseException as error:  # told to the reader of the queue
                 failed.append(error)
             told.put(("end", ""))

@@ -20,6 +20,7 @@ from llava.serve.transformers_session import TransformersSession
 from llava.serve.viewer.hosted import look_of_hosted
 from llava.serve.viewer.look import Comparison, Look
 from llava.serve.viewer.own import look_of_session
+from llava.serve.viewer.paths import without_paths
 from llava.serve.viewer.setting import Setting
 from llava.video import Video, load_video
 
@@ -103,7 +104,8 @@ class Desk:
                 self.session.ask(setting.question)
             look = look_of_hosted if self.room.options.hf else look_of_session
             notes = dict.fromkeys(str(one.message) for one in told if issubclass(one.category, UserWarning))
-            return replace(look(self.session, setting), notes=tuple(notes))
+            seen = look(self.session, setting)
+            return replace(seen, reads=without_paths(seen.reads), notes=tuple(map(without_paths, notes)))
 
     def compare(self, settings: Sequence[Setting], listener: Callable[[int], Terminal] | None = None) -> Comparison:
         """Looks with each of the settings beside each other; see `look`.

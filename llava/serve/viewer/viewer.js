@@ -35,7 +35,7 @@
       this.marks.setAttribute("preserveAspectRatio", "none");
       this.marks.setAttribute("aria-hidden", "true");
       this.paths = {};
-      for (const kind of ["gained", "lost", "near", "here"]) {
+      for (const kind of ["kept", "gained", "lost", "near", "here"]) {
         this.paths[kind] = document.createElementNS(SVG, "path");
         this.paths[kind].setAttribute("class", `sv-${kind}`);
         this.marks.append(this.paths[kind]);
@@ -55,6 +55,7 @@
       this.canvas.hidden = !values;
       const missing = overlay && !values;
       this.element.dataset.missing = missing ? `no ${named(overlay)}: this method computes none` : "";
+      this.paths.kept.setAttribute("d", values ? cells([...this.kept], this.columns) : "");
       if (!values) return;
       const known = values.filter((value) => value !== null);
       const low = Math.min(...known), high = Math.max(...known);
