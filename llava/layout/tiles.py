@@ -60,6 +60,17 @@ def _check_grids(count: int, pinpoints: Any) -> None:
         raise ValueError(f"image_grid_pinpoints offers {count} resolutions, not 1 to {MAX_GRIDS}: {pinpoints!r:.200}")
 
 
+def check_grid(grid: Sequence[int], side: int) -> None:
+    """Raise ValueError unless (width, height) in pixels is cut into whole tiles of ``side`` x ``side``."""
+    parse_pinpoints([grid], side)
+    if any(length % side for length in grid):
+        width, height = grid
+        raise ValueError(
+            f"a grid of {width}x{height} pixels is not cut into whole tiles of {side} x {side}: both sides are "
+            f"multiples of {side}"
+        )
+
+
 def select_best_resolution(size: tuple[int, int], resolutions: Sequence[Sequence[int]]) -> tuple[int, int]:
     """The (width, height) that shows most of a picture of ``size`` (width, height), with the least canvas wasted."""
 

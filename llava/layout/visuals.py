@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from llava.layout.pooling import pooled_side
-from llava.layout.tiles import anyres_grid, most_tiles, parse_pinpoints, reads_as_squares
+from llava.layout.tiles import anyres_grid, check_grid, most_tiles, parse_pinpoints, reads_as_squares
 from llava.layout.views import (
     MERGE_TYPES,
     ViewLayout,
@@ -84,6 +84,25 @@ class Reading:
         """
         found = {each.name: getattr(config, each.name, each.default) for each in fields(cls)}
         return cls(**found | changes)
+
+    def with_grid(self, grid: Sequence[int], side: int | None = None) -> Reading:
+        """The same, but every picture is cut for one resolution, whatever its shape.
+
+        Args:
+            grid: (width, height) in pixels.
+            side: pixels along one side of a view; ``None`` leaves unchecked that the grid is made of whole views.
+
+        Raises:
+            ValueError: pictures are not cut into tiles here, or not into whole ones.
+        """
+        if not str(self.image_aspect_ratio).startswith("anyres"):
+            raise ValueError(
+                "a fixed grid is for checkpoints that cut pictures into tiles (LLaVA-NeXT, LLaVA-OneVision); this one "
+                f"reads them as image_aspect_ratio={self.image_aspect_ratio}"
+            )
+        if side is not None:
+            check_grid(grid, side)
+        return replace(self, image_grid_pinpoints=[list(grid)])
 
     def for_pictures(self, count: int) -> Reading:
         """How ``count`` pictures of one prompt are read: LLaVA-OneVision reads several as padded squares."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llava.pruning.attaching import attach
 from llava.pruning.auto_budget import AutoBudget, parse_auto
+from llava.pruning.budget_curves import set_by_curves
 from llava.pruning.functional import without_autocast
 from llava.pruning.inputs import PruningInputs, Selection
 from llava.pruning.options import check_options, parse_assignments
@@ -36,7 +37,8 @@ class Method(ABC):
     Args:
         keep_tokens: visual tokens given, kept and made, as a count (int >= 1) or as a share of them (float between 0
             and 1). A count of all or more keeps everything, bit for bit. "auto", or "auto:0.9", lets a method whose
-            order says how much the kept tokens explain find the count itself: see auto_budget.py.
+            order says how much the kept tokens explain find the count itself; "auto:mean_tokens=64:curves=FILE" one
+            whose mean is 64: see auto_budget.py.
         exclude_padding: patches that show only padding cannot be chosen.
 
     Raises:
@@ -60,7 +62,10 @@ class Method(ABC):
                     f"pruner '{self.name}' needs a count or a share: keep_tokens={self.keep_tokens} is for methods "
                     f"whose order says how much the kept tokens explain, {', '.join(able)}"
                 )
-            object.__setattr__(self, "keep_tokens", str(parse_auto(self.keep_tokens)))
+            rule = parse_auto(self.keep_tokens)
+            if rule.curves is not None:
+                rule = set_by_curves(rule, self)
+            object.__setattr__(self, "keep_tokens", str(rule))
 
     @property
     def auto(self) -> AutoBudget | None:

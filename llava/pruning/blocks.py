@@ -1,7 +1,7 @@
 """Similarities among very many tokens, as of all frames of a clip, without the matrix of all pairs.
 
 64 frames of 169 tokens are n = 10,816 tokens: 468 MB of float32 for the n x n matrix, and as much again for each step
-that looks at it. Here no tensor has more than `ROWS` rows of n, or a row of n for each token that is chosen.
+that looks at it. Here no tensor has more than `ROWS` rows of n; a choice leaves a number at each token (screening.py).
 """
 
 from __future__ import annotations
@@ -9,19 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llava.pruning.edges import edge_sums
 from llava.pruning.functional import (
     cosine_similarity,
-    degree_score,
     inner_products,
     inverse_norm,
     stable_rank,
     working_dtype,
 )
-
-ROWS = 256  # rows of similarities that are looked at together
-AHEAD = 63  # rows computed beside that of a chosen token
+from llava.pruning.screening import ROWS, screened_order
 
 
+@torch.no_grad()
 def map_rank_by_rows(
     features: Tensor,
     k: int,
@@ -31,10 +30,9 @@ def map_rank_by_rows(
     candidates: Tensor | None = None,
     epsilon: float = 1e-6,
 ) -> Tensor:
-    """`greedy_map_rank` (B, n) of the cosine similarities of features (B, n, d), rows of them as they are needed.
+    """`greedy_map_rank` (B, n) of the cosine similarities of features (B, n, d), parts of them as they are needed.
 
-    The row of a chosen token is computed together with those of the `AHEAD` likeliest next ones, which turns passes
-    over all features into one product. Each step leaves a row of n numbers. Exact duplicates may tie up to rounding.
+    See screening.py, which also keeps a copy of the features that it looks at, in the working dtype.
     """
     views = range(len(features))
 
@@ -60,41 +58,15 @@ def _map_rank_of_view(
     epsilon: float,
 ) -> Tensor:
     """`map_rank_by_rows` of one view: (n, d) -> (n,)."""
-    cosines = CosineRows(features)
-    weight = torch.ones_like(cosines.diagonal) if relevance is None else relevance.to(cosines.diagonal.dtype)
-    variance = cosines.diagonal * weight.square()  # v_i = L_ii
-    leftover = cosines.diagonal if relevance is None else weight
+    diagonal = CosineRows(features).diagonal
+    weight = torch.ones_like(diagonal) if relevance is None else relevance.to(diagonal.dtype)
+    variance = diagonal * weight.square()  # v_i = L_ii
+    leftover = diagonal if relevance is None else weight
     if candidates is not None:
         variance, leftover = (values.masked_fill(~candidates, -torch.inf) for values in (variance, leftover))
-    n = len(variance)
-    rank = n + stable_rank(leftover[None], descending=True)[0]
-    basis: list[Tensor] = []  # blocks (ROWS, n) of e_i, a row for each step so far
-    ahead = torch.empty(0, dtype=torch.int64, device=rank.device)  # tokens whose rows are at hand
-    rows = variance.new_empty(0, n)  # L_ji - <u_j, u_i> of these tokens j
-    placed = 0
-    for step in range(n):
-        chosen = int(variance.argmax())  # lowest index among equals
-        largest = variance[chosen]
-        if not largest > epsilon:
-            break
-        place = (ahead == chosen).nonzero().flatten()
-        if not len(place):
-            ahead = torch.cat([ahead.new_tensor([chosen]), variance.topk(min(AHEAD, n)).indices])
-            rows = cosines.rows(ahead) * weight[ahead, None] * weight
-            for block in basis:
-                rows -= block[:, ahead].mT @ block
-            place = place.new_zeros(1)
-        row = rows[place[0]] / (largest + epsilon).sqrt()  # Eq. 11: e_i = (L_ji - <u_j, u_i>) / sqrt(v_j + epsilon)
-        if step % ROWS == 0:
-            basis.append(row.new_zeros(ROWS, n))
-        basis[-1][step % ROWS] = row
-        rows.addr_(row[ahead], row, alpha=-1)
-        variance -= row.square()
-        variance[chosen] = -torch.inf
-        rank[chosen] = step
-        placed += 1 if member is None else int(member[chosen])
-        if placed >= k:
-            break
+    rank = len(variance) + stable_rank(leftover[None], descending=True)[0]
+    order = torch.tensor(screened_order(features, k, weight, variance, member, epsilon), dtype=torch.int64)
+    rank[order.to(rank.device)] = torch.arange(len(order), device=rank.device)
     return stable_rank(rank[None])[0]
 
 
@@ -117,24 +89,19 @@ class CosineRows:
 def redundancy_by_blocks(
     features: Tensor, tau: float = 0.5, gamma: float = 1.0, *, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`redundancy_graph` (B, n), (B,) of the bipartite graph, a block of rows at a time.
-
-    Twice the products, because each side of the graph is the rows once.
-    """
+    """`redundancy_graph` (B, n), (B,) of the bipartite graph, a block of rows at a time."""
+    rows, others = features[:, 0::2], features[:, 1::2]
     scores = features.new_empty(features.shape[:2], dtype=working_dtype(features.dtype))
-    joined = scores.new_zeros(len(scores))
-    for own, other in ((0, 1), (1, 0)):
-        rows, others = features[:, own::2], features[:, other::2]
-        for start in range(0, rows.shape[1], ROWS):
-            part = slice(start, start + ROWS)
-            block = cosine_similarity(rows[:, part], others)
-            pairs = None
-            if valid is not None:
-                pairs = valid[:, own::2][:, part, None] & valid[:, None, other::2]
-            scores[:, own::2][:, part], share = degree_score(block, tau, gamma, pairs, dim=-1)
-            if own == 0:
-                possible = block[0].numel() if pairs is None else pairs.sum((1, 2))
-                joined += share * possible
-    even, odd = (features.shape[1] + 1) // 2, features.shape[1] // 2
-    possible = even * odd if valid is None else valid[:, 0::2].sum(1) * valid[:, 1::2].sum(1)
-    return scores, joined / torch.as_tensor(possible, device=joined.device).clamp_min(1)
+    across = None  # of the odd positions, over the blocks so far
+    joined = possible = scores.new_zeros(len(scores))
+    for start in range(0, rows.shape[1], ROWS):
+        part = slice(start, start + ROWS)
+        block = cosine_similarity(rows[:, part], others)
+        pairs = None if valid is None else valid[:, 0::2][:, part, None] & valid[:, None, 1::2]
+        edges = edge_sums(block, tau, pairs, dim=-2)
+        across = edges if across is None else across.plus(edges)
+        own = edge_sums(block, tau, pairs, dim=-1)
+        scores[:, 0::2][:, part] = own.score(tau, gamma)
+        joined, possible = joined + own.degree.sum(-1), possible + own.possible.sum(-1)
+    scores[:, 1::2] = across.score(tau, gamma)
+    return scores, joined / possible.clamp_min(1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from llava.pruning import greedy, kernels
+from llava.pruning.edges import edge_sums
 
 COLUMN_BLOCK = 512  # columns of half-precision features that are widened at a time
 STRIPS = 6  # of a symmetric product; more of them hardly save any more work
@@ -214,33 +215,17 @@ def redundancy_graph(
         block = cosine_similarity(features) if similarity is None else similarity
         others = ~torch.eye(block.shape[-1], dtype=torch.bool, device=block.device)
         pairs = others if valid is None else others & (valid[:, :, None] & valid[:, None, :])
-        return degree_score(block, tau, gamma, pairs, dim=-1)
+        edges = edge_sums(block, tau, pairs, dim=-1)
+        return edges.score(tau, gamma), edges.density()
     if similarity is None:
         block = cosine_similarity(features[:, 0::2], features[:, 1::2])
     else:
         block = similarity[:, 0::2, 1::2]
     pairs = None if valid is None else valid[:, 0::2, None] & valid[:, None, 1::2]
     scores = block.new_empty(block.shape[0], sum(block.shape[1:]))
-    scores[:, 0::2], joined = degree_score(block, tau, gamma, pairs, dim=-1)
-    scores[:, 1::2], _ = degree_score(block, tau, gamma, pairs, dim=-2)
-    return scores, joined
-
-
-def degree_score(block: Tensor, tau: float, gamma: float, pairs: Tensor | None, dim: int) -> tuple[Tensor, Tensor]:
-    """Redundancy of one side of a similarity block, summed over ``dim``, and the share of ``pairs`` with an edge."""
-    edges = block >= tau
-    if pairs is not None:
-        edges = edges & pairs
-    degree = edges.sum(dim)
-    edge_mean = torch.where(edges, block, 0.0).sum(dim) / degree.clamp_min(1)
-    if pairs is None:
-        possible = torch.full_like(degree, block.shape[dim])
-        mean = block.sum(dim) / possible.clamp_min(1)
-    else:
-        possible = pairs.sum(dim).expand_as(degree)
-        mean = torch.where(pairs, block, 0.0).sum(dim) / possible.clamp_min(1)
-    scores = torch.where(degree > 0, degree * torch.exp(gamma * (edge_mean - tau)), mean)
-    return scores, degree.sum(-1) / possible.sum(-1).clamp_min(1)
+    even, odd = (edge_sums(block, tau, pairs, dim) for dim in (-1, -2))
+    scores[:, 0::2], scores[:, 1::2] = even.score(tau, gamma), odd.score(tau, gamma)
+    return scores, even.density()
 
 
 def conditional_kernel(similarity: Tensor, relevance: Tensor) -> Tensor:

@@ -8,7 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llava.pruning.blocks import CosineRows
 from llava.pruning.functional import conditional_kernel, stable_rank
+from llava.pruning.screening import ROWS
+
+AHEAD = 63  # rows computed beside that of a chosen token
 
 
 @torch.no_grad()
@@ -67,3 +71,54 @@ def max_min_rank(distance: Tensor, k: int, candidates: Tensor | None = None) -> 
         nearest = torch.minimum(nearest, distance[every, j])
         score = nearest
     return rank.argsort(dim=-1).argsort(dim=-1)
+
+
+@torch.no_grad()
+def map_rank_by_rows(
+    features: Tensor,
+    k: int,
+    relevance: Tensor | None,
+    member: Tensor | None,
+    candidates: Tensor | None,
+    epsilon: float,
+) -> Tensor:
+    """`blocks.map_rank_by_rows` of one view (n, d) -> (n,), every token looked at after every choice.
+
+    The row of a chosen token is computed together with those of the `AHEAD` likeliest next ones.
+    """
+    cosines = CosineRows(features)
+    weight = torch.ones_like(cosines.diagonal) if relevance is None else relevance.to(cosines.diagonal.dtype)
+    variance = cosines.diagonal * weight.square()  # v_i = L_ii
+    leftover = cosines.diagonal if relevance is None else weight
+    if candidates is not None:
+        variance, leftover = (values.masked_fill(~candidates, -torch.inf) for values in (variance, leftover))
+    n = len(variance)
+    rank = n + stable_rank(leftover[None], descending=True)[0]
+    basis: list[Tensor] = []  # blocks (ROWS, n) of e_i, a row for each step so far
+    ahead = torch.empty(0, dtype=torch.int64, device=rank.device)  # tokens whose rows are at hand
+    rows = variance.new_empty(0, n)  # L_ji - <u_j, u_i> of these tokens j
+    placed = 0
+    for step in range(n):
+        chosen = int(variance.argmax())  # lowest index among equals
+        largest = variance[chosen]
+        if not largest > epsilon:
+            break
+        place = (ahead == chosen).nonzero().flatten()
+        if not len(place):
+            ahead = torch.cat([ahead.new_tensor([chosen]), variance.topk(min(AHEAD, n)).indices])
+            rows = cosines.rows(ahead) * weight[ahead, None] * weight
+            for block in basis:
+                rows -= block[:, ahead].mT @ block
+            place = place.new_zeros(1)
+        row = rows[place[0]] / (largest + epsilon).sqrt()  # Eq. 11: e_i = (L_ji - <u_j, u_i>) / sqrt(v_j + epsilon)
+        if step % ROWS == 0:
+            basis.append(row.new_zeros(ROWS, n))
+        basis[-1][step % ROWS] = row
+        rows.addr_(row[ahead], row, alpha=-1)
+        variance -= row.square()
+        variance[chosen] = -torch.inf
+        rank[chosen] = step
+        placed += 1 if member is None else int(member[chosen])
+        if placed >= k:
+            break
+    return stable_rank(rank[None])[0]

@@ -164,10 +164,11 @@ class Asked:
             words = word_distribution(embeds, features, mask, valid)
         if queries:
             attention = self._language.attention
-            keys = attention.keys(features)
-            asked, real, shown = (
-                None if value is None else value.to(keys.device) for value in (*queries, mask, valid)
-            )
+            if self.source == "hawk":
+                asked, keys = queries[0], attention.keys(features)
+            else:
+                asked, keys = attention.compared(queries[0], features)
+            asked, real, shown = (None if value is None else value.to(keys.device) for value in (asked, mask, valid))
             if self.source == "hawk":
                 score = unit_products(asked, keys, real, shown, self._weights)
                 return self._language.sum_over_ranks(score).to(features.device)

@@ -1,8 +1,9 @@
 """The first softmax attention of a decoder: its queries and keys, without rotary embedding, of any input embeddings.
 
 Its own modules are called (norm, projections, norms of queries and keys), so that quantised projections, LoRA and
-offloading by accelerate work; weights are never read. What a family does differently is told by what its modules are
-called and by their sizes:
+offloading by accelerate work. Only where the keys come from a plain ``nn.Linear`` and nothing is done to them is its
+weight read, in `compared`: few words are cheaper taken back through it than many tokens through it. What a family
+does differently is told by what its modules are called and by their sizes:
 
 * the layer: the first one with softmax attention by the config's ``layer_types`` (Qwen3.5 begins with recurrent ones);
 * the layer's input norm, or none in layers that normalise what they put out (OLMo 2, EXAONE 4);
@@ -123,6 +124,32 @@ class FirstAttention:
         """Embeddings (..., d) as the decoder is given them -> keys (..., key heads, head_dim), not rotated."""
         return self._by_head(self._project(embeds, 1), first(self.attention, KEY_NORMS))
 
+    @torch.no_grad()
+    def compared(self, queries: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (B or 1, t, h, d_h) and the tokens' embeddings (B, n, d) -> what `attention_mass` multiplies.
+
+        The tokens' keys; or, where that is less work, the tokens as they enter the projection, (B, n, 1, d), beside
+        the queries taken back through it, (B or 1, t, h, d): q . (W x + b) = (W^T q) . x, but for q . b, which is the
+        same for all tokens and so changes nothing in a softmax over them.
+        """
+        weight = self._plain_key_weight()
+        if weight is None or queries.shape[1] * queries.shape[2] >= weight.shape[0]:
+            return queries, self.keys(embeds)
+        by_group = weight.unflatten(0, (-1, self.head_dim))  # (key heads, d_h, d)
+        own = queries.to(weight.dtype).unflatten(2, (len(by_group), -1))  # (B or 1, t, key heads, h / key heads, d_h)
+        back = torch.einsum("btkge,ked->btkgd", own, by_group).flatten(2, 3)
+        return back, self._entered(embeds).unflatten(0, embeds.shape[:-1])[..., None, :]
+
+    def _plain_key_weight(self) -> Tensor | None:
+        """Weight (width, d) of the keys' projection if it is all that makes them; ``None`` if it is not."""
+        projection = getattr(self.attention, "k_proj", None)
+        if type(projection) is not nn.Linear or first(self.attention, KEY_NORMS) is not None:
+            return None
+        hooks = (projection._forward_hooks, projection._forward_pre_hooks, hasattr(projection, "_hf_hook"))
+        weight = projection.weight
+        plain = type(weight.data) is Tensor and weight.dtype.is_floating_point and not weight.is_meta
+        return weight if plain and weight.numel() and not any(hooks) else None
+
     def mass(
         self,
         words: Tensor,
@@ -136,7 +163,7 @@ class FirstAttention:
         Args:
             head_weights: (heads,) of the heads that this process computes.
         """
-        queries, keys = self.queries(words), self.keys(tokens)
+        queries, keys = self.compared(self.queries(words), tokens)
         masks = [mask if mask is None else mask.to(keys.device) for mask in (word_mask, valid)]
         return attention_mass(queries, keys, self.scaling, *masks, head_weights).to(tokens.device)
 
@@ -153,10 +180,7 @@ class FirstAttention:
 
     def _project(self, embeds: Tensor, part: int) -> Tensor:
         """Queries (part 0) or keys (part 1) of embeddings, (..., width)."""
-        device = next((p.device for p in self._parameters() if not p.is_meta), embeds.device)
-        entered = embeds.to(device).flatten(0, -2)  # vLLM's kernels take rows
-        entered = entered if self.input_scale == 1 else entered * self.input_scale
-        entered = entered if self.norm is None else self.norm(entered)
+        entered = self._entered(embeds)
         if hasattr(self.attention, "q_proj"):
             flat = called((self.attention.q_proj, self.attention.k_proj)[part], entered)
         else:
@@ -165,6 +189,13 @@ class FirstAttention:
             width *= 1 + self.gated
             flat = (flat[:, :width], flat[:, width:].chunk(2, dim=-1)[0])[part].contiguous()
         return flat.unflatten(0, embeds.shape[:-1])
+
+    def _entered(self, embeds: Tensor) -> Tensor:
+        """Embeddings (..., d) as they enter the projections: rows (r, d)."""
+        device = next((p.device for p in self._parameters() if not p.is_meta), embeds.device)
+        entered = embeds.to(device).flatten(0, -2)  # vLLM's kernels take rows
+        entered = entered if self.input_scale == 1 else entered * self.input_scale
+        return entered if self.norm is None else self.norm(entered)
 
     def _by_head(self, flat: Tensor, norm: nn.Module | None) -> Tensor:
         """(..., width) -> (..., heads, head_dim), normalised as the family does."""

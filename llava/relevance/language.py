@@ -137,9 +137,10 @@ def head_maps(
     """
     views, n, groups, width = keys.shape
     dtype = working_dtype(keys.dtype)
-    queries = queries.to(dtype).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)  # (B or 1, k, h / k, t, d_h)
-    keys = keys.to(dtype).permute(0, 2, 3, 1)[:, :, None]  # (B, k, 1, d_h, n)
-    scores = (queries @ keys) * (width**-0.5 if scaling is None else scaling)  # (B, k, h / k, t, n)
+    by_group = queries.to(dtype).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)  # (B or 1, k, h / k, t, d_h)
+    keys = keys.to(dtype).permute(0, 2, 3, 1)  # (B, k, d_h, n)
+    scores = (by_group.flatten(2, 3) @ keys) * (width**-0.5 if scaling is None else scaling)
+    scores = scores.unflatten(2, by_group.shape[2:4])  # (B, k, h / k, t, n)
     scores.masked_fill_(~scores.isfinite(), -torch.inf)
     if valid is not None:
         scores.masked_fill_(~valid[:, None, None, None], -torch.inf)
@@ -215,6 +216,8 @@ def multiply_adds(
     n: int, t: int, d: int, d_q: int, d_kv: int, words: bool = True, qk: bool = True, fused: bool = False
 ) -> int:
     """Multiply-adds of this source for one prompt: n visual tokens, t words, width d, query and key widths d_q, d_kv.
+
+    At most: `FirstAttention.compared` takes few words back through a plain projection, which is less.
 
     Args:
         words, qk: which of the two witnesses is computed.

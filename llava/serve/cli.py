@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import time
 from collections.abc import Sequence
@@ -15,15 +16,15 @@ from PIL import Image
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import Conversation, conv_templates
 from llava.layout.visuals import IMAGE, VIDEO, Reading
-from llava.mm_utils import load_image, process_images, tokenizer_image_token
+from llava.mm_utils import load_image, process_images, tokenizer_image_token, view_side
 from llava.model.builder import find_template, load_pretrained_model
 from llava.model.encoded_images import EncodedImages
 from llava.pruning import Method
 from llava.relevance.policy import settle
 from llava.serve.chat import AnySession, Chat
-from llava.serve.flags import make_pruner
-from llava.serve.options import check_options, parse_arguments, parse_grid, without_budget
-from llava.serve.status import TimedStreamer, status_line, stoppable
+from llava.serve.flags import make_pruner, parse_grid
+from llava.serve.options import check_options, parse_arguments, without_budget
+from llava.serve.status import Terminal, TimedStreamer, status_line, stoppable
 from llava.serve.token_picture import draw_kept_tokens, drawn_cell, join_panels, save_drawing, with_caption
 from llava.serve.transformers_session import TransformersSession
 from llava.terminal import printable
@@ -57,14 +58,22 @@ class Session:
             joint_space_path=options.siglip_path,
         )
         changes = {"mm_spatial_pool_mode": options.pool_mode} if options.pool_mode else {}
-        if options.image_grid:
-            changes["image_grid_pinpoints"] = [parse_grid(options.image_grid)]
         self.reading = Reading.of(self.model.config, **changes)
+        if options.image_grid:
+            self.reading = self.reading.with_grid(parse_grid(options.image_grid), view_side(self.image_processor))
         self.pictures: EncodedImages | None = None
         self.vision_seconds = 0.0
         self.stopped = False
+        self.listener = Terminal()
         self.use_pruner(self.pruner)
         self.clear()
+
+    def another(self, listener: Terminal) -> Session:
+        """A session on the same loaded model with nothing on the table: one for each user of a page."""
+        twin = copy.copy(self)
+        twin.listener, twin.vision_seconds = listener, 0.0
+        twin.show()
+        return twin
 
     def use_pruner(self, pruner: Method | None) -> None:
         """Select with this method from now on; loads the text tower at once, so that no answer waits for it."""
@@ -116,9 +125,10 @@ class Session:
         self.vision_seconds = self._now() - start
 
     def ask(self, question: str) -> str:
-        """Answer a question in the conversation so far, printing the answer and a line about the work done.
+        """Answer a question in the conversation so far, telling the listener the words and a line about the work.
 
-        Ctrl-C while the answer is written ends it there (``stopped``); what was written is in the conversation.
+        Ctrl-C while the answer is written, or a listener that has enough, ends it there (``stopped``); what was
+        written is in the conversation.
         """
         self.stopped = False
         conversation = self.conversation.copy()
@@ -132,7 +142,9 @@ class Session:
         with torch.inference_mode():
             if self.pictures is None and expected:
                 self.model.check_prompt(ids, self.visuals, pruner=self.pruner)
+                self.listener.stage("vision")
                 self.encode()
+            self.listener.stage("selection")
             start = self._now()
             prompt = self.model.embed_prompts(
                 ids.to(self.model.device),
@@ -143,7 +155,8 @@ class Session:
                 truncate=False,
             )
             selected = self._now()
-            streamer = TimedStreamer(self.tokenizer, conversation.stop_string)
+            streamer = TimedStreamer(self.tokenizer, conversation.stop_string, self.listener)
+            self.listener.stage("answer")
             sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
             if conversation.stop_string != self.tokenizer.eos_token:
                 sampling |= {"stop_strings": [conversation.stop_string], "tokenizer": self.tokenizer}
@@ -163,7 +176,8 @@ class Session:
             answer = self.tokenizer.decode(answer_ids[0], skip_special_tokens=True).split(conversation.stop_string)[0]
         conversation.messages[-1] = (conversation.roles[1], answer.strip())
         self.conversation = conversation
-        print(status_line(prompt, self.pictures, self.pruner, self.vision_seconds, start, selected, streamer.times))
+        self.last_stages = streamer.stages(selected, vision=self.vision_seconds, selection=selected - start)
+        self.listener.line(status_line(prompt, self.pictures, self.pruner, self.last_stages))
         self.vision_seconds = 0.0
         self.last_prompt = prompt
         self.last_turn = question, answer.strip()

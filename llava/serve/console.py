@@ -11,6 +11,8 @@ from llava.terminal import printable
 
 COMMANDS = {
     "chat": ("llava.serve.cli", "ask a checkpoint about pictures or a video, once or in a chat"),
+    "page": ("llava.serve.page", "a page in the browser: ask, and see which tokens were kept"),
+    "gallery": ("llava.serve.gallery", "comparisons of kept tokens as one HTML file"),
     "eval": ("llava.eval.run", "ask the questions of a benchmark, or a list of your own, and write the answers"),
     "score": ("llava.eval.score", "score the answers to a benchmark"),
     "report": ("llava.eval.report", "a table of runs"),

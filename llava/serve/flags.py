@@ -45,13 +45,33 @@ def add_method(parser: Any, default: str | None = DEFAULT_METHOD) -> None:
         default=FULL,
         metavar="N",
         help="visual tokens kept per view or frame: a count, a share, full, or auto (auto:0.9, auto:gain=0.0006, "
-        "auto:0.9:floor=8:ceiling=128): as many as it takes",
+        "auto:0.9:floor=8:ceiling=128): as many as it takes; auto:mean_tokens=64:curves=FILE: 64 on average",
     )
     methods = ", ".join(list_pruners())
     parser.add_argument(
         "--pruner", default=default, metavar="NAME", help=f"one of {methods}; default: {DEFAULT_METHOD}"
     )
     parser.add_argument("--pruner-args", nargs="+", default=[], metavar="KEY=VALUE", help="options of the pruner")
+
+
+def add_image_grid(parser: Any) -> None:
+    """``--image-grid``, which `parse_grid` reads."""
+    parser.add_argument(
+        "--image-grid",
+        metavar="WxH",
+        help="cut every picture for this resolution, whatever its shape, such as 672x672",
+    )
+
+
+def parse_grid(text: str, name: str = "--image-grid") -> list[int]:
+    """Read "672x672" as [width, height] in pixels. Raises ValueError, which calls it ``name``."""
+    try:
+        width, height = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        width, height = 0, 0
+    if min(width, height) < 1:
+        raise ValueError(f"{name} is written WIDTHxHEIGHT in pixels, such as 672x672; got {text!r}")
+    return [width, height]
 
 
 def add_device(parser: Any) -> None:

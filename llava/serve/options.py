@@ -36,33 +36,23 @@ class Parser(argparse.ArgumentParser):
         super().error(printable(message))
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments; ``pruner_named`` says whether a method or options of one were asked for."""
-    parser = Parser(
-        prog="python -m llava.serve.cli",
-        description="Ask a LLaVA checkpoint about pictures or a video, with N visual tokens of each view or frame.",
-    )
+def add_session(parser: argparse.ArgumentParser) -> None:
+    """The flags of the model and of how it answers: what a session reads, whatever asks it."""
     flags.add_checkpoint(parser)
     parser.add_argument(
         "--hf", action="store_true", help="--model-path is a model of the Transformers library's own classes"
     )
     parser.add_argument("--clip-path", metavar="PATH", help="with --hf: the CLIP that the model's tower comes from")
+    parser.add_argument("--siglip-path", metavar="PATH", help="folder of the full SigLIP, for relevance in its space")
     flags.add_base(parser)
-    parser.add_argument("--image-file", nargs="+", default=[], metavar="FILE", help="pictures: files or addresses")
-    parser.add_argument("--video-file", metavar="FILE", help="a video: a file, or a folder with a picture per frame")
+    flags.add_template(parser)
     parser.add_argument("--num-frames", type=int, default=64, metavar="N", help="frames of the video, spread evenly")
     parser.add_argument("--pool-mode", choices=POOL_MODES, help="of videos; default: the checkpoint's")
-    parser.add_argument("--siglip-path", metavar="PATH", help="folder of the full SigLIP, for relevance in its space")
-    parser.add_argument(
-        "--query", nargs="+", metavar="TEXT", help="answer these, each on its own, and exit; without it: chat"
-    )
-    flags.add_method(parser, default=None)
+    flags.add_image_grid(parser)
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--repetition-penalty", type=float, metavar="P", help="default: the checkpoint's; 1 is none")
-    flags.add_template(parser)
-    parser.add_argument("--image-grid", metavar="WxH", help="cut every picture for this resolution, such as 672x672")
     flags.add_device(parser)
     parser.add_argument("--device-map", choices=DEVICE_MAPS, help="spread the language model over GPUs")
     flags.add_dtype(parser)
@@ -72,6 +62,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     )
     parser.add_argument("--load-4bit", action="store_true")
     parser.add_argument("--load-8bit", action="store_true")
+    parser.set_defaults(image_file=[], video_file=None, show_tokens=None, captions=False)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments; ``pruner_named`` says whether a method or options of one were asked for."""
+    parser = Parser(
+        prog="python -m llava.serve.cli",
+        description="Ask a LLaVA checkpoint about pictures or a video, with N visual tokens of each view or frame.",
+    )
+    add_session(parser)
+    parser.add_argument("--image-file", nargs="+", default=[], metavar="FILE", help="pictures: files or addresses")
+    parser.add_argument("--video-file", metavar="FILE", help="a video: a file, or a folder with a picture per frame")
+    parser.add_argument(
+        "--query", nargs="+", metavar="TEXT", help="answer these, each on its own, and exit; without it: chat"
+    )
+    flags.add_method(parser, default=None)
     parser.add_argument(
         "--show-tokens",
         type=Path,
@@ -102,7 +108,7 @@ def check_options(options: argparse.Namespace) -> None:
     pick_device(options.device)
     check_sampling(options)
     if options.image_grid:
-        parse_grid(options.image_grid)
+        flags.parse_grid(options.image_grid)
     if options.video_file and options.image_file:
         raise ValueError("--image-file and --video-file exclude each other")
     if options.captions and options.show_tokens is None:
@@ -150,12 +156,3 @@ def check_writable(path: Path) -> None:
             tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise OSError(f"--show-tokens {path} cannot be written: {error.strerror}") from error
-
-
-def parse_grid(text: str) -> list[int]:
-    """Read "672x672". Raises ValueError."""
-    try:
-        width, height = (int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise ValueError(f"--image-grid is written WIDTHxHEIGHT, got {text!r}") from None
-    return [width, height]

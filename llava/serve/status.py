@@ -1,10 +1,10 @@
-"""What the command line tells while it answers: the words as they come, and a line about the work done."""
+"""What a session tells while it answers: the words as they come, how long each stage took, a line about the work."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -16,18 +16,38 @@ from llava.pruning import Pruner
 from llava.terminal import printable
 
 
+class Stopped(Exception):
+    """The listener wants no more of an answer."""
+
+
+class Terminal:
+    """Who listens to a session: here the terminal. A page has a listener of its own, with the same methods."""
+
+    def stage(self, name: str) -> None:
+        """Work of this name begins: "vision", "selection" or "answer". Raises `Stopped` if it need not."""
+
+    def text(self, piece: str, end: bool) -> None:
+        """The next piece of the answer; ``end`` with the last one. Raises `Stopped` if it is enough."""
+        print(printable(piece), flush=True, end="\n" if end else "")
+
+    def line(self, text: str) -> None:
+        """A line about the work."""
+        print(text)
+
+
 class TimedStreamer(TextStreamer):
-    """Prints the answer as it comes, and notes when each token came.
+    """Hands the answer on as it comes, and notes when each token came.
 
     Attributes:
         times: when each token came.
         written: the answer so far.
-        stopped: whether Ctrl-C ended it, see `stoppable`.
+        stopped: whether Ctrl-C or the listener ended it, see `stoppable`.
     """
 
-    def __init__(self, tokenizer: Any, stop_string: str) -> None:
+    def __init__(self, tokenizer: Any, stop_string: str, listener: Terminal | None = None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.stop_string = stop_string
+        self.listener = listener or Terminal()
         self.times: list[float] = []
         self.written = ""
         self.stopped = False
@@ -40,30 +60,41 @@ class TimedStreamer(TextStreamer):
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         text = text.split(self.stop_string)[0]
         self.written += text
-        print(printable(text), flush=True, end="\n" if stream_end else "")
+        self.listener.text(text, stream_end)
+
+    def stages(self, start: float, **before: float) -> dict[str, float]:
+        """Seconds of each stage: those ``before``, from ``start`` to the first token, and of each token after it."""
+        stages = dict(before)
+        if self.times:
+            stages["prefill"] = self.times[0] - start
+        if len(self.times) > 1:
+            stages["decode, per token"] = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
+        return stages
 
 
 @contextmanager
 def stoppable(streamer: TimedStreamer) -> Iterator[None]:
-    """A block that Ctrl-C leaves early, with what is written so far said to be all; sets ``streamer.stopped``."""
+    """A block that Ctrl-C or the listener leaves early; what is written so far is all. Sets ``streamer.stopped``."""
     try:
         yield
-    except KeyboardInterrupt:
-        streamer.end()
+    except (KeyboardInterrupt, Stopped):
         streamer.stopped = True
-        print("[stopped]")
+        with suppress(Stopped):
+            streamer.end()
+        streamer.listener.line("[stopped]")
 
 
 def status_line(
     prompt: EmbeddedPrompts,
     pictures: EncodedImages | None,
     pruner: Pruner | None,
-    vision: float,
-    start: float,
-    selected: float,
-    token_times: list[float],
+    stages: Mapping[str, float],
 ) -> str:
-    """One line after each answer: tokens kept of tokens there were, and where the time went."""
+    """One line after each answer: tokens kept of tokens there were, and where the time went.
+
+    Args:
+        stages: seconds, by `TimedStreamer.stages`; 0 for a vision side that did not run.
+    """
     parts = []
     if pictures is not None:
         total = sum(layout.eligible.numel() for layout in pictures.layouts)
@@ -78,15 +109,14 @@ def status_line(
             f"{kept} of {total} visual tokens ({detail}{f', and {newlines} newlines' if newlines else ''})"
             + decoder_counts(prompt)
         )
-        parts.append(f"vision {vision * 1e3:.0f} ms" if vision else "vision cached")
+        parts.append(f"vision {stages['vision'] * 1e3:.0f} ms" if stages["vision"] else "vision cached")
         if prompt.kept[0].selections:
-            parts.append(f"selection {(selected - start) * 1e3:.1f} ms")
+            parts.append(f"selection {stages['selection'] * 1e3:.1f} ms")
             parts += graph_warning(prompt, pruner)
-    if token_times:
-        parts.append(f"prefill {(token_times[0] - selected) * 1e3:.0f} ms")
-    if len(token_times) > 1:
-        per_token = (token_times[-1] - token_times[0]) / (len(token_times) - 1)
-        parts.append(f"decode {per_token * 1e3:.1f} ms/token")
+    if "prefill" in stages:
+        parts.append(f"prefill {stages['prefill'] * 1e3:.0f} ms")
+    if "decode, per token" in stages:
+        parts.append(f"decode {stages['decode, per token'] * 1e3:.1f} ms/token")
     return f"[{' | '.join(parts)}]"
 
 

@@ -63,14 +63,19 @@ def draw_kept_tokens(
 
 def draw_view(pixels: Tensor, mask: Tensor, image_processor: Any, cell: float) -> np.ndarray:
     """One view (3, s, s) with the cells outside ``mask`` (n,), and what no cell covers, dimmed: (s, s, 3) uint8."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (image_processor.image_mean, image_processor.image_std))
-    colours = (pixels.float().cpu() * std + mean).clamp(0, 1)
+    colours = view_colours(pixels, image_processor)
     side = int(mask.numel() ** 0.5)
     position = (torch.arange(pixels.shape[-1]) / cell).floor().long()  # cell of each pixel along a side
     lit = torch.zeros(position.max() + 1, position.max() + 1)
     lit[:side, :side] = mask.reshape(side, side)
     lit = lit[position][:, position]
     return (colours * (DIMMED + (1 - DIMMED) * lit) * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def view_colours(pixels: Tensor, image_processor: Any) -> Tensor:
+    """A view (3, s, s) as the model got it -> its colours (3, s, s) float32 on the CPU, from 0 to 1."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (image_processor.image_mean, image_processor.image_std))
+    return (pixels.float().cpu() * std + mean).clamp(0, 1)
 
 
 def with_caption(picture: Image.Image, question: str, answer: str) -> Image.Image:

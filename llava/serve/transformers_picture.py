@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,48 @@ def check_drawable(model: Any, inputs: dict[str, Any], pruner: Pruner | None) ->
         raise ValueError(f"--show-tokens does not know where the visual tokens of {name} stand in its pictures")
 
 
+@dataclass(frozen=True)
+class SeenView:
+    """A view of a picture as its model saw it, and which of the picture's tokens stand in it.
+
+    Args:
+        picture: its number in the prompt.
+        colours: (h, w, 3) uint8.
+        tokens: (rows, columns) int64, places among the picture's tokens, separators counted; -1 at a cell whose token
+            the model does not read.
+        grid: (columns, rows) of the tiles that the view is one of, or the overview of; ``None`` if it is no tile.
+    """
+
+    picture: int
+    colours: np.ndarray
+    tokens: Tensor
+    grid: tuple[int, int] | None = None
+
+    def at(self, values: Tensor, nothing: Any = 0) -> Tensor:
+        """Values (t,) of the picture's tokens -> (rows, columns); ``nothing`` where there is no token."""
+        return torch.where(self.tokens >= 0, values[self.tokens.clamp_min(0)], nothing)
+
+
+def seen_views(
+    model: Any,
+    processor: Any,
+    inputs: dict[str, Any],
+    pictures: Sequence[Image.Image],
+    kept: Sequence[KeptPicture] | None,
+) -> list[SeenView]:
+    """All views of a prompt's pictures in the order of the prompt; what `check_drawable` refuses has none.
+
+    Args:
+        inputs: what the processor made of prompt and pictures.
+        kept: of the last call, in the order of the prompt; ``None`` if nothing was pruned.
+    """
+    if model.config.model_type == TILED:
+        return _tiled_views(model, processor, inputs, pictures)
+    if GRID in inputs:
+        return _grid_views(model, inputs, pictures)
+    return _square_views_of(model, processor, inputs, kept)
+
+
 def draw_kept(
     model: Any,
     processor: Any,
@@ -48,24 +91,23 @@ def draw_kept(
     pictures: Sequence[Image.Image],
     kept: Sequence[KeptPicture] | None,
 ) -> Image.Image:
-    """All pictures of a prompt below each other.
+    """All pictures of a prompt below each other, dropped tokens dimmed; arguments as of `seen_views`."""
+    views = seen_views(model, processor, inputs, pictures, kept)
 
-    Args:
-        inputs: what the processor made of prompt and pictures.
-        kept: of the last call, in the order of the prompt; ``None`` if nothing was pruned.
-    """
-    masks = None if kept is None else [one.kept for one in kept]
-    if model.config.model_type == TILED:
-        drawn = _draw_tiled(model, processor, inputs, pictures, masks)
-    elif GRID in inputs:
-        drawn = _draw_grids(model, inputs, pictures, masks)
-    else:
-        if kept is not None:  # view by view; row breaks stand between
-            masks = torch.cat([one.kept[one.picture.views != SEPARATOR] for one in kept])
-        drawn = _draw_squares(
-            processor, inputs, masks, SHEET_COLUMNS if len(_square_views(inputs)) > len(pictures) else 1
-        )
-    return Image.fromarray(join(drawn, axis=0))
+    def drawn(view: SeenView) -> np.ndarray:
+        lit = view.tokens >= 0 if kept is None else view.at(kept[view.picture].kept)
+        return dim(view.colours, lit)
+
+    if views[0].grid is not None:
+        rows = []
+        for number in dict.fromkeys(view.picture for view in views):
+            overview, *tiles = (view for view in views if view.picture == number)
+            rows.append(join([drawn(overview), tiles_side_by_side([drawn(tile) for tile in tiles], tiles[0].grid)], 1))
+        return Image.fromarray(join(rows, axis=0))
+    columns = SHEET_COLUMNS if len(views) > len(pictures) else 1
+    parts = [drawn(view) for view in views]
+    rows = [join(parts[i : i + columns], axis=1) for i in range(0, len(parts), columns)]
+    return Image.fromarray(join(rows, axis=0))
 
 
 def dim(colours: np.ndarray, lit: Tensor) -> np.ndarray:
@@ -94,49 +136,52 @@ def _placeholders(model: Any, inputs: dict[str, Any]) -> int:
     return int((inputs["input_ids"] == find_host(model).placeholders["image"]).sum())
 
 
-def _draw_squares(processor: Any, inputs: dict[str, Any], kept: Tensor | None, columns: int) -> list[np.ndarray]:
-    views = _square_views(inputs)
-    colours = [_colours(view, processor) for view in views]
-    if kept is not None:
-        side = math.isqrt(len(kept) // len(views))
-        colours = [dim(c, lit) for c, lit in zip(colours, kept.reshape(-1, side, side), strict=True)]
-    return [join(colours[i : i + columns], axis=1) for i in range(0, len(colours), columns)]
+def _square_views_of(
+    model: Any, processor: Any, inputs: dict[str, Any], kept: Sequence[KeptPicture] | None
+) -> list[SeenView]:
+    """Views of equally many tokens, in their order; row breaks may stand between them."""
+    pixels = _square_views(inputs)
+    if kept is None:
+        count = _placeholders(model, inputs) // len(pixels)
+        side = math.isqrt(count)
+        cells = torch.arange(count).reshape(side, side)
+        return [SeenView(0, _colours(view, processor), cells) for view in pixels]
+    places = [(one.picture.views != SEPARATOR).nonzero().flatten() for one in kept]
+    count = sum(map(len, places)) // len(pixels)
+    side = math.isqrt(count)
+    of_view = [(number, part) for number, own in enumerate(places) for part in own.split(count)]
+    return [
+        SeenView(number, _colours(view, processor), part.reshape(side, side))
+        for view, (number, part) in zip(pixels, of_view, strict=True)
+    ]
 
 
-def _draw_grids(
-    model: Any, inputs: dict[str, Any], pictures: Sequence[Image.Image], masks: Sequence[Tensor] | None
-) -> list[np.ndarray]:
+def _grid_views(model: Any, inputs: dict[str, Any], pictures: Sequence[Image.Image]) -> list[SeenView]:
     merge, patch = model.config.vision_config.spatial_merge_size, model.config.vision_config.patch_size
-    drawn = []
+    views = []
     for number, (picture, (_, height, width)) in enumerate(zip(pictures, inputs[GRID].tolist(), strict=True)):
         colours = np.asarray(picture.convert("RGB").resize((width * patch, height * patch)))
-        if masks is not None:
-            colours = dim(colours, masks[number].reshape(height // merge, width // merge))
-        drawn.append(colours)
-    return drawn
+        rows, columns = height // merge, width // merge
+        views.append(SeenView(number, colours, torch.arange(rows * columns).reshape(rows, columns)))
+    return views
 
 
-def _draw_tiled(
-    model: Any,
-    processor: Any,
-    inputs: dict[str, Any],
-    pictures: Sequence[Image.Image],
-    masks: Sequence[Tensor] | None,
-) -> list[np.ndarray]:
-    """The overview beside the tiles; the library reads tokens in the order of LLaVA's own layout."""
+def _tiled_views(
+    model: Any, processor: Any, inputs: dict[str, Any], pictures: Sequence[Image.Image]
+) -> list[SeenView]:
+    """The overview and the tiles of each picture; the library reads tokens in the order of LLaVA's own layout."""
     vision = model.config.vision_config
     side = vision.image_size // vision.patch_size
     pinpoints = [(width, height) for height, width in processor.image_processor.image_grid_pinpoints]
-    drawn = []
+    found = []
     for number, picture in enumerate(pictures):
         grid = anyres_grid(picture.size, pinpoints, vision.image_size)
         sequence = tiled_layout(picture.size, grid, side, "spatial_unpad").sequence
-        kept = sequence != NEWLINE
-        lit = torch.zeros(1 + grid[0] * grid[1], side * side, dtype=torch.bool)
-        lit.view(-1)[sequence[kept if masks is None else kept & masks[number]]] = True
-        views = inputs["pixel_values"][number, : len(lit)]
-        parts = [
-            dim(_colours(view, processor), cells.reshape(side, side)) for view, cells in zip(views, lit, strict=True)
+        is_patch = sequence != NEWLINE
+        places = torch.full((1 + grid[0] * grid[1], side, side), -1)
+        places.view(-1)[sequence[is_patch]] = is_patch.nonzero().flatten()
+        views = inputs["pixel_values"][number, : len(places)]
+        found += [
+            SeenView(number, _colours(view, processor), cells, grid) for view, cells in zip(views, places, strict=True)
         ]
-        drawn.append(join([parts[0], tiles_side_by_side(parts[1:], grid)], axis=1))
-    return drawn
+    return found

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from statistics import fmean
 from typing import Any
@@ -19,7 +20,7 @@ from llava.integrations.transformers.loading import load_transformers_model
 from llava.integrations.transformers.picture_sizes import check_picture_size
 from llava.model.builder import pick_device
 from llava.pruning import Method
-from llava.serve.status import TimedStreamer, stoppable
+from llava.serve.status import Terminal, TimedStreamer, stoppable
 from llava.serve.token_picture import with_caption
 from llava.serve.transformers_picture import check_drawable, draw_kept
 
@@ -43,9 +44,17 @@ class TransformersSession:
             raise ValueError(f"the processor of {arguments.model_path} has no chat template to write a prompt with")
         self.tokenizer = self.processor.tokenizer
         self.stopped = False
+        self.listener = Terminal()
         self.use_pruner(pruner)
         self.pixels: Sequence[Image.Image] = []
         self.clear()
+
+    def another(self, listener: Terminal) -> TransformersSession:
+        """A session on the same loaded model with nothing on the table: one for each user of a page."""
+        twin = copy.copy(self)
+        twin.listener = listener
+        twin.show()
+        return twin
 
     def use_pruner(self, pruner: Method | None) -> None:
         """Select with this method from now on, if it can be attached. Raises ValueError where it cannot."""
@@ -87,9 +96,10 @@ class TransformersSession:
         return with_caption(drawn, *self.last_turn) if self.arguments.captions else drawn
 
     def ask(self, question: str) -> str:
-        """Answer a question in the conversation so far, printing the answer and a line about the work done.
+        """Answer a question in the conversation so far, telling the listener the words and a line about the work.
 
-        Ctrl-C while the answer is written ends it there (``stopped``); what was written is in the conversation.
+        Ctrl-C while the answer is written, or a listener that has enough, ends it there (``stopped``); what was
+        written is in the conversation.
         """
         self.stopped = False
         content: list[dict[str, str]] = [{"type": "text", "text": question.replace(DEFAULT_IMAGE_TOKEN, "").strip()}]
@@ -107,7 +117,8 @@ class TransformersSession:
             sampling = {"do_sample": False, "temperature": None, "top_p": None}
         if options.repetition_penalty:
             sampling["repetition_penalty"] = options.repetition_penalty
-        streamer = TimedStreamer(self.tokenizer, self.tokenizer.eos_token)
+        streamer = TimedStreamer(self.tokenizer, self.tokenizer.eos_token, self.listener)
+        self.listener.stage("answer")
         with torch.inference_mode(), self._attached(self.pruner) as handle:
             if handle is not None:
                 handle.query = question
@@ -124,11 +135,14 @@ class TransformersSession:
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         placeholder = find_host(self.model).placeholders["image"]
         total = int((inputs["input_ids"] == placeholder).sum())
-        print(status_line(total, None if handle is None else handle.kept, start, streamer.times))
+        self.last_stages = {
+            "first token" if name == "prefill" else name: seconds for name, seconds in streamer.stages(start).items()
+        }  # tower and selection are within it
+        self.listener.line(status_line(total, None if handle is None else handle.kept, self.last_stages))
         return answer
 
 
-def status_line(total: int, kept: Sequence[KeptPicture] | None, start: float, times: Sequence[float]) -> str:
+def status_line(total: int, kept: Sequence[KeptPicture] | None, stages: Mapping[str, float]) -> str:
     """One line after each answer: tokens kept of ``total`` placeholders there were, and where the time went."""
     parts = []
     if total and kept is None:
@@ -142,10 +156,10 @@ def status_line(total: int, kept: Sequence[KeptPicture] | None, start: float, ti
             f"{sum(per_view)} of {sum(picture.tokens for picture in kept)} visual tokens ({counts} per view{more})"
             + decoder_counts(kept)
         )
-    if times:
-        parts.append(f"first token {(times[0] - start) * 1e3:.0f} ms")
-    if len(times) > 1:
-        parts.append(f"decode {(times[-1] - times[0]) / (len(times) - 1) * 1e3:.1f} ms/token")
+    if "first token" in stages:
+        parts.append(f"first token {stages['first token'] * 1e3:.0f} ms")
+    if "decode, per token" in stages:
+        parts.append(f"decode {stages['decode, per token'] * 1e3:.1f} ms/token")
     return f"[{' | '.join(parts)}]"
 
 

@@ -1,4 +1,4 @@
-"""Pictures as LLaVA-NeXT sees them, for stage 3: an overview and tiles, encoded by the trained tower."""
+"""Pictures as LLaVA-NeXT sees them, for stage 4: an overview and tiles, encoded by the trained tower."""
 
 from __future__ import annotations
 

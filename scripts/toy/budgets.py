@@ -13,14 +13,15 @@ import statistics
 from dataclasses import dataclass
 
 import torch
-from results import FIRST_SCENE, World, build_world, prompt_of
 from tqdm import tqdm
+from world import FIRST_SCENE, World, build_world, prompt_of
 
-from llava.eval.measure.calibrate_budget import curves_of, rule_for_mean
+from llava.eval.measure.calibrate_budget import curves_of
 from llava.mm_utils import tokenizer_image_token
 from llava.model.builder import DEFAULT_CHECKPOINT, load_pretrained_model
 from llava.pruning import Pruner, get_pruner
 from llava.pruning.auto_budget import AutoBudget
+from llava.pruning.budget_curves import rule_for_mean
 
 OTHER_SCENES = FIRST_SCENE + 50_000  # on which rules are set
 BOUNDS = AutoBudget(floor=1, ceiling=96)

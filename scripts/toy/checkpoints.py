@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from files import write_text
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 from views import CLIP_MEAN, CLIP_STD
@@ -32,6 +32,13 @@ def _write_weights(path: Path, tensors: dict[str, Tensor]) -> None:
 def vision_weights(clip: CLIPModel) -> dict[str, Tensor]:
     """``vision_model.*`` as a LLaVA-NeXT checkpoint stores them."""
     return {name: tensor for name, tensor in clip.state_dict().items() if name.startswith("vision_model.")}
+
+
+def replace_tower(clip: CLIPModel, folder: Path) -> None:
+    """Put the vision tower of ``clip`` into a LLaVA checkpoint that has one inside; nothing else in it changes."""
+    path = folder / "model.safetensors"
+    tower = {TOWER_PREFIX + name: tensor for name, tensor in vision_weights(clip).items()}
+    _write_weights(path, load_file(path) | tower)
 
 
 def save_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
@@ -77,8 +84,8 @@ def save_clip(clip: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
 def llava_config(vocabulary: int, anyres: bool) -> dict:
     """``config.json`` of the toy: LLaVA-1.5's keys, or LLaVA-NeXT's with ``anyres``.
 
-    ``mm_relevance_sign`` is 1 because this tower's second-to-last layer was trained against text itself: patches that
-    show what a question asks about are *more* similar to it (in OpenAI's CLIP they are less).
+    ``mm_relevance_sign`` is 1 because in this CLIP patches that show what a question asks about are *more* like it
+    (relevance_layers.py measures it; in OpenAI's they are less).
     """
     config = {
         "_name_or_path": "llava-toy",

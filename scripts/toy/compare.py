@@ -25,11 +25,11 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from compare_report import Measured, Task, document, make_cells, plot
+from compare_report import Measured, Task, differences, document, make_cells, plot
 from files import write_bytes, write_text
-from results import describe_commit
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
+from world import describe_commit
 
 from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.files import write_whole
@@ -39,7 +39,8 @@ from llava.eval.tables.runs import UNPRUNED, read_run
 from llava.model.builder import DEFAULT_CHECKPOINT, TOY_FOLDER
 from llava.model.encoded_images import EncodedImages
 from llava.model.token_selection import select_tokens
-from llava.pruning import DecoderPruner, Pruner, get_pruner, list_pruners
+from llava.pruning import DecoderPruner, Pruner, get_pruner, list_pruners, pruner_class
+from llava.pruning.budget_finder import BudgetFinder
 
 BUDGETS = (192, 128, 64, 32, 16)
 SEEDED = "random"  # the one method whose default is chance
@@ -49,12 +50,16 @@ JSON_LINES = ("gqa", "pope", "textvqa", "vizwiz", "vqav2")  # one question a lin
 # --- answering -----------------------------------------------------------------------------------------------------
 
 
-def list_tasks(methods: Sequence[str], budgets: Sequence[int], benchmarks: Sequence[str], seeds: int) -> list[Task]:
-    """The unpruned model first; only `random` takes several seeds."""
+def list_tasks(
+    methods: Sequence[str], budgets: Sequence[int], benchmarks: Sequence[str], seeds: int, rules: Sequence[str] = ()
+) -> list[Task]:
+    """The unpruned model first; only `random` takes several seeds, and only methods that can take ``rules``."""
     tasks = [Task(UNPRUNED, None, benchmark) for benchmark in benchmarks]
     for method in methods:
         for seed in range(seeds if method == SEEDED else 1):
             tasks += [Task(method, budget, name, seed) for budget in budgets for name in benchmarks]
+        if issubclass(pruner_class(method), BudgetFinder):
+            tasks += [Task(method, rule, name) for rule in rules for name in benchmarks]
     return tasks
 
 
@@ -96,9 +101,9 @@ def answer(arguments: Sequence[str]) -> Measured:
         task = run.Run(run.parse_arguments(arguments))
         run.execute(task)
     done = read_run(task.folder)
-    items = done.score["items"].values()  # "score" is F1 for POPE
+    items = tuple(value for _, value in sorted(done.score["items"].items()))  # "score" is F1 for POPE
     counts = (done.summary[name] for name in ("visual_tokens", "average_tokens", "prefill_flops"))
-    return Measured(100 * statistics.fmean(items), *counts)
+    return Measured(100 * statistics.fmean(items), *counts, items)
 
 
 def answer_all(tasks: Sequence[tuple[Task, list[str]]], workers: int) -> dict[Task, Measured]:
@@ -189,6 +194,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--benchmarks", nargs="+", choices=JSON_LINES, default=["gqa", "pope", "textvqa"])
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS))
+    parser.add_argument("--rules", nargs="*", default=["auto", "auto:0.9"], help="budgets that find themselves")
     parser.add_argument("--methods", nargs="+", choices=list_pruners(), default=list_pruners(), metavar="NAME")
     parser.add_argument("--limit", type=int, help="questions of each benchmark, drawn from all; default: all")
     parser.add_argument("--seeds", type=int, default=3, help="of random (%(default)s)")
@@ -209,9 +215,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         questions = {name: draw_questions(name, options) for name in options.benchmarks}
-        tasks = list_tasks(options.methods, options.budgets, options.benchmarks, options.seeds)
+        tasks = list_tasks(options.methods, options.budgets, options.benchmarks, options.seeds, options.rules)
         asked = [(task, arguments_of(task, questions[task.benchmark], options)) for task in tasks]
-        cells = make_cells(answer_all(asked, options.workers))
+        measured = answer_all(asked, options.workers)
+        cells, found = make_cells(measured), differences(measured)
         budget = 64 if 64 in options.budgets else options.budgets[0]
         times = time_methods(asked[0][1], options.methods, budget, options.pictures)
     except (ValueError, OSError, RuntimeError) as error:
@@ -221,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figures = {"configuration": configuration, "cells": [asdict(cell) for cell in cells], "milliseconds": times}
     write_text(options.out.with_name("comparison.json"), json.dumps(figures, indent=1) + "\n")
     write_bytes(options.out.with_name("comparison.svg"), plot(cells))
-    write_text(options.out, document(configuration, cells, times))
+    write_text(options.out, document(configuration, cells, times, found))
     print(options.out.read_text(encoding="utf-8"))
     return 0
 

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import matplotlib
+import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from results_report import RESAMPLES, Interval
 
 from llava.eval.benchmarks import COLUMNS
 from llava.eval.tables.runs import UNPRUNED
@@ -34,30 +36,35 @@ prefill with the unpruned model's: the difference is what they cost less what th
 
 @dataclass(frozen=True)
 class Task:
-    """One run: a method (`UNPRUNED` without budget) at a budget on a benchmark."""
+    """One run: a method (`UNPRUNED` without budget) at a budget, or a rule that finds it, on a benchmark."""
 
     method: str
-    budget: int | None
+    budget: int | str | None
     benchmark: str
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run gave: share of right answers in percent, visual tokens left at the end and their mean over layers."""
+    """What a run gave: share of right answers in percent, visual tokens left at the end and their mean over layers;
+    ``items``: the score of each question, from 0 to 1, in the same order in all runs of a benchmark.
+    """
 
     accuracy: float
     left: float
     average: float
     macs: float
+    items: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A method at a budget over all benchmarks; ``relative`` is to the unpruned model's mean, in percent."""
+    """A method at a budget, or a rule that finds it, over all benchmarks; ``relative`` is to the unpruned mean,
+    in percent.
+    """
 
     method: str
-    budget: int | None
+    budget: int | str | None
     accuracy: dict[str, float]
     mean: float
     relative: float
@@ -69,14 +76,14 @@ class Cell:
 
 def make_cells(measured: dict[Task, Measured]) -> list[Cell]:
     """Means over benchmarks and seeds. Every method and seed must have all benchmarks."""
-    groups: dict[tuple[str, int | None], dict[Task, Measured]] = {}
+    groups: dict[tuple[str, int | str | None], dict[Task, Measured]] = {}
     for task, result in measured.items():
         groups.setdefault((task.method, task.budget), {})[task] = result
     whole = statistics.fmean(result.accuracy for result in groups[UNPRUNED, None].values())
     return [make_cell(*key, own, whole) for key, own in groups.items()]
 
 
-def make_cell(method: str, budget: int | None, own: dict[Task, Measured], whole: float) -> Cell:
+def make_cell(method: str, budget: int | str | None, own: dict[Task, Measured], whole: float) -> Cell:
     """A cell from its runs; ``whole`` is the unpruned model's mean accuracy."""
     accuracy = {task: result.accuracy for task, result in own.items()}
     mean = statistics.fmean(accuracy.values())
@@ -99,6 +106,33 @@ def mean_by(values: dict[Task, float], key: Callable[[Task], object]) -> dict:
     return {name: statistics.fmean(value for task, value in values.items() if key(task) == name) for name in names}
 
 
+def differences(measured: dict[Task, Measured], reference: str = "script") -> dict[tuple[str, int], Interval]:
+    """Of each method at each fixed budget: its mean less that of ``reference``, in points, with a 95 % interval.
+
+    Questions are drawn with replacement within each benchmark, for both methods the same ones; seeds are averaged.
+    """
+    benchmarks = list(dict.fromkeys(task.benchmark for task in measured))
+    groups: dict[tuple[str, int], dict[str, list[tuple[float, ...]]]] = {}
+    for task, result in measured.items():
+        if isinstance(task.budget, int):
+            groups.setdefault((task.method, task.budget), {}).setdefault(task.benchmark, []).append(result.items)
+    means = {key: {name: np.mean(own[name], axis=0) for name in benchmarks} for key, own in groups.items()}
+    draws = {}
+    for number, name in enumerate(benchmarks):
+        questions = len(next(iter(means.values()))[name])
+        rng = np.random.default_rng(number)
+        draws[name] = rng.multinomial(questions, np.full(questions, 1 / questions), size=RESAMPLES) / questions
+    found = {}
+    for (method, budget), own in means.items():
+        if (reference, budget) in means and method != reference:
+            less = {name: 100 * (own[name] - means[reference, budget][name]) for name in benchmarks}
+            drawn = np.mean([draws[name] @ less[name] for name in benchmarks], axis=0)
+            low, high = np.percentile(drawn, (2.5, 97.5))
+            center = float(np.mean([less[name].mean() for name in benchmarks]))
+            found[method, budget] = Interval(center, float(low), float(high))
+    return found
+
+
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
@@ -111,14 +145,48 @@ def kind(method: str) -> str:
 def ranked(cells: Sequence[Cell]) -> list[str]:
     """Methods, the best mean over budgets first."""
     methods = {cell.method for cell in cells} - {UNPRUNED}
-    means = {name: statistics.fmean(cell.mean for cell in cells if cell.method == name) for name in methods}
+    means = {name: statistics.fmean(cell.mean for cell in fixed(cells) if cell.method == name) for name in methods}
     return sorted(methods, key=lambda name: (-means[name], name))
+
+
+def fixed(cells: Sequence[Cell]) -> list[Cell]:
+    """Cells whose budget is a count, the same for every picture."""
+    return [cell for cell in cells if isinstance(cell.budget, int)]
+
+
+def found_table(cells: Sequence[Cell]) -> list[str]:
+    """Markdown: budgets that find themselves, the most tokens first, each beside the method's fixed budgets."""
+    own = sorted(
+        (cell for cell in cells if isinstance(cell.budget, str)), key=lambda cell: (cell.method, -cell.average)
+    )
+    lines = [
+        "| method | `--keep-tokens` | mean tokens | relative | fixed budgets around it |",
+        "|---|---|---:|---:|---|",
+    ]
+    for cell in own:
+        known = sorted((one for one in fixed(cells) if one.method == cell.method), key=lambda one: one.average)
+        below = [one for one in known if one.average <= cell.average][-1:]
+        above = [one for one in known if one.average > cell.average][:1]
+        beside = ", ".join(f"{one.budget}: {one.relative:.1f}" for one in below + above)
+        lines.append(f"| `{cell.method}` | `{cell.budget}` | {cell.average:.1f} | {cell.relative:.1f} | {beside} |")
+    return lines
+
+
+def difference_table(cells: Sequence[Cell], found: dict[tuple[str, int], Interval]) -> list[str]:
+    """Markdown: a row per method, a column per budget."""
+    budgets = sorted({budget for _, budget in found}, reverse=True)
+    lines = [f"| method | {' | '.join(map(str, budgets))} |", "|---|" + "---|" * len(budgets)]
+    for name in ranked(cells):
+        if (name, budgets[0]) in found:
+            row = (found[name, budget] for budget in budgets)
+            lines.append(f"| `{name}` | " + " | ".join(f"{one.points}{one.arrow}" for one in row) + " |")
+    return lines
 
 
 def table(cells: Sequence[Cell], show: Callable[[Cell], str], ends: dict[str, Callable[[str], str]]) -> list[str]:
     """Markdown: a row per method, a column per budget with what ``show`` says of the cell, and columns at the end."""
     by_key = {(cell.method, cell.budget): cell for cell in cells}
-    budgets = sorted({cell.budget for cell in cells if cell.budget is not None}, reverse=True)
+    budgets = sorted({cell.budget for cell in fixed(cells)}, reverse=True)
     whole = by_key[UNPRUNED, None]
     lines = [" | ".join(["| method | where", *map(str, budgets), *ends, ""]).rstrip()]
     lines.append("|---|---|" + "---:|" * (len(budgets) + len(ends)))
@@ -140,8 +208,13 @@ def relative_text(cell: Cell) -> str:
     return with_count(cell, cell.relative) + spread
 
 
-def document(configuration: dict, cells: Sequence[Cell], times: dict[str, dict[str, float]]) -> str:
-    """COMPARISON.md."""
+def document(
+    configuration: dict,
+    cells: Sequence[Cell],
+    times: dict[str, dict[str, float]],
+    found: dict[tuple[str, int], Interval],
+) -> str:
+    """COMPARISON.md; ``found`` are the differences to Script."""
     benchmarks = [name for name in COLUMNS if name in cells[0].accuracy]
 
     def milliseconds(step: str) -> Callable[[str], str]:
@@ -164,6 +237,15 @@ def document(configuration: dict, cells: Sequence[Cell], times: dict[str, dict[s
         "\n".join(table(cells, relative_text, ends)),
         TIME_NOTE.format(**configuration["timed"]).rstrip(),
     ]
+    if found:
+        parts += [
+            "## Difference to `script`, in points of the mean",
+            "With 95 % intervals of paired differences (bootstrap over questions, within each benchmark). ▲ ▼: told "
+            "from nothing; of a hundred cells five are so by chance.",
+            "\n".join(difference_table(cells, found)),
+        ]
+    if any(isinstance(cell.budget, str) for cell in cells):
+        parts += ["## Budgets that find themselves, relative to unpruned", "\n".join(found_table(cells))]
     for name in benchmarks:
         parts += [
             f"## {COLUMNS[name]}, accuracy",
@@ -185,7 +267,7 @@ def plot(cells: Sequence[Cell]) -> bytes:
     axes = figure.add_subplot()
     colors = matplotlib.colormaps["tab20"].colors
     for number, name in enumerate(ranked(cells)):
-        points = sorted((cell.average, cell.relative) for cell in cells if cell.method == name)
+        points = sorted((cell.average, cell.relative) for cell in fixed(cells) if cell.method == name)
         style = {"color": colors[number % len(colors)], "linestyle": KINDS[kind(name)]}
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=f"{name} ({kind(name)})", **style)
     axes.axhline(100, color="gray", linewidth=0.8)

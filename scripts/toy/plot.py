@@ -9,6 +9,7 @@ from files import write_text
 
 STAGES = {
     "tower": ("val_shape", "val_color", "val_word", "val_tens", "val_units", "val_auc"),
+    "joint": ("found", "val_found", "val_auc"),
     "llava-toy-v1.5": ("val_existence", "val_attribute", "val_text", "val_relation", "val_unpruned"),
     "llava-toy-v1.6": ("val_existence", "val_attribute", "val_text", "val_relation", "val_unpruned"),
 }

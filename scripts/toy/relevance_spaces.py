@@ -26,9 +26,9 @@ from pathlib import Path
 
 import torch
 from files import write_text
-from results import Asked, World, area_under_curve, build_world
 from torch import Tensor
 from tqdm import tqdm
+from world import Asked, World, area_under_curve, build_world
 
 from llava.eval.measure.how_made import how_made
 from llava.model.builder import DEFAULT_CHECKPOINT, load_pretrained_model

@@ -279,6 +279,32 @@ def _choose_things(rng: np.random.Generator) -> list[tuple[str, str, str | None]
     return things
 
 
+def _choose_crowd(rng: np.random.Generator) -> list[tuple[str, str, str | None]]:
+    """20 to 32 (shape, colour, text): two to four signs, two shapes that
+    occur once, two colours that no other object has, and a crowd of few shapes in few colours, where neither the shape
+    nor the colour alone tells what is meant. No pair twice.
+    """
+    shapes, colors = [str(s) for s in rng.permutation(SHAPES)], [str(c) for c in rng.permutation(COLOR_NAMES)]
+    single, repeated = shapes[:2], shapes[2 : 2 + rng.integers(5, 8)]
+    rare, common = colors[:2], colors[2 : 2 + rng.integers(5, 8)]
+    things: list[tuple[str, str, str | None]] = []
+    for color in rng.permutation(common)[: rng.integers(2, 5)]:
+        text = rng.choice(WORDS) if rng.random() < 0.5 else rng.choice(NUMBERS)
+        things.append((SIGN, str(color), str(text)))
+    things += [(shape, str(rng.choice(common)), None) for shape in single]
+    things += [(str(rng.choice(repeated)), color, None) for color in rare]
+    pairs = [(shape, color) for shape in repeated for color in common]
+    return things + [(*pairs[k], None) for k in rng.permutation(len(pairs))[: rng.integers(14, 25)]]
+
+
+def _crowd_extent(rng: np.random.Generator, text: str | None) -> tuple[int, int]:
+    """Width and height in cells: two for most shapes, so that a crowd finds room."""
+    if text is None:
+        side = int(rng.choice((2, 3, 4), p=(0.66, 0.28, 0.06)))
+        return side, side
+    return len(text) + 1, 2
+
+
 def _extent(rng: np.random.Generator, text: str | None) -> tuple[int, int]:
     """Width and height in cells: two or three for shapes, now and then four."""
     if text is None:
@@ -305,24 +331,33 @@ def _place(
 
 
 def make_scene(
-    split: str, index: int, backgrounds: tuple = BACKGROUNDS, sizes: tuple = SIZES, most: int | None = None
+    split: str,
+    index: int,
+    backgrounds: tuple = BACKGROUNDS,
+    sizes: tuple = SIZES,
+    most: int | None = None,
+    crowded: bool = False,
 ) -> Scene:
     """Scene number ``index`` of ``split`` ("train", "val" or "test"), background and size drawn from those given.
 
     Args:
         most: objects, taken evenly from those that the scene would have; ``None`` takes all.
+        crowded: 20 to 32 objects that share shapes and colours, instead of 8 to 16; the picture is a square.
     """
-    rng = scene_rng(split, index)
+    rng = scene_rng(split, index, purpose=21 if crowded else 0)
+    if crowded:
+        sizes = ((REFERENCE_SIDE, REFERENCE_SIDE),)
+    choose, extent = (_choose_crowd, _crowd_extent) if crowded else (_choose_things, _extent)
     width, height = sizes[rng.integers(len(sizes))]
     unit = max(width, height) / REFERENCE_SIDE
     background = str(rng.choice(backgrounds))
     pixels = _clutter(rng, _background(rng, background, width, height))
     instances, letters = np.zeros((2, height, width), dtype=np.uint8)
     objects: list[SceneObject] = []
-    things = _choose_things(rng)
+    things = choose(rng)
     for shape, color, text in things if most is None else things[:: max(1, len(things) // most)][:most]:
         # Signs are shifted by half a cell, which puts every character on one patch.
-        box = _place(rng, _extent(rng, text), 0.5 if text else 0.0, (width, height), [o.box for o in objects])
+        box = _place(rng, extent(rng, text), 0.5 if text else 0.0, (width, height), [o.box for o in objects])
         if box is None:
             continue
         if text is None:

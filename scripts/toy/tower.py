@@ -1,9 +1,10 @@
-"""The toy's CLIP: its size, what it is trained to do, and what the pruner will read from it.
+"""The toy's CLIP: its size, and what makes its patches readable.
 
 At inference LLaVA takes the patch features from the *second-to-last* layer and never runs the last one; the pruner
-takes ``visual_projection(post_layernorm(features))`` against the projected text of the whole question. Those are the
-tensors trained here. The last layer is there for the file format only and adds nothing (its two output matrices are
-zero), so that the class token of the full model means the same as that of the layer before.
+takes ``visual_projection(post_layernorm(features))`` against the projected text of the whole question. Here the layers
+that are read learn to tell what each patch shows, with help of texts that find their patches; the last layer adds
+nothing meanwhile. Norm, projections and text tower of this stage are scaffolding: stage 2 (train_joint.py) throws them
+away, and relates the tower to text anew by the class token of a new last layer.
 """
 
 from __future__ import annotations

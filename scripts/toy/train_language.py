@@ -1,4 +1,4 @@
-"""Stages 2 and 3: projector and language model on the trained tower's features, first captions, then questions.
+"""Stages 3 and 4: projector and language model on the trained tower's features, first captions, then questions.
 
 Everything goes through the ordinary ``forward`` of ``llava.model`` with labels; only the pictures are encoded before.
 """
@@ -153,7 +153,7 @@ def new_language_model(config: dict, seed: int) -> LlavaLlamaForCausalLM:
 def align_projector(
     model: LlavaLlamaForCausalLM, tokenizer, pictures: PaddedPictures, steps: int = 120, seed: int = 0
 ) -> None:
-    """Stage 2, first half: patches of an object become the sum of the words for its shape, colour and text.
+    """Stage 3, first half: patches of an object become the sum of the words for its shape, colour and text.
 
     Attention begins with keys equal to queries, so that it looks for like tokens, and with outputs that undo its
     values, so that it copies what it finds; the output head begins as the unit word embeddings, so that what is copied
@@ -206,7 +206,7 @@ def talk_batch(
 def train_captions(
     work: Path, model: LlavaLlamaForCausalLM, tokenizer, train: PaddedPictures, settings: LanguageSettings
 ) -> None:
-    """Stage 2, second half: train, or go on training, all of ``model`` but its tower to name what it is shown, and at
+    """Stage 3, second half: train, or go on training, all of ``model`` but its tower to name what it is shown, and at
     every other step to tell what is there from what is not.
     """
     stage = Stage(work, "captions", model, settings)
@@ -239,7 +239,7 @@ def train_questions(
     held_out: Pictures,
     settings: LanguageSettings,
 ) -> None:
-    """Stage 3: train, or go on training, all of ``model`` but its tower to answer."""
+    """Stage 4: train, or go on training, all of ``model`` but its tower to answer."""
     stage = Stage(work, name, model, settings)
     for step in stage.steps():
         rng = np.random.default_rng([settings.seed, step])

@@ -161,11 +161,11 @@ class Views:
         return len(self.layouts)
 
 
-def _build_view(job: tuple[str, int]) -> tuple:
-    """Pixels, owners, labels, layout of scene (split, index), and whether it is a padded view (80 %)."""
-    split, index = job
-    rng = scene_rng(split, index, 5)
-    scene, kind = compressed(make_scene(split, index), rng), rng.random()
+def _build_view(job: tuple[str, int, bool]) -> tuple:
+    """Pixels, owners, labels, layout of scene (split, index, crowded), and whether it is a padded view (80 %)."""
+    split, index, crowded = job
+    rng = scene_rng(split, index, 22 if crowded else 5)
+    scene, kind = compressed(make_scene(split, index, crowded=crowded), rng), rng.random()
     makers = (padded_view, squeezed_view, lambda drawn: tile_view(drawn, rng))
     view = makers[int(np.searchsorted((0.8, 0.9), kind, side="right"))](scene)
     owner = patch_objects(view.instances, len(scene.layout.objects))
@@ -173,15 +173,18 @@ def _build_view(job: tuple[str, int]) -> tuple:
     return np.asarray(view.image), owner, labels, scene.layout, kind < 0.8
 
 
-def build_views(folder: Path, split: str, number: int) -> Views:
-    """Views of the first ``number`` scenes of ``split``; stored in ``folder`` and read again at the next call."""
-    pixels_path, rest_path = (folder / f"views-{split}-{number}.{kind}" for kind in ("npy", "pkl"))
+def build_views(folder: Path, split: str, number: int, crowded: bool = False) -> Views:
+    """Views of the first ``number`` scenes of ``split``, ordinary or crowded ones; stored in ``folder`` and read again
+    at the next call.
+    """
+    name = f"{'crowd' if crowded else 'views'}-{split}-{number}"
+    pixels_path, rest_path = (folder / f"{name}.{kind}" for kind in ("npy", "pkl"))
     if not rest_path.exists():
         pixels = np.empty((number, VIEW, VIEW, 3), np.uint8)
         rest = []
         with Pool() as pool:
-            views = pool.imap(_build_view, ((split, index) for index in range(number)), chunksize=16)
-            for index, (image, *view) in enumerate(tqdm(views, f"{split} scenes", number, mininterval=5)):
+            views = pool.imap(_build_view, ((split, index, crowded) for index in range(number)), chunksize=16)
+            for index, (image, *view) in enumerate(tqdm(views, name, number, mininterval=5)):
                 pixels[index] = image
                 rest.append(view)
         owners, labels, layouts, padded = zip(*rest, strict=True)

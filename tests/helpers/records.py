@@ -41,6 +41,14 @@ def unpack(folder, target):
 
 
 @cache
+def golden_scorers():
+    """Folder of the recorded scores, unpacked."""
+    place = Path(tempfile.mkdtemp(prefix="golden-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    return unpack(GOLDEN / "scorers", place / "scorers")
+
+
+@cache
 def golden_checkpoint(name):
     """Folder of a golden checkpoint; of one that is stored as its index alone, a temporary copy with its shards.
 

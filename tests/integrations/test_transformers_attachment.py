@@ -344,6 +344,9 @@ def test_processors_that_do_not_fit(host):
     wrong = SimpleNamespace(tokenizer=family_tokenizer(), image_token_id=7)
     with pytest.raises(ValueError, match="image token has the id 7, in LlavaForConditionalGeneration it is 120"):
         script.attach(host.model, wrong)
+    mark = family_tokenizer()  # as Gemma 3: the processor's own is the mark that begins a picture
+    mark.image_token_id = 120
+    script.attach(host.model, SimpleNamespace(tokenizer=mark, image_token_id=7)).remove()
     larger = family_tokenizer()
     larger.add_tokens([f"more{number}" for number in range(10)])
     with pytest.raises(ValueError, match="tokenizer is of another model: it has 138 tokens"):

@@ -10,9 +10,11 @@ from scenes import make_scene, scene_rng
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava.conversation import conv_templates
+from llava.eval.measure.calibrate_budget import curves_of
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import TOY_FOLDER, load_pretrained_model
 from llava.pruning import PruningInputs, get_pruner
+from llava.pruning.budget_curves import StoredCurves, options_of
 from llava.pruning.script import Script
 from llava.relevance.first_attention import FirstAttention
 from llava.relevance.language import language_relevance, word_distribution
@@ -126,6 +128,26 @@ def test_a_budget_that_finds_itself_finds_the_same(single, name):
             assert alone.strip() == expected.strip() == together[number].strip()
     counts = [len(tokens) for tokens in kept_together]
     assert all(2 <= count <= 100 for count in counts)
+    assert len(set(counts)) > 1
+
+
+def test_a_mean_budget_is_the_same_rule(single, tmp_path):
+    """Curves made with our model give both hosts the same tokens, about as many on average as asked for."""
+    ours, (processor, model) = single
+    bounds = get_pruner("script", keep_tokens="auto:floor=2:ceiling=100", exclude_padding=False)
+    curves = [curves_of(bounds, our_answer(ours, *pair, bounds)[0]) for pair in asked(4)]
+    path = tmp_path / "curves.json"
+    StoredCurves("script", options_of(bounds), "toy", bounds.keep_tokens, "gain", curves).save(path)
+    pruner = get_pruner("script", keep_tokens=f"auto:mean_tokens=40:curves={path}", exclude_padding=False)
+    counts = []
+    for picture, question in asked(4):
+        inputs = processor(images=picture, text=prompt_of(question), return_tensors="pt")
+        with torch.inference_mode(), pruner(model, processor, clip=CLIP) as handle:
+            model.generate(**inputs, max_new_tokens=1, do_sample=False)
+        found = handle.kept[0].kept.nonzero().flatten().tolist()
+        assert found == our_answer(ours, picture, question, pruner)[0].sequence.tolist()
+        counts.append(len(found))
+    assert sum(counts) / len(counts) == pytest.approx(40, rel=0.03)
     assert len(set(counts)) > 1
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from llava.integrations.vllm.registration import ARCHITECTURES, is_tested, unsup
 from llava.integrations.vllm.relevance import joint_space_folder, read_by, relevance_sign
 from llava.integrations.vllm.reuse import REMEMBERED_PICTURES, HotPictures, without_question
 from llava.integrations.vllm.selection import TokenSelector
+from llava.integrations.vllm.shipping import PLAN_FIELD, knowing_plans
 from llava.layout.padding import patches_of_square, patches_of_tiles
 from llava.layout.views import padded_square_layout, tiled_layout
 from llava.model.builder import TOY_FOLDER
@@ -114,7 +116,7 @@ def test_a_misspelt_option_among_the_processors_own():
 
 def test_a_budget_that_finds_itself_cannot_be_served():
     """The prompt is laid out before the picture is encoded."""
-    for text in ("auto", "auto:0.9"):
+    for text in ("auto", "auto:0.9", "auto:mean_tokens=64:curves=curves.json"):
         with pytest.raises(ValueError, match=f"keep_tokens={text} cannot be served: vLLM lays out the prompt before"):
             read_server_options({"keep_tokens": text}, None)
         with pytest.raises(ValueError, match="give a count, or image_pruning_rate"):
@@ -579,3 +581,57 @@ def test_supported_versions(version, fine):
     assert is_tested(version) == (version == "0.32.0")
     assert is_tested("0.33.0+cpu")
     assert len(ARCHITECTURES) == 5
+
+
+# --- what crosses to the engine ------------------------------------------------------------------------------------
+
+
+def feature(own, pixels=None):
+    """A picture of a request as vLLM hands it to a receiver: pixels, or none, and its plan where it has one."""
+    data = {} if pixels is None else {"pixel_values": pixels}
+    if isinstance(own, PicturePlan):
+        plan_bytes = torch.frombuffer(bytearray(own.to_bytes()), dtype=torch.uint8)
+        data[PLAN_FIELD + "image"] = SimpleNamespace(data=plan_bytes)
+        own = own.digest()
+    return SimpleNamespace(modality="image", data=data or None, mm_hash=own, identifier=own)
+
+
+def receiver():
+    """A receiving cache as vLLM's: what comes is kept under its hash, what does not come is looked up."""
+    kept = {}
+
+    def receive(cache, features):
+        for one in features:
+            if one.data is None and one.mm_hash not in kept:
+                raise KeyError(one.mm_hash)
+            one.data = kept[one.mm_hash] = kept[one.mm_hash] if one.data is None else one.data
+        return features
+
+    return knowing_plans(receive), kept
+
+
+def test_pixels_come_once_for_all_plans_of_a_picture():
+    receive, kept = receiver()
+    first, second, other = plan(picture="A"), plan(picture="A", query="Where?"), plan(picture="B")
+    features = receive(None, [feature(first, "a"), feature(other, "b")])
+    features += receive(None, [feature(second)])
+    assert sorted(kept) == ["A", "B"]
+    assert not any(PLAN_FIELD + "image" in data for data in kept.values())  # a plan is its request's own
+    for got, pixels, own in zip(features, "aba", (first, other, second), strict=True):
+        assert got.data["pixel_values"] == pixels
+        assert PicturePlan.from_bytes(got.data[PLAN_FIELD + "image"].data.numpy().tobytes()) == own
+        assert (got.mm_hash, got.identifier) == (own.digest(), own.digest())
+
+
+def test_a_receiver_without_the_pixels_says_so_by_the_content():
+    receive, _ = receiver()
+    missing = feature(plan(picture="A"))
+    with pytest.raises(KeyError, match="A"):
+        receive(None, [missing])
+    assert missing.mm_hash == plan(picture="A").digest()
+
+
+def test_items_without_a_plan_are_received_as_ever():
+    receive, kept = receiver()
+    assert receive(None, [feature("v", "film")])[0].data == {"pixel_values": "film"}
+    assert receive(None, [feature("v")])[0].data is kept["v"]

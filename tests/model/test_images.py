@@ -26,9 +26,9 @@ from llava.mm_utils import (
     to_rgb,
 )
 from llava.model.multimodal_encoder.clip_encoder import CLIPImageProcessor
-from records import GOLDEN, load_picture
+from records import GOLDEN, golden_bytes, load_picture
 
-GEOMETRY = json.loads((GOLDEN / "records/llava/anyres_geometry.json").read_text())
+GEOMETRY = json.loads(golden_bytes(GOLDEN / "records/llava/anyres_geometry.json"))
 
 
 @pytest.mark.parametrize("row", GEOMETRY["rows"], ids=lambda row: "x".join(map(str, row["size"])))

@@ -6,9 +6,9 @@ import pytest
 
 from llava.conversation import clean_question, conv_templates, last_question, template_for
 from llava.mm_utils import get_model_name_from_path, tokenizer_image_token
-from records import GOLDEN
+from records import GOLDEN, golden_bytes
 
-RECORDS = json.loads((GOLDEN / "records/llava/prompts_tokens.json").read_text())
+RECORDS = json.loads(golden_bytes(GOLDEN / "records/llava/prompts_tokens.json"))
 FIRST, SECOND, OPEN = RECORDS["turns"]
 TURNS = {
     "one_full_turn": FIRST,

@@ -56,6 +56,12 @@ def kept_sets(selection):
             "auto90-floor8-ceiling0.25",
         ),
         ("auto:1:ceiling=64", AutoBudget(1.0, ceiling=64), "auto:1.0:ceiling=64", "auto100-ceiling64"),
+        (
+            "auto:gain=6e-4:floor=8:mean_tokens=64.5",
+            AutoBudget(gain=6e-4, floor=8, mean_tokens=64.5),
+            "auto:gain=0.0006:floor=8:mean_tokens=64.5",
+            "auto-mean64.5",
+        ),
     ],
 )
 def test_a_rule_is_read_and_written(text, budget, full, tag):
@@ -82,6 +88,12 @@ def test_a_rule_is_read_and_written(text, budget, full, tag):
         ("auto:floor=9:ceiling=8", "floor is at most ceiling"),
         ("auto:gain=nan", "gain lies between 0 and 1"),
         ("automatic", "or auto, auto:0.9"),
+        ("auto:mean_tokens=64", "python -m llava.eval.calibrate_budget --mean-tokens 64 .* --store FILE"),
+        ("auto:mean_tokens=64:floor=8", "a mean needs curves of pictures like yours"),
+        ("auto:0.9:mean_tokens=0", "mean_tokens is a number of tokens from 1; got 0.0"),
+        ("auto:mean_tokens=64:curves=", "is written auto, auto:0.9"),
+        ("auto:curves=x.json", "curves goes with mean_tokens alone"),
+        ("auto:mean_tokens=64:floor=8:curves=x.json", "curves goes with mean_tokens alone"),
     ],
 )
 def test_what_is_no_rule_is_refused(text, message):

@@ -16,6 +16,7 @@ from transformers import AutoModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llava.relevance.first_attention import FirstAttention, UnreadableAttentionError
+from llava.relevance.language import attention_mass
 
 TEXT = {
     "vocab_size": 64,
@@ -197,6 +198,33 @@ def test_projections_are_called_never_read_as_weights(name, wrapper):
     queries, keys, _ = seen_by_attention(model, found.layer, embeds)
     torch.testing.assert_close(found.queries(embeds), queries)
     torch.testing.assert_close(found.keys(embeds), keys)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_few_words_taken_back_through_the_projection_look_at_the_same(name):
+    model = built(name)
+    found = FirstAttention.find(model)
+    words, tokens = torch.randn(1, 1, 32), torch.randn(2, 9, 32)
+    valid = torch.rand(2, 9) < 0.7
+    queries = found.queries(words)
+    expected = attention_mass(queries, found.keys(tokens), found.scaling, None, valid)
+    torch.testing.assert_close(attention_mass(*found.compared(queries, tokens), found.scaling, None, valid), expected)
+
+
+@pytest.mark.parametrize("words, plain", [(1, True), (8, False)])
+def test_keys_are_computed_only_where_they_are_less_work(words, plain, monkeypatch):
+    model = built("llama")
+    found = FirstAttention.find(model)
+    queries, tokens = found.queries(torch.randn(1, words, 32)), torch.randn(2, 9, 32)
+    calls = []
+    projection = found.attention.k_proj
+    monkeypatch.setattr(projection, "forward", lambda x: calls.append(x) or nn.functional.linear(x, projection.weight))
+    keys = found.compared(queries, tokens)[1]
+    assert (keys.shape[-1] == 32) == plain == (not calls)
+    hook = projection.register_forward_hook(lambda *_: None)
+    found.compared(queries, tokens)
+    hook.remove()
+    assert len(calls) == (1 if plain else 2)  # a hook may change what comes out
 
 
 class EngineProjection(nn.Module):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from questions import Question
-from results import SKILLS, Asked, World, accuracy, area_under_curve, build_world, reading_report
+from results import reading_report
+from world import SKILLS, Asked, World, accuracy, area_under_curve, build_world
 
 from llava.model.builder import DEFAULT_CHECKPOINT, TOY_FOLDER, load_pretrained_model
 from llava.pruning import get_pruner
@@ -45,7 +46,7 @@ def test_relevance_finds_the_asked_object(toy, world):
         raw = relevance_scores(embeds[a.scene][None], texts[row][None], mask[row][None], model.relevance_sign)[0]
         areas.append(area_under_curve(raw.numpy()[valid], a.target[valid]))
     assert len(areas) >= 100
-    assert np.mean(areas) >= 0.9
+    assert 0.75 <= np.mean(areas) < 0.9  # as noisy as CLIP's: no patch was trained against text
 
 
 def test_script_keeps_the_asked_object_and_the_wrong_sign_loses_it(toy, world):
@@ -110,9 +111,8 @@ def test_reading_is_told_by_kind():
 
 
 def test_answers_follow_what_is_kept(toy, world):
-    """Right unpruned and by Script; wrong where the object is lost: at random, by the wrong sign, unasked.
-
-    Measured over 64 scenes (RESULTS.md) the differences are at least half as large again as asked for here.
+    """Right unpruned and by Script; wrong where the object is lost: at random, by the wrong sign, unasked, and with
+    few tokens by relevance without variety.
     """
     tokenizer, model, _, _ = toy
     pruners = {
@@ -124,6 +124,7 @@ def test_answers_follow_what_is_kept(toy, world):
         "wrong sign, 16": get_pruner("script", keep_tokens=16, relevance_sign=-model.relevance_sign),
         "script, 4": get_pruner("script", keep_tokens=4),
         "without the question, 4": get_pruner("script", keep_tokens=4, relevance="none"),
+        "relevance alone, 4": get_pruner("script", keep_tokens=4, gsp=False, dpp=False),
     }
     half = World(world.encoded, world.asked[::2])
     right: dict[str, dict[str, float]] = {}
@@ -139,9 +140,12 @@ def test_answers_follow_what_is_kept(toy, world):
         assert right[name]["text"] >= 0.45, name
     for name in ("random, 16", "uniform, 16", "wrong sign, 16"):
         assert right["script, 16"]["existence"] >= right[name]["existence"] + 0.2, name
-        assert right["script, 16"]["attribute"] >= right[name]["attribute"] + 0.35, name
+        # By noisy relevance the wrong sign still keeps some of what is asked about.
+        lost = 0.2 if name == "wrong sign, 16" else 0.35
+        assert right["script, 16"]["attribute"] >= right[name]["attribute"] + lost, name
     assert right["script, 4"]["existence"] >= right["without the question, 4"]["existence"] + 0.15
     assert right["script, 4"]["attribute"] >= right["without the question, 4"]["attribute"] + 0.3
+    assert right["script, 4"]["attribute"] >= right["relevance alone, 4"]["attribute"] + 0.15
 
 
 def test_toy_checkpoint_is_small_and_in_the_original_format():
@@ -155,16 +159,16 @@ def test_toy_checkpoint_is_small_and_in_the_original_format():
 
 
 def test_the_next_toy_answers_from_tiles(world):
-    """LLaVA-NeXT's way: overview and tiles; 16 tokens of each view are enough for Script, not for the wrong sign."""
+    """LLaVA-NeXT's way: overview and tiles; 4 tokens of each view are enough for Script, not for the wrong sign."""
     tokenizer, model, processor, _ = load_pretrained_model(str(TOY_FOLDER / "llava-toy-v1.6"), device="cpu")
     tiled = build_world(model, processor, 8, PER_SKILL)
     tiled.asked = [a for a in tiled.asked if a.skill == "attribute"]
     pruners = {
         "unpruned": None,
-        "script": get_pruner("script", keep_tokens=16),
-        "wrong sign": get_pruner("script", keep_tokens=16, relevance_sign=-model.relevance_sign),
+        "script": get_pruner("script", keep_tokens=4),
+        "wrong sign": get_pruner("script", keep_tokens=4, relevance_sign=-model.relevance_sign),
     }
     right = {n: np.mean(accuracy(model, tokenizer, tiled, p, batch=8)) for n, p in pruners.items()}
     assert right["unpruned"] >= 0.75
     assert right["script"] >= 0.75
-    assert right["script"] >= right["wrong sign"] + 0.25
+    assert right["script"] >= right["wrong sign"] + 0.35

@@ -4,9 +4,10 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import compare
+import numpy as np
 import pytest
 import torch
-from compare_report import Measured, Task, document, make_cells, plot, ranked
+from compare_report import Measured, Task, differences, document, found_table, make_cells, plot, ranked
 
 from llava.eval.files import read_whole_lines
 from llava.eval.tables.runs import UNPRUNED
@@ -71,7 +72,7 @@ def test_cells_are_means_over_benchmarks_and_seeds():
 def test_document_ranks_and_tells_true_counts_and_times():
     cells = make_cells(MEASURED)
     assert ranked(cells) == ["script", "random", "fastv"]
-    text = document(CONFIGURATION, cells, TIMES)
+    text = document(CONFIGURATION, cells, TIMES, {})
     assert "| `script` | before | 100.0 | 2.0 | 5.0 |" in text
     assert "| `fastv` | decoder | 71.4 (191) | - | 7.0 |" in text  # chosen inside the prefill, and not 64 on average
     assert "| `random` | control | 76.4 ± 7.1 | 2.0 | 5.0 |" in text
@@ -80,6 +81,37 @@ def test_document_ranks_and_tells_true_counts_and_times():
     widths = {line.count("|") for line in text.split("## Mean")[1].split("##")[0].splitlines() if line[:1] == "|"}
     assert len(widths) == 1
     assert plot(cells) == plot(cells)
+
+
+def test_rules_are_for_methods_that_can_and_stand_beside_their_fixed_budgets():
+    tasks = compare.list_tasks(["script", "trim"], [64], ["gqa"], seeds=1, rules=["auto"])
+    assert [(task.method, task.budget) for task in tasks] == [
+        (UNPRUNED, None), ("script", 64), ("script", "auto"), ("trim", 64)
+    ]  # fmt: skip
+    found = {Task("script", "auto", name): Measured(75.0, 80, 80, 1e6) for name in ("gqa", "pope")}
+    cells = make_cells(MEASURED | found)
+    assert found_table(cells)[2:] == ["| `script` | `auto` | 80.0 | 107.1 | 64: 100.0 |"]
+    assert ranked(cells) == ranked(make_cells(MEASURED))
+    text = document(CONFIGURATION, cells, TIMES, {})
+    assert text.index("## Budgets that find themselves") < text.index("## GQA, accuracy")
+    assert plot(cells) == plot(make_cells(MEASURED))
+
+
+def test_differences_to_script_are_paired_over_questions():
+    rng = np.random.default_rng(0)
+    runs = {}
+    for name, rate in (("gqa", 0.7), ("pope", 0.5)):
+        right = (rng.random(200) < rate).astype(float)
+        worse = right.copy()
+        worse[np.flatnonzero(right)[:10]] = 0  # ten questions less, all others alike
+        for method, items in (("script", right), ("trim", worse), ("first", np.roll(right, 1))):
+            runs[Task(method, 64, name)] = Measured(100 * items.mean(), 64, 64, 1e6, tuple(items))
+    found = differences(runs)
+    assert set(found) == {("trim", 64), ("first", 64)}
+    assert found["trim", 64].mean == pytest.approx(-5)
+    assert found["trim", 64].sign == -1
+    assert found["trim", 64].half < 2.5 < found["first", 64].half  # pairing takes out what both find hard
+    assert found["first", 64].sign == 0
 
 
 def test_questions_are_drawn_from_all_categories(tmp_path):

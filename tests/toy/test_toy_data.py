@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from results import area_under_curve, patches_of
 from scenes import make_scene
+from world import area_under_curve, patches_of
 
 from llava.model.builder import TOY_FOLDER
 

@@ -261,10 +261,11 @@ def run_tag(
     pruner: str = "script",
     options: Sequence[str] = (),
     seed: int = 0,
+    grid: Sequence[int] | None = None,
 ) -> str:
     """Name of a run: ``vtn_<tokens per picture>``, or ``vtn_auto95`` where they are found for each picture.
 
-    Methods, options and seeds other than the default are added.
+    A fixed grid of pictures (width, height), and methods, options and seeds other than the default are added.
     """
     if keep_tokens is None:
         name = "full"
@@ -274,4 +275,6 @@ def run_tag(
         name = f"vtn_{keep_tokens * TILES if tiled and isinstance(keep_tokens, int) else keep_tokens}"
         if pruner != "script" or options:
             name = "-".join([name, pruner, *(option.replace("/", "_") for option in options)])
+    if grid is not None:
+        name += "-grid{}x{}".format(*grid)
     return f"{name}-seed{seed}" if seed else name

@@ -34,6 +34,8 @@ def score(
 ) -> dict:
     """Accuracy, precision, recall, F1 and share of yes per category; "score" is 100 x the mean F1.
 
+    "kinds" tells of every answer by category whether it is a TP, FN, FP or TN: what the score follows from.
+
     Args:
         answers: ``question_id``, ``text``.
         questions: ``question_id``, ``image``, ``text``, ``category``.
@@ -49,7 +51,7 @@ def score(
     if strangers:
         raise ValueError(f"{len(strangers)} answers are to no POPE question, first {strangers[0]}")
     categories = [name for name in dict.fromkeys([*CATEGORIES, *labels]) if name in labels]
-    result, items = {}, {}
+    result, items, kinds = {}, {}, {}
     for category in categories:
         own = [answer for answer in answers if category_of[id_key(answer["question_id"])] == category]
         if compat:
@@ -64,6 +66,7 @@ def score(
             said_yes = sum(not says_no(answer["text"]) for answer in own)
             result[category] |= {"samples": len(own), "yes_ratio": said_yes / len(own)}
         items |= {name: float(no == truth) for name, no, truth in pairs}
+        kinds[category] = {name: _kind(no, truth) for name, no, truth in pairs}
     mean_f1 = sum(part["f1"] for part in result.values()) / len(result)
     right = sum(part["TP"] + part["TN"] for part in result.values())
     wrong = sum(part["FP"] + part["FN"] for part in result.values())
@@ -74,6 +77,7 @@ def score(
         "average_f1": mean_f1,
         "categories": result,
         "items": items,
+        "kinds": kinds,
     }
 
 
@@ -103,6 +107,11 @@ def _pair_by_id(
             raise ValueError(f"POPE question {name} ({image}: {asked}) has no label")
         pairs.append((name, says_no(texts[id_key(name)]), is_no(label, image)))
     return pairs
+
+
+def _kind(said_no: bool, is_no: bool) -> str:
+    """TP, FN, FP or TN, yes being positive."""
+    return ("FN" if said_no else "TP") if not is_no else ("TN" if said_no else "FP")
 
 
 def _measure(pairs: Sequence[tuple[bool, bool]]) -> dict:

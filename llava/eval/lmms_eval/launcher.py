@@ -42,6 +42,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     flags.add_checkpoint(model, default=None, help="folder or hub name of the checkpoint")
     flags.add_template(model)
     flags.add_method(model)
+    flags.add_image_grid(model)
     model.add_argument("--seed", type=int, default=0, help="of random methods; another seed is another run")
     flags.add_device(model)
     flags.add_dtype(model)
@@ -85,8 +86,11 @@ def check_model(options: argparse.Namespace) -> tuple[Pruner | None, bool]:
     if options.model != OWN_HOST:
         if options.conv_mode is not None:
             raise ValueError(f"--conv-mode goes with {OWN_HOST}; {options.model} has its checkpoint's chat template")
+        if options.image_grid is not None:
+            raise ValueError(f"--image-grid goes with {OWN_HOST}; {options.model} takes --model-args picture_size=WxH")
         return pruner, False
-    config = Checkpoint(options.model_path, _model_argument(options, "model_base")).check(pruner)
+    grid = flags.parse_grid(options.image_grid) if options.image_grid else None
+    config = Checkpoint(options.model_path, _model_argument(options, "model_base"), grid=grid).check(pruner)
     return pruner, getattr(config, "image_aspect_ratio", None) == "anyres"
 
 
@@ -112,12 +116,13 @@ class HarnessRun:
             raise ValueError(f"give --benchmark ({', '.join(sorted(HARNESS_TASKS))}) or --tasks")
         if options.tag is not None and Path(options.tag).name != options.tag:
             raise ValueError(f"--tag is a name, not a path; got {options.tag!r}")
-        pruner, tiled = check_model(options)
+        self.pruner, tiled = check_model(options)
         if options.include_path is not None and not options.include_path.is_dir():
             raise FileNotFoundError(f"there is no folder {options.include_path} of task files")
         self.tasks = options.tasks or HARNESS_TASKS[options.benchmark].task
-        keep = None if pruner is None else pruner.keep_tokens
-        tag = options.tag or run_tag(keep, tiled, options.pruner, options.pruner_args, options.seed)
+        keep = None if self.pruner is None else self.pruner.keep_tokens
+        grid = flags.parse_grid(options.image_grid) if options.image_grid else None
+        tag = options.tag or run_tag(keep, tiled, options.pruner, options.pruner_args, options.seed, grid)
         if options.limit is not None and options.tag is None:
             tag += f"-first{options.limit}"
         place = options.benchmark or self.tasks.replace(",", "+")
@@ -131,9 +136,10 @@ class HarnessRun:
         given = {
             "pretrained": options.model_path,
             "pruner": options.pruner,
-            "keep_tokens": options.keep_tokens,
+            "keep_tokens": options.keep_tokens if self.pruner is None else self.pruner.keep_tokens,
             "pruner_args": " ".join(pruner_options(options)),
             "conv_template": options.conv_mode,
+            "image_grid": options.image_grid,
             "dtype": options.dtype,
             "on_error": options.on_error,
             "answers": str(self.folder),

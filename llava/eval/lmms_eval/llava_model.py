@@ -25,6 +25,7 @@ from llava.layout.pooling import POOL_MODES
 from llava.layout.views import NEWLINE_POSITIONS
 from llava.layout.visuals import IMAGE, VIDEO, Reading
 from llava.mm_utils import load_image, process_images, to_rgb, tokenizer_image_token
+from llava.serve.flags import parse_grid
 from llava.video import Video, load_video, process_video
 
 
@@ -37,6 +38,7 @@ class LlavaArguments(ModelArguments):
         conv_template: the prompt's template; ``None`` takes it by the checkpoint's name.
         device_map: spread the language model over the GPUs of one process.
         joint_space_path: folder of the full SigLIP, see `load_pretrained_model`.
+        image_grid: cut every picture for this resolution, such as 672x672.
         mm_spatial_pool_mode, mm_newline_position: how videos are read, in place of the checkpoint's own.
         force_sample: always ``max_frames_num`` frames, spread evenly; without it a frame a second where that is less.
         add_time_instruction: tell the model when the frames are, before the question.
@@ -46,6 +48,7 @@ class LlavaArguments(ModelArguments):
     conv_template: str | None = None
     device_map: str | None = None
     joint_space_path: str | None = None
+    image_grid: str | None = None
     mm_spatial_pool_mode: str | None = None
     mm_newline_position: str | None = None
     force_sample: bool = False
@@ -53,6 +56,8 @@ class LlavaArguments(ModelArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.image_grid is not None:
+            parse_grid(self.image_grid, "the model argument image_grid")
         for name, valid in (
             ("conv_template", sorted(conv_templates)),
             ("mm_spatial_pool_mode", POOL_MODES),
@@ -65,7 +70,7 @@ class LlavaArguments(ModelArguments):
 
 # What changes no answer, or is told apart by more than its name.
 NOT_COMPARED = ("pretrained", "model_base", "conv_template", "pruner", "keep_tokens", "pruner_args", "device")
-NOT_COMPARED += ("on_error", "answers")
+NOT_COMPARED += ("image_grid", "on_error", "answers")
 
 
 class LlavaModel(PrunedModel):
@@ -75,7 +80,8 @@ class LlavaModel(PrunedModel):
 
     def settings(self) -> dict[str, Any]:
         options = self.arguments
-        self.checkpoint = Checkpoint(options.pretrained, options.model_base, options.joint_space_path)
+        grid = None if options.image_grid is None else parse_grid(options.image_grid)
+        self.checkpoint = Checkpoint(options.pretrained, options.model_base, options.joint_space_path, grid)
         self.checkpoint.check(self.pruner)
         self.template = options.conv_template or self.checkpoint.template()
         return {
@@ -84,6 +90,7 @@ class LlavaModel(PrunedModel):
             "model": self.checkpoint.name,
             "checkpoint": identity.checkpoint_identity(options.pretrained, options.model_base),
             "conversation": self.template,
+            "image_grid": grid,
             "pruner": None if self.pruner is None else {"name": self.pruner.name, **asdict(self.pruner)},
             **{name: value for name, value in vars(options).items() if name not in NOT_COMPARED},
             "device": identity.device_name(str(self.device)),
@@ -105,7 +112,7 @@ class LlavaModel(PrunedModel):
         self.model = self.answerer.model
         names = ("mm_spatial_pool_mode", "mm_newline_position")
         changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-        self.answerer.reading = Reading.of(self.model.config, **changes)
+        self.answerer.reading = Reading.of(self.answerer.reading or self.model.config, **changes)
 
     def read_visual(self, visual: Visual) -> Image.Image | Video:
         if visual.kind == VIDEO:

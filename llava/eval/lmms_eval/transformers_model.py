@@ -24,6 +24,7 @@ from llava.eval.runner import identity
 from llava.integrations.transformers.loading import check_processor
 from llava.integrations.transformers.picture_sizes import check_picture_size
 from llava.mm_utils import load_image, to_rgb
+from llava.serve.flags import parse_grid
 from llava.video import Video, load_video
 
 
@@ -34,6 +35,8 @@ class TransformersArguments(ModelArguments):
     Args:
         device_map: spread the model over the GPUs of one process.
         positions, clip, siglip: of `AttachedPruner`.
+        picture_size: "WxH": every picture is resized to so many pixels before the processor sees it; 896x896 makes
+            InternVL's five tiles of any picture.
         force_sample: always ``max_frames_num`` frames, spread evenly; without it a frame a second where that is less.
     """
 
@@ -41,7 +44,13 @@ class TransformersArguments(ModelArguments):
     positions: str = "auto"
     clip: str | None = None
     siglip: str | None = None
+    picture_size: str | None = None
     force_sample: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.picture_size is not None:
+            parse_grid(self.picture_size, "the model argument picture_size")
 
 
 # What is told apart by a name of its own, or changes no answer.
@@ -91,6 +100,8 @@ class TransformersModel(PrunedModel):
         if visual.kind == "video":
             return load_video(visual.content, self.arguments.max_frames_num, force=self.arguments.force_sample)
         picture = load_image(visual.content) if isinstance(visual.content, str) else to_rgb(visual.content)
+        if self.arguments.picture_size is not None:
+            picture = picture.resize(parse_grid(self.arguments.picture_size), Image.BICUBIC)
         check_picture_size(picture.size, self.processor)
         return picture
 

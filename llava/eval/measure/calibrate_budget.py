@@ -2,7 +2,8 @@
 
 A method's order over a picture, and what each of its tokens explains, tell what every rule would keep. One selection
 a question is enough, to the ceiling; the language model does not run. A hundred pictures like those that will be
-asked about put the mean within a few percent.
+asked about put the mean within a few percent. ``--store FILE`` keeps these curves for
+``--keep-tokens auto:mean_tokens=T:curves=FILE``, with this or another T.
 
     python -m llava.eval.calibrate_budget --mean-tokens 64 --model-path P --pictures FOLDER --questions FILE
 
@@ -16,12 +17,11 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from llava.checkpoint import CheckpointError
@@ -30,31 +30,11 @@ from llava.mm_utils import load_image, process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model, pick_device
 from llava.model.kept_tokens import KeptTokens
 from llava.pruning import Method, Pruner, get_pruner, parse_options
-from llava.pruning.adaptive import kept_by_rule
 from llava.pruning.auto_budget import CEILING, AutoBudget, parse_auto
+from llava.pruning.budget_curves import RULES, Curve, StoredCurves, counts_of, options_of, rule_for_mean
 from llava.serve import flags
 
 FEW = 30  # pictures; with fewer, the mean of others may differ by a tenth and more
-STEPS = 60  # of the bisection
-
-
-@dataclass(frozen=True)
-class Curve:
-    """What a method's orders over one picture explain: of each of its B selections.
-
-    Args:
-        share, kept, alone: as in `kept_by_rule`.
-        units: what the budget counts: views, or 1 for a picture with ``per=picture``.
-    """
-
-    share: Tensor
-    kept: Tensor
-    alone: Tensor
-    units: int
-
-    def count(self, rule: AutoBudget) -> float:
-        """Tokens that a rule keeps of the picture, for each unit."""
-        return float(kept_by_rule(rule, self.share, self.kept, self.alone).sum()) / self.units
 
 
 def curves_of(method: Method, kept: KeptTokens) -> list[Curve]:
@@ -65,43 +45,6 @@ def curves_of(method: Method, kept: KeptTokens) -> list[Curve]:
     units = 1 if method.per == "picture" else kept.layout.views
     names = ("unexplained", "kept_after", "alone")
     return [Curve(*(one.details[name].cpu() for name in names), units) for one in kept.selections]
-
-
-def counts_of(pictures: Sequence[Sequence[Curve]], rule: AutoBudget) -> Tensor:
-    """Tokens that a rule keeps for each unit, of each picture: (pictures,) float64."""
-    return torch.tensor([sum(curve.count(rule) for curve in picture) for picture in pictures], dtype=torch.float64)
-
-
-def rule_for_mean(pictures: Sequence[Sequence[Curve]], mean: float, bounds: AutoBudget, by: str) -> AutoBudget:
-    """The rule that keeps ``mean`` tokens for each unit on average over pictures.
-
-    Args:
-        bounds: whose floor and ceiling the rule has.
-        by: "share", rule A, or "gain", rule B.
-
-    Raises:
-        ValueError: no rule within these bounds keeps so many or so few.
-    """
-
-    def rule_at(x: float) -> AutoBudget:
-        """x from 0, which keeps least, to 1: log-spaced, since the thresholds that matter lie close to an end."""
-        tiny = float(f"{0.999 * 10 ** (-9 * x):.5g}")
-        return replace(bounds, gain=tiny) if by == "gain" else replace(bounds, coverage=round(1 - tiny, 12))
-
-    def mean_at(x: float) -> float:
-        return float(counts_of(pictures, rule_at(x)).mean())
-
-    least, most = mean_at(0.0), mean_at(1.0)
-    if not least <= mean <= most:
-        raise ValueError(
-            f"a mean of {mean:g} tokens cannot be had: within this floor and ceiling rules keep {least:.1f} to "
-            f"{most:.1f}"
-        )
-    low, high = 0.0, 1.0
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if mean_at(middle) > mean else (middle, high)
-    return min((rule_at(low), rule_at(high)), key=lambda rule: abs(float(counts_of(pictures, rule).mean()) - mean))
 
 
 # --- on a model ----------------------------------------------------------------------------------------------------
@@ -161,11 +104,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="T",
         help="of each view, on average; of each picture with --pruner-args per=picture",
     )
-    parser.add_argument("--rule", choices=("gain", "share"), default="gain", help="rule B or A (%(default)s)")
+    parser.add_argument("--rule", choices=RULES, default="gain", help="rule B or A (%(default)s)")
     parser.add_argument("--floor", type=int, metavar="N", help="default: 16, of one of several views 4")
     parser.add_argument("--ceiling", metavar="N", help="a count or a share of the tokens; default: a third")
     parser.add_argument("--pictures", type=Path, required=True, help="a folder, or a text file with a path a line")
     parser.add_argument("--questions", type=Path, required=True, help="a question a line, or JSON lines (.jsonl)")
+    parser.add_argument("--store", type=Path, metavar="FILE", help="keep the curves, for mean budgets of this method")
     parser.add_argument("--limit", type=int, default=100, metavar="K", help="only the first K pictures (%(default)s)")
     flags.add_checkpoint(parser)
     flags.add_base(parser)
@@ -183,6 +127,13 @@ def asked_method(options: argparse.Namespace) -> Pruner:
     return get_pruner(options.pruner, **{**parse_options(options.pruner, options.pruner_args), "keep_tokens": budget})
 
 
+def store(options: argparse.Namespace, method: Pruner, curves: Sequence[tuple[list[Curve], list[Curve]]]) -> None:
+    """Write the curves for ``auto:mean_tokens=T:curves=FILE``."""
+    asked = [of_question for pair in curves for of_question in pair]
+    rule = (method.keep_tokens, options.rule)
+    StoredCurves(method.name, options_of(method), options.model_path, *rule, asked).save(options.store)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0 if a rule was found, 2 with one line on standard error if none could be."""
     options = parse_arguments(arguments)
@@ -191,6 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--mean-tokens must be more than 0, got {options.mean_tokens}")
         if options.limit < 1:
             raise ValueError(f"--limit must be at least 1, got {options.limit}")
+        if options.store is not None and not options.store.parent.is_dir():
+            raise ValueError(f"--store {options.store}: there is no folder {options.store.parent}")
         method = asked_method(options)
         cases = read_cases(options.pictures, options.questions, options.limit)
         device = pick_device(options.device)
@@ -198,9 +151,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         curves = list(tqdm(read_curves(model, processor, method, cases), "pictures", len(cases), disable=None))
 
         def find(pictures: Sequence[Sequence[Curve]], mean: float) -> AutoBudget:
-            return rule_for_mean(pictures, mean, method.auto, options.rule)
+            return replace(rule_for_mean(pictures, mean, method.auto, options.rule), mean_tokens=mean)
 
         found = report(curves, options.mean_tokens, find, method.per)
+        if options.store is not None:
+            store(options, method, curves)
     except (ValueError, OSError, ImportError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,7 +6,9 @@
 
 The *limit* is the same pipeline in which the choice of tokens is given and costs nothing: the vision tower sees the
 whole picture, the language model gets as many tokens. A method that reaches 95 % of it spends 5 % of the time to the
-first token on choosing. Weights are random unless ``--model-path`` names a checkpoint. Last line: one JSON object.
+first token on choosing. *Resized* is the unpruned model on a smaller picture, at the sizes that its own processor
+offers (Gemma 4, counts only). Weights are random unless ``--model-path`` names a checkpoint. Last line: one JSON
+object.
 """
 
 from __future__ import annotations
@@ -28,17 +30,17 @@ from tqdm import tqdm
 
 from llava.eval.measure.efficiency_subject import STAGES, Row, Subject
 from llava.eval.measure.efficiency_table import plot, print_table
-from llava.eval.measure.efficiency_transformers import (
-    TRANSFORMERS_PRESETS,
-    TransformersSubject,
-    build_random_transformers,
-)
+from llava.eval.measure.efficiency_transformers import TransformersSubject, build_random_transformers
 from llava.eval.measure.geometry import GEOMETRIES, build_random
+from llava.eval.measure.transformers_counts import TransformersCounts
+from llava.eval.measure.transformers_presets import TRANSFORMERS_PRESETS
+from llava.layout.visuals import Reading
+from llava.mm_utils import view_side
 from llava.model.builder import DEFAULT_CHECKPOINT, load_pretrained_model, pick_device
 from llava.pruning import Method, get_pruner, list_pruners, parse_budget, parse_options
 from llava.serve import flags
 
-AnySubject = Subject | TransformersSubject
+AnySubject = Subject | TransformersSubject | TransformersCounts
 DTYPES = ("float32", "float16", "bfloat16")
 PRESETS = ("toy", *GEOMETRIES, *TRANSFORMERS_PRESETS)
 
@@ -73,9 +75,7 @@ def guarded(row: Row) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def measure(
-    subject: Subject | TransformersSubject, rows: list[Row], repeats: int, warm_up: int, new_tokens: int
-) -> int:
+def measure(subject: AnySubject, rows: list[Row], repeats: int, warm_up: int, new_tokens: int) -> int:
     """Fill the rows, taken in turn so that all meet the same machine; returns how many repeats were completed.
 
     Interrupted (Ctrl-C) it keeps what is complete.
@@ -157,6 +157,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     flags.add_kernels(parser)
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bfloat16, on a CPU float32")
     flags.add_attention(parser)
+    flags.add_image_grid(parser)
     parser.add_argument("--compile-tower", action="store_true", help="put the vision tower through torch.compile")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw where the time goes (.svg, .png, .pdf)")
@@ -164,14 +165,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def load_subjects(options: argparse.Namespace) -> Iterator[AnySubject]:
-    """The model, with each batch size in turn."""
+    """The model, with each batch size in turn. With a fixed grid the picture asked about has its size."""
     half = options.counts_only or options.device.startswith("cuda")
     dtype = getattr(torch, ("bfloat16" if half else "float32") if options.dtype == "auto" else options.dtype)
     loaded = {"dtype": dtype, "device": options.device, "attn_implementation": options.attn_implementation}
     if options.model_path is None and options.preset in TRANSFORMERS_PRESETS:
-        if options.counts_only or options.compile_tower:
-            raise ValueError(f"{options.preset} is a model of Transformers: no --counts-only, no --compile-tower")
+        if options.compile_tower or options.image_grid:
+            raise ValueError(f"{options.preset} is a model of Transformers: no --compile-tower, no --image-grid")
+        if options.counts_only:
+            loaded["device"] = "meta"
         built = build_random_transformers(TRANSFORMERS_PRESETS[options.preset], **loaded)
+        if options.counts_only:
+            yield TransformersCounts(built)
+            return
         yield from (TransformersSubject(built, batch, options.device) for batch in options.batch_sizes)
         return
     if options.model_path or options.preset == "toy":
@@ -185,10 +191,58 @@ def load_subjects(options: argparse.Namespace) -> Iterator[AnySubject]:
         decoder = "meta" if options.counts_only else None
         model, image_processor = build_random(geometry, **loaded, decoder_device=decoder)
         size, frames = geometry.picture, geometry.frames
+    reading = Reading.of(model.config)
+    if options.image_grid:
+        size = tuple(flags.parse_grid(options.image_grid))
+        if frames is not None:
+            raise ValueError(f"--image-grid is for pictures; {options.preset} is measured on a video")
+        reading = reading.with_grid(size, view_side(image_processor))
     if options.compile_tower:
         model.get_vision_tower().compile_layers()
     for batch in [1] if options.counts_only else options.batch_sizes:
-        yield Subject(model, image_processor, size, batch, options.device, frames)
+        yield Subject(model, image_processor, size, batch, options.device, frames, reading)
+
+
+def measure_all(options: argparse.Namespace, show: bool = True) -> dict[str, Any]:
+    """All rows at all batch sizes, as the JSON line holds them.
+
+    Args:
+        show: print a table for each batch size.
+
+    Raises:
+        ValueError, OSError: options, a method or a checkpoint that do not fit; the first before anything is loaded.
+    """
+    options.device = pick_device(options.device)
+    flags.use_kernels(options.kernels, options.device)
+    budgets = [parse_budget(text) for text in options.keep_tokens]
+    if any(isinstance(budget, float) for budget in budgets):
+        raise ValueError("--keep-tokens takes counts here, not shares")
+    make_rows(options.pruners, budgets, sys.maxsize)  # names and counts, before anything is loaded
+    batches = []
+    for subject in load_subjects(options):
+        rows = make_rows(options.pruners, budgets, subject.tokens_per_view)
+        rows[1:1] = [Row("resized", tokens) for tokens in subject.own_sizes]
+        repeats = 0 if options.counts_only else options.repeats
+        warm_up = 0 if options.counts_only else options.warm_up
+        completed = measure(subject, rows, repeats, warm_up, options.new_tokens)
+        limits = {row.keep: row for row in rows if row.name == "limit"}
+        found = [summary_of(row, limits.get(row.keep), rows[0]) for row in rows]
+        batches.append({"batch": subject.batch, "repeats": completed, "rows": found})
+        if show:
+            print_table(found, options.preset if options.model_path is None else None, subject.batch)
+    weights = sum(parameter.nbytes for parameter in subject.model.parameters())
+    return {
+        "preset": options.model_path or options.preset,
+        **({"image_grid": options.image_grid} if options.image_grid else {}),
+        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "weight_bytes": weights,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "batches": batches,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -196,38 +250,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        options.device = pick_device(options.device)
-        flags.use_kernels(options.kernels, options.device)
-        budgets = [parse_budget(text) for text in options.keep_tokens]
-        if any(isinstance(budget, float) for budget in budgets):
-            raise ValueError("--keep-tokens takes counts here, not shares")
-        make_rows(options.pruners, budgets, sys.maxsize)  # names and counts, before anything is loaded
-        subjects = load_subjects(options)
-        batches = []
-        for subject in subjects:
-            rows = make_rows(options.pruners, budgets, subject.tokens_per_view)
-            repeats = 0 if options.counts_only else options.repeats
-            warm_up = 0 if options.counts_only else options.warm_up
-            completed = measure(subject, rows, repeats, warm_up, options.new_tokens)
-            limits = {row.keep: row for row in rows if row.name == "limit"}
-            found = [summary_of(row, limits.get(row.keep), rows[0]) for row in rows]
-            batches.append({"batch": subject.batch, "repeats": completed, "rows": found})
-            print_table(found, options.preset if options.model_path is None else None, subject.batch)
+        found = measure_all(options)
         if options.plot:
-            plot(batches[0]["rows"], options.plot)
+            plot(found["batches"][0]["rows"], options.plot)
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps({
-        "preset": options.model_path or options.preset,
-        "device": torch.cuda.get_device_name() if options.device.startswith("cuda") else f"{platform.machine()} CPU",
-        "threads": torch.get_num_threads(),
-        "dtype": str(subject.dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-        "batches": batches,
-    }))  # fmt: skip
+    print(json.dumps(found))
     return 0
 
 

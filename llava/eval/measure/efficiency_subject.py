@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from llava.constants import IMAGE_TOKEN_INDEX
 from llava.eval.measure.cost import count_macs, prefill_flops
 from llava.eval.measure.selection_speed import extra_memory, synchronise
-from llava.layout.visuals import Visuals
+from llava.layout.visuals import Reading, Visuals
 from llava.mm_utils import process_images
 from llava.model.encoded_images import EncodedImages
 from llava.model.llava_arch import EmbeddedPrompts
@@ -37,9 +37,9 @@ class Row:
     """A line of the table: a way to give the language model its visual tokens.
 
     Args:
-        name: of the method, "unpruned" or "limit".
+        name: of the method, "unpruned", "limit" or "resized": the unpruned model on a smaller picture.
         keep: tokens per view; ``None`` for all.
-        pruner: ``None`` for the unpruned model and the limit.
+        pruner: ``None`` for the unpruned model, the limit and "resized".
         seconds: by stage, one entry per repeat.
         note: why a figure is missing.
     """
@@ -73,6 +73,8 @@ class Subject:
     `preprocess` to `prefill` are the stages of the pipeline; `answer` is all of it as a user runs it.
     """
 
+    own_sizes: Sequence[int] = ()
+
     def __init__(
         self,
         model: Any,
@@ -81,7 +83,9 @@ class Subject:
         batch: int,
         device: str,
         frames: int | None = None,
+        reading: Reading | None = None,
     ) -> None:
+        self.reading = Reading.of(model.config) if reading is None else reading
         self.model, self.image_processor, self.batch, self.device = model, image_processor, batch, device
         self.frames, self.modality = frames, "image" if frames is None else "video"
         self.dtype = next(model.parameters()).dtype
@@ -100,7 +104,7 @@ class Subject:
         self.pixels = [pixels.to(device, self.dtype) for pixels in self.preprocess()]
         if frames is None:
             self.pixels = torch.stack(self.pixels)
-        self.visuals = self.model.visuals(self.pixels, self.sizes, self.modality)
+        self.visuals = self.model.visuals(self.pixels, self.sizes, self.modality, self.reading)
         layout, _ = self.model.vision.layouts(self.visuals)[0]
         self.tokens_per_view = layout.eligible.shape[1]
 
@@ -111,8 +115,7 @@ class Subject:
     def preprocess(self) -> list[Tensor]:
         """Pictures -> pixels of each, (views, 3, s, s) or (3, s, s) float32; videos -> (frames, 3, s, s)."""
         if self.frames is None:
-            config = self.model.config
-            return [process_images([picture], self.image_processor, config)[0] for picture in self.pictures]
+            return [process_images([picture], self.image_processor, self.reading)[0] for picture in self.pictures]
         return [process_video([picture] * self.frames, self.image_processor) for picture in self.pictures]
 
     def encode(self) -> EncodedImages:
@@ -262,5 +265,11 @@ class Subject:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of all keys and values that a cache holds."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    """Bytes of all that a cache holds: keys and values, and the states of recurrent layers."""
+    total = 0
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is not None:
+            total += layer.keys.nbytes + layer.values.nbytes
+        for states in ("conv_states", "recurrent_states"):
+            total += sum(state.nbytes for state in getattr(layer, states, {}).values())
+    return total

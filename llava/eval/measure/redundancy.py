@@ -1,4 +1,6 @@
-"""The paper's first table on the toy: how well cheaper estimators of redundancy agree with comparing all pairs.
+"""How well cheaper estimators of redundancy agree with comparing all pairs, and what they cost.
+
+The paper's first table also has an accuracy: ``python -m llava.eval.tables 1``.
 
 Sets of size K drawn at random agree by about (K/n) / (2 - K/n), so both the kept and the discarded sets are reported.
 """

@@ -1,8 +1,8 @@
 """How time and memory of Script's selection grow with the tokens of a view, the tokens kept, and the views.
 
 One number is varied at a time around a middle point. Times are medians of rounds in which all points of an axis take
-turns. An exponent is the slope of a straight line through the logarithms: time ~ n ** exponent. Last line: one JSON
-object.
+turns. An exponent is the slope of a straight line through the logarithms: time ~ n ** exponent. ``--clip-tokens`` also
+times the greedy order of all tokens of a long clip, at its fastest, beside the plain loop. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from statistics import median
 import numpy
 import torch
 
+from llava.eval.measure.clip_scaling import check_keep, clip_table, clips, measure_clip
 from llava.eval.measure.selection_speed import describe_machine, extra_memory, make_inputs, time_rows
 from llava.pruning import get_pruner
 from llava.pruning.functional import cosine_similarity, greedy_map_rank
@@ -95,6 +96,16 @@ def plot(path: Path, figures: dict[str, dict]) -> None:
     pyplot.close(figure)
 
 
+def measure_clips(options: argparse.Namespace) -> dict[str, object]:
+    """Measure and print the clips; what they are and what was found."""
+    tokens, width = options.clip_tokens, options.clip_width
+    found = {}
+    for name, case in clips(tokens, width, getattr(torch, options.dtype), options.device).items():
+        found[name] = measure_clip(case, options.clip_keep, options.clip_repeats, options.device)
+        print(clip_table(name, tokens, width, found[name]), end="\n\n", flush=True)
+    return {"clip": {"tokens": tokens, "width": width, "cases": found}}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m llava.eval.selection_scaling", description=__doc__)
     parser.add_argument("--width", type=int, default=1024, help="of the features (%(default)s)")
@@ -103,11 +114,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own choice")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw, as SVG, PNG or PDF")
+    parser.add_argument("--axes", nargs="*", choices=list(AXES), default=list(AXES), help="default: all of them")
+    parser.add_argument("--clip-tokens", type=int, metavar="N", help="also a clip of N tokens, as 64 x 169 = 10816")
+    parser.add_argument("--clip-keep", type=int, nargs="+", default=[256, 512, 1024, 2048], metavar="K")
+    parser.add_argument("--clip-width", type=int, default=3584, help="of its features (%(default)s)")
+    parser.add_argument("--clip-repeats", type=int, default=3)
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.clip_tokens is not None:
+        try:
+            check_keep(options.clip_keep, options.clip_tokens)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    if options.plot and set(options.axes) != set(AXES):
+        print("error: --plot draws all axes, give no --axes", file=sys.stderr)
+        return 2
     figures = {}
-    for axis in AXES:
+    for axis in options.axes:
         points = measure_axis(axis, options.width, getattr(torch, options.dtype), options.device, options.repeats)
         exponents = {column: exponent(points, axis, column) for column in (*PARTS, "memory_mib")}
         figures[axis] = {"points": points, "exponents": exponents}
@@ -119,7 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
     setting = {"width": options.width, "dtype": options.dtype, "middle": MIDDLE}
-    print(json.dumps(setting | {"axes": figures} | describe_machine(options.device)))
+    of_clips = measure_clips(options) if options.clip_tokens is not None else {}
+    print(json.dumps(setting | {"axes": figures} | of_clips | describe_machine(options.device)))
     return 0
 
 

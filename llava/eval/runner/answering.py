@@ -113,7 +113,7 @@ class Answerer:
                 image = load_image_from_base64(question.image_data)
             else:
                 image, seen = load_image(question.image), pictures.stamp(question.image)
-            pixels = process_images([image], self.image_processor, self.model.config)[0]
+            pixels = process_images([image], self.image_processor, self.reading or self.model.config)[0]
         except (OSError, ValueError, MemoryError) as error:
             reason = str(error) or type(error).__name__
             return Prepared(position, question, fault=f"question {question.question_id}: {reason}")

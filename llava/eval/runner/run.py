@@ -50,6 +50,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     flags.add_base(model)
     flags.add_template(model)
     flags.add_method(model)
+    flags.add_image_grid(model)
     model.add_argument("--max-new-tokens", type=flags.at_least_one, help="default: as the benchmark has it, else 128")
     model.add_argument("--seed", type=int, default=0, help="of random methods; another seed is another run")
     flags.add_device(model)
@@ -84,7 +85,8 @@ class Run:
             raise ValueError(f"--tag is a name, not a path; got {options.tag!r}")
         self.pruner = flags.make_pruner(options.pruner, options.keep_tokens, options.pruner_args, options.seed)
         self.device = pick_device(options.device)
-        self.checkpoint = Checkpoint(options.model_path, options.model_base)
+        self.grid = flags.parse_grid(options.image_grid) if options.image_grid else None
+        self.checkpoint = Checkpoint(options.model_path, options.model_base, grid=self.grid)
         config = self.checkpoint.check(self.pruner)
         self.model_name = self.checkpoint.name
         self.conversation = options.conv_mode or self.checkpoint.template()
@@ -123,7 +125,7 @@ class Run:
         if options.answers_file is not None:
             return options.answers_file
         budget = None if self.pruner is None else self.pruner.keep_tokens
-        tag = options.tag or run_tag(budget, tiled, options.pruner, options.pruner_args, options.seed)
+        tag = options.tag or run_tag(budget, tiled, options.pruner, options.pruner_args, options.seed, self.grid)
         if options.limit is not None and options.tag is None:
             tag += f"-first{options.limit}"
         return self.benchmark.answers_file(options.output_root, self.question_file, self.model_name, tag)
@@ -167,6 +169,7 @@ class Run:
             "checkpoint": identity.checkpoint_identity(options.model_path, options.model_base),
             "conversation": self.conversation,
             "pruner": None if self.pruner is None else {"name": self.pruner.name, **asdict(self.pruner)},
+            "image_grid": self.grid,
             "max_new_tokens": self.max_new_tokens,
             "seed": options.seed,
             "dtype": options.dtype,

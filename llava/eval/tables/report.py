@@ -19,7 +19,7 @@ from pathlib import Path
 from llava.eval.benchmarks import COLUMNS
 from llava.eval.files import write_json, write_whole
 from llava.eval.lmms_eval.results import TOLERANCE
-from llava.eval.tables.paper import PAPER_NOTES, PAPER_ROWS
+from llava.eval.tables.paper import PAPER_NOTES, PAPER_ROWS, TABLES, PaperRow
 from llava.eval.tables.rows import Row, common_columns, explanations, make_rows
 from llava.eval.tables.runs import StudyRun, read_runs
 from llava.eval.tables.significance import compare_items, compare_seeds
@@ -59,27 +59,29 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
     return [row.model, method, row.tag, *("–" if n is None else f"{n:.2f}" for n in numbers), *rest]
 
 
-def paper_cells(rows: Sequence[Row]) -> list[list[str]]:
+def paper_cells(rows: Sequence[Row], papers: Sequence[PaperRow]) -> list[list[str]]:
     """The paper's rows in the table's columns, where they have a value there; a dagger marks what is not right."""
     columns = header(rows)
     titles = {**COLUMNS, "acc": "Acc.", "relative": "Relative"}
     lines = []
-    for paper in PAPER_ROWS:
+    for paper in papers:
         line = dict.fromkeys(columns, "–")
         line |= {"Model": paper.model, "Method": f"{paper.method} (paper)", "Run": f"Table {paper.table}"}
         line["Tokens"] = str(paper.tokens)
-        shown = {titles[name]: name for name in paper.printed if titles[name] in columns}
+        shown = {titles[name]: name for name in paper.printed if titles.get(name) in columns}
         for title, name in shown.items():
             right = f" † ({paper.right[name]:g})" if name in paper.right else ""
             line[title] = f"{paper.printed[name]:.2f}{right}"
+        if shown and "tflops" in paper.printed:
+            line["TFLOPs"] = f"{paper.printed['tflops'] / 2:g}"  # the paper counts two for a multiply-accumulate
         if shown:
             lines.append(list(line.values()))
     return lines
 
 
-def markdown(rows: Sequence[Row], with_paper: bool = False, notes: Sequence[str] = ()) -> str:
+def markdown(rows: Sequence[Row], papers: Sequence[PaperRow] = (), notes: Sequence[str] = ()) -> str:
     """The table, and below it what its averages are over, and ``notes``."""
-    lines = [header(rows)] + [cells(row, rows) for row in rows] + (paper_cells(rows) if with_paper else [])
+    lines = [header(rows)] + [cells(row, rows) for row in rows] + paper_cells(rows, papers)
     lines = [[markdown_cell(cell) for cell in line] for line in lines]
     text = [f"| {' | '.join(lines[0])} |", f"|{'---|' * len(lines[0])}"]
     text += [f"| {' | '.join(line)} |" for line in lines[1:]]
@@ -92,9 +94,9 @@ def markdown(rows: Sequence[Row], with_paper: bool = False, notes: Sequence[str]
         text.append(f"{markdown_cell(own[0].model)}: Acc. is the mean over {titles} (MME / 20{ocrbench}).")
     text += [f"* {markdown_cell(note)}" for note in notes]
     text += ["", COST_NOTE]
-    if with_paper:
+    if papers:
         text += ["", "(paper): as printed. † not what the table's own columns give; those give the value in brackets "]
-        text[-1] += "(Tables 6 and 11: Table 3 prints it). Of the paper's rows those are here whose values were noted."
+        text[-1] += "(Tables 6 and 11: Table 3 prints it). --json has every number of these tables."
         text += [f"* {note}" for note in PAPER_NOTES]
     return "\n".join(text) + "\n"
 
@@ -120,20 +122,19 @@ def cross_checks(runs: Sequence[StudyRun]) -> list[str]:
     return lines
 
 
-def comma_separated(rows: Sequence[Row], with_paper: bool = False) -> str:
+def comma_separated(rows: Sequence[Row], papers: Sequence[PaperRow] = ()) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(header(rows))
-    lines = [cells(row, rows) for row in rows] + (paper_cells(rows) if with_paper else [])
+    lines = [cells(row, rows) for row in rows] + paper_cells(rows, papers)
     writer.writerows([no_formula(cell.replace("–", "")) for cell in line] for line in lines)
     return buffer.getvalue()
 
 
-def objects(rows: Sequence[Row], with_paper: bool = False) -> list[dict]:
+def objects(rows: Sequence[Row], papers: Sequence[PaperRow] = ()) -> list[dict]:
     """Rows for JSON, in full precision; the paper's have "paper": the number of its table."""
     paper = [
-        {"paper": row.table, **{name: value for name, value in vars(row).items() if name != "table"}}
-        for row in (PAPER_ROWS if with_paper else ())
+        {"paper": row.table, **{name: value for name, value in vars(row).items() if name != "table"}} for row in papers
     ]
     return [vars(row) for row in rows] + paper
 
@@ -209,6 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--value", nargs="+", default=[], metavar="BENCH:TAG=SCORE", help="a server's scores")
     parser.add_argument("--paper", action="store_true", help="add the paper's rows")
+    parser.add_argument(
+        "--paper-table", type=int, action="append", choices=TABLES, metavar="N", help="add those of this table alone"
+    )
     parser.add_argument("--compare", nargs=2, metavar="TAG", help="paired tests between two tags")
     parser.add_argument("--csv", type=Path, metavar="FILE")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -218,12 +222,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         runs = [run for path in options.runs for run in read_runs(path)]
         _check_outputs(options)
         rows = make_rows(runs, dict(map(parse_value, options.value)))
+        wanted = options.paper_table or (TABLES if options.paper else ())
+        papers = [row for row in PAPER_ROWS if row.table in wanted]
         notes = explanations(runs, rows) + cross_checks(runs)
-        print(markdown(rows, options.paper, notes), end="")
+        print(markdown(rows, papers, notes), end="")
         if options.csv:
-            write_whole(options.csv, comma_separated(rows, options.paper))
+            write_whole(options.csv, comma_separated(rows, papers))
         if options.json:
-            write_json(options.json, objects(rows, options.paper), indent=1)
+            write_json(options.json, objects(rows, papers), indent=1)
         if options.plot:
             plot(rows, options.plot)
         if options.compare:

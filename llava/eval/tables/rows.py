@@ -35,6 +35,7 @@ class Row:
     method: str
     code: str
     method_code: str | None = None
+    grid: tuple[int, int] | None = None
     scores: dict[str, float] = field(default_factory=dict)
     seeds: int = 1
     tokens: float = 0.0
@@ -73,7 +74,8 @@ def make_rows(runs: Iterable[StudyRun], values: Mapping[tuple[str, str], float])
 
 def key_of(run: StudyRun) -> tuple:
     """What the runs of a row have in common."""
-    return (*run.checkpoint, run.tag, run.method, run.settings["code"], run.settings.get("method_code"))
+    code = run.settings["code"], run.settings.get("method_code")
+    return (*run.checkpoint, run.tag, run.method, *code, run.grid)
 
 
 def _row(key: tuple, runs: list[StudyRun], values: Mapping[tuple[str, str], float]) -> Row:
@@ -105,7 +107,8 @@ def _row(key: tuple, runs: list[StudyRun], values: Mapping[tuple[str, str], floa
 
 
 def _fill_averages(rows: list[Row]) -> None:
-    """Acc. over the benchmarks that all rows of a checkpoint have; Relative to the unpruned row of the same code.
+    """Acc. over the benchmarks that all rows of a checkpoint have; Relative to the unpruned row of the same code, of
+    pictures cut for the same grid.
 
     Where all rows have none in common, Acc. is empty and Relative is over what a row shares with the unpruned one.
     """
@@ -113,7 +116,8 @@ def _fill_averages(rows: list[Row]) -> None:
     for row in rows:
         if common:
             row.acc = _average_over(row, common)
-        whole = next((other for other in rows if other.method == UNPRUNED and other.code == row.code), None)
+        unpruned = (other for other in rows if other.method == UNPRUNED)
+        whole = next((other for other in unpruned if (other.code, other.grid) == (row.code, row.grid)), None)
         if whole is not None:
             columns = common or common_columns([row, whole])
             reference = _average_over(whole, columns) if columns else 0.0
@@ -168,6 +172,8 @@ def _empty_relatives(rows: Sequence[Row]) -> list[str]:
             reason = "the unpruned run has another checkpoint"
         elif all(other.code != row.code for other in whole if other.checkpoint == row.checkpoint):
             reason = "the unpruned run was answered by other code (of model, prompt or decoding)"
+        elif all(other.grid != row.grid for other in whole if other.checkpoint == row.checkpoint):
+            reason = "the unpruned run cut pictures for another --image-grid"
         else:
             reason = "it has no benchmark of the unpruned run, or that one's score is 0"
         lines.append(f"Relative of {row.name} is empty: {reason}.")

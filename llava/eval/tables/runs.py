@@ -40,6 +40,12 @@ class StudyRun:
         return re.sub(r"-seed\d+$", "", self.name)
 
     @property
+    def grid(self) -> tuple[int, int] | None:
+        """(width, height) for which every picture was cut; ``None`` where the checkpoint chose."""
+        grid = self.settings.get("image_grid")
+        return None if grid is None else tuple(grid)
+
+    @property
     def title(self) -> str:
         """Its benchmark and its name, for a sentence."""
         return f"{self.settings['benchmark']} {self.name}"

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Literal
+
+Alternative = Literal["two-sided", "greater"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,11 @@ class Comparison:
         )
 
 
-def compare(first: Sequence[float], second: Sequence[float]) -> Comparison:
+def compare(first: Sequence[float], second: Sequence[float], alternative: Alternative = "two-sided") -> Comparison:
     """Paired tests of two equally long lists.
+
+    Args:
+        alternative: "greater" is one-sided: that the first is larger.
 
     Raises:
         ValueError: fewer than two pairs.
@@ -44,16 +50,20 @@ def compare(first: Sequence[float], second: Sequence[float]) -> Comparison:
     return Comparison(
         len(differences),
         fmean(differences),
-        float(ttest_rel(first, second).pvalue) if spread else None,
-        float(wilcoxon(first, second).pvalue) if any(differences) else None,
+        float(ttest_rel(first, second, alternative=alternative).pvalue) if spread else None,
+        float(wilcoxon(first, second, alternative=alternative).pvalue) if any(differences) else None,
     )
 
 
-def compare_items(first: Sequence[Mapping[str, float]], second: Sequence[Mapping[str, float]]) -> Comparison:
+def compare_items(
+    first: Sequence[Mapping[str, float]],
+    second: Sequence[Mapping[str, float]],
+    alternative: Alternative = "two-sided",
+) -> Comparison:
     """Over the items that all runs of both sides answered; an item's value is its mean over a side's runs (seeds)."""
     names = sorted(set.intersection(*(set(run) for run in (*first, *second))))
     sides = ([fmean(run[name] for run in side) for name in names] for side in (first, second))
-    return compare(*sides)
+    return compare(*sides, alternative)
 
 
 def compare_seeds(first: Mapping[int, float], second: Mapping[int, float]) -> Comparison:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +29,8 @@ class KeptPicture:
         per_layer: tokens that enter each layer of the decoder, separators among them, where a method inside it drops
             some; ``None`` where all layers see the same.
         relevance: where the question was read, and why; ``None`` for a method that reads none.
-        scores: (t,) float32 on the CPU, what the method made of the question, scaled within each selection; NaN at
-            separators and where nothing was selected. ``None`` where the method computes none.
+        told: places (n,) among the t, and what the method told of the tokens there, (n,) by name, where it computes:
+            one pair for each selection. `details` puts them together.
     """
 
     picture: Picture
@@ -38,7 +38,22 @@ class KeptPicture:
     made: tuple[Tensor, Tensor] | None = None
     per_layer: tuple[int, ...] | None = None
     relevance: Choice | None = None
-    scores: Tensor | None = None
+    told: tuple[tuple[Tensor, Mapping[str, Tensor]], ...] = ()
+
+    @property
+    def details(self) -> dict[str, Tensor]:
+        """What the method told of every token, (t,) float32 on the CPU by name; NaN where nothing was selected."""
+        names = dict.fromkeys(name for _, values in self.told for name in values)
+        found = {name: torch.full(self.kept.shape, torch.nan) for name in names}
+        for places, values in self.told:
+            for name, value in values.items():
+                found[name][places] = value.float().cpu()
+        return found
+
+    @property
+    def scores(self) -> Tensor | None:
+        """(t,) what the method made of the question, scaled within each selection; ``None`` if it computes none."""
+        return self.details.get("relevance")
 
     @property
     def tokens(self) -> int:
@@ -128,7 +143,7 @@ def select_tokens(
         groups.setdefault((len(one.columns), one.keep), []).append(one)
     kept_columns: dict[int, list[Tensor]] = {index: [] for index in range(len(pictures))}
     made: dict[int, list[tuple[Tensor, Tensor]]] = {}
-    scores: dict[int, Tensor] = {}
+    told: dict[int, list[tuple[Tensor, Mapping[str, Tensor]]]] = {}
     whole = dict.fromkeys(range(len(pictures)), True)
     for (tokens, keep), group in groups.items():
         if keep >= tokens:
@@ -154,12 +169,13 @@ def select_tokens(
         if made_tokens is not None and method.place == "encoder":
             made_tokens = project(made_tokens)
         _, made_counts = method.kept_and_made(keep, attended)
+        of_tokens = {name: value for name, value in selection.details.items() if value.shape == (len(group), tokens)}
         for number, one in enumerate(group):
             whole[one.picture] = False
-            if "relevance" in selection.details:
-                own_scores = scores.setdefault(one.picture, torch.full(pictures[one.picture].columns.shape, torch.nan))
+            if of_tokens:
                 places = torch.searchsorted(pictures[one.picture].columns, one.columns)
-                own_scores[places] = selection.details["relevance"][number].float().cpu()
+                own_details = {name: value[number] for name, value in of_tokens.items()}
+                told.setdefault(one.picture, []).append((places, own_details))
             own, own_columns = selection.indices[number], one.columns[chosen[number]]
             if selection.eligible is not None:  # only the data told how many
                 own, own_columns = own[selection.eligible[number]], own_columns[selection.eligible[number].cpu()]
@@ -180,7 +196,7 @@ def select_tokens(
             kept = kept | picture.separators_to_keep(kept & picture.attended)
         parts = made.get(index)
         joined = None if parts is None else tuple(torch.cat(part) for part in zip(*parts, strict=True))
-        answers.append(KeptPicture(picture, kept & picture.attended, joined, scores=scores.get(index)))
+        answers.append(KeptPicture(picture, kept & picture.attended, joined, told=tuple(told.get(index, ()))))
     return answers
 
 

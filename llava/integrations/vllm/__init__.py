@@ -2,6 +2,7 @@
 
     front end   options, checked (options.py), and the question (prompt.py) -> plan (plan.py), part of the picture's
                 hash and of its number of placeholders (processing.py)
+    engine      the plan of a request and the picture's pixels, which came once for all plans (shipping.py)
     worker      pixels -> tower -> projector -> bounded cache of unpruned features (features.py) -> `Pruner.select`
                 (selection.py) -> the kept rows for vLLM (model.py, and a file for each family)
     both        where questions are read (relevance.py): decided by one rule

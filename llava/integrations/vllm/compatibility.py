@@ -6,6 +6,11 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from vllm.multimodal.cache import (
+    BaseMultiModalProcessorCache,
+    LruKeyReplicatedReceiverCache,
+    ShmObjectStoreReceiverCache,
+)
 from vllm.multimodal.processing import BaseMultiModalProcessor, BaseProcessingInfo
 
 from llava.integrations.vllm.registration import installed_version, unsupported
@@ -14,12 +19,15 @@ HOOKS: Mapping[Any, Mapping[str, tuple[str, ...]]] = {
     BaseMultiModalProcessor: {
         "apply": ("inputs", "timing_ctx"),
         "get_dummy_inputs": ("seq_len", "mm_counts", "mm_options"),
-        "_apply_hf_processor_main": ("mm_items", "hf_kwargs"),
         "_get_mm_hashes": ("inputs",),
-        "_get_cache_missing_processor_kwargs": ("inputs", "mm_is_cached"),
+        "_cached_apply_hf_processor": ("inputs", "timing_ctx"),
+        "_apply_hf_processor_main": ("mm_items", "hf_kwargs"),
         "_get_mm_fields_config": ("hf_inputs", "hf_processor_mm_kwargs"),
-        "_get_prompt_updates": ("mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"),
+        "_get_mm_prompt_updates": ("mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs"),
     },
+    BaseMultiModalProcessorCache: {"is_cached_item": ("mm_hash",), "invalidate": ("mm_hash",)},
+    LruKeyReplicatedReceiverCache: {"get_and_update_features": ("mm_features",)},
+    ShmObjectStoreReceiverCache: {"get_and_update_features": ("mm_features",)},
     BaseProcessingInfo: {"get_mm_max_tokens_per_item": ("seq_len", "mm_counts")},
 }
 

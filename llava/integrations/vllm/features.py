@@ -20,11 +20,13 @@ class PictureFeatures:
         features: (V, n, d) after the projector.
         encoder_features: (V, n, c) before it; ``None`` where no method needs them.
         valid: (V, n) bool on the CPU, False at padding; ``None`` means none.
+        beside: (V, n, e) that goes on with the kept tokens and that no method sees (DeepStack's planes).
     """
 
     features: Tensor
     encoder_features: Tensor | None = None
     valid: Tensor | None = None
+    beside: Tensor | None = None
 
     @property
     def shape(self) -> PictureShape:
@@ -33,11 +35,13 @@ class PictureFeatures:
 
     def to(self, device: torch.device | str) -> PictureFeatures:
         encoder = None if self.encoder_features is None else self.encoder_features.to(device)
-        return PictureFeatures(self.features.to(device), encoder, self.valid)
+        beside = None if self.beside is None else self.beside.to(device)
+        return PictureFeatures(self.features.to(device), encoder, self.valid, beside)
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (self.features, self.encoder_features) if tensor is not None)
+        held = (self.features, self.encoder_features, self.beside)
+        return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
 class FeatureCache(BoundedCache[PictureFeatures]):

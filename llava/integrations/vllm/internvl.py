@@ -1,4 +1,5 @@
-"""InternVL 2 to 3.5 (`InternVLChatModel`): some of the 256 tokens of every tile, the thumbnail among them."""
+"""InternVL 2 to 3.5 (`InternVLChatModel`): some of the 256 tokens of every tile, the thumbnail among them, or of every
+frame of a video, whose number stands before it."""
 
 from __future__ import annotations
 
@@ -22,54 +23,55 @@ from llava.integrations.vllm.features import PictureFeatures, in_small_batches
 from llava.integrations.vllm.model import PrunedModel
 from llava.integrations.vllm.options import PruningOptions
 from llava.integrations.vllm.plan import PictureShape
-from llava.integrations.vllm.processing import PrunedProcessingInfo, PrunedProcessor, decode_plans, field_name
+from llava.integrations.vllm.processing import PrunedProcessingInfo, decode_plans, field_name
+from llava.integrations.vllm.views_apart import ViewsApartProcessor
 
 check_hooks(
     (InternVLChatModel, "extract_feature", ("pixel_values",)),
     (InternVLChatModel, "_parse_and_validate_multimodal_inputs", ("kwargs",)),
-    (InternVLChatModel, "_process_vision_input", ("image_input",)),
 )
 
 
 class ScriptInternVLProcessingInfo(PrunedProcessingInfo, InternVLProcessingInfo):
+    script_modalities = ("image", "video")
+
     def script_most_tokens(
         self, modality: str, options: PruningOptions, seq_len: int, mm_counts: Mapping[str, int]
     ) -> int:
         tokens = self.get_hf_processor().image_seq_length
-        if modality == "video":  # served unpruned
+        if modality == "video":  # a longer one than vLLM's longest may keep as many
             return tokens * self.get_num_frames_with_most_features(seq_len, mm_counts)
         return options.most(self.get_max_image_tokens() // tokens, tokens)
 
 
-class ScriptInternVLProcessor(PrunedProcessor, InternVLMultiModalProcessor):
+class ScriptInternVLProcessor(ViewsApartProcessor, InternVLMultiModalProcessor):
+    script_apart = ("video",)
+
     def script_placeholder(self, modality: str) -> list[int]:
-        return cached_encode(self.info.get_tokenizer(), "<image>", add_special_tokens=False)
+        return cached_encode(self.info.get_tokenizer(), f"<{modality}>", add_special_tokens=False)
 
     def script_shape(self, modality: str, index: int, mm_items: Any, out_mm_kwargs: Any) -> PictureShape:
-        tiles = int(out_mm_kwargs["image"][index]["image_num_patches"].data)
-        return PictureShape(tiles, self.info.get_hf_processor().image_seq_length)
+        views = int(out_mm_kwargs[modality][index][f"{modality}_num_patches"].data)
+        return PictureShape(views, self.info.get_hf_processor().image_seq_length)
 
 
 @MULTIMODAL_REGISTRY.register_processor(
     ScriptInternVLProcessor, info=ScriptInternVLProcessingInfo, dummy_inputs=InternVLDummyInputsBuilder
 )
 class ScriptInternVLChatModel(PrunedModel, InternVLChatModel):
-    """vLLM's InternVL that gives some of the visual tokens of every tile of a picture."""
+    """vLLM's InternVL that gives some of the visual tokens of every tile or frame."""
 
     script_info = ScriptInternVLProcessingInfo
 
     def embed_multimodal(self, **kwargs: object) -> tuple[Tensor, ...]:
-        plans = decode_plans(kwargs.pop(field_name("image"), None))
+        plans = {f"{name}s": decode_plans(kwargs.pop(field_name(name), None)) for name in ("image", "video")}
         embeddings: tuple[Tensor, ...] = ()
         for modality, given in self._parse_and_validate_multimodal_inputs(**kwargs).items():
-            if modality == "images":
-                embeddings += self.script_images(given, plans)
-            else:
-                embeddings += tuple(self._process_vision_input(given))
+            embeddings += self.script_rows(given, plans[modality])
         return embeddings
 
-    def script_images(self, given: Any, plans: list[Any]) -> tuple[Tensor, ...]:
-        """Rows (k, d) of every picture."""
+    def script_rows(self, given: Any, plans: list[Any]) -> tuple[Tensor, ...]:
+        """Rows (k, d) of every picture or video, whose views are tiles or frames."""
         counts = given["num_patches"].flatten().tolist()
         tiles = given["pixel_values_flat"].split(counts)
 

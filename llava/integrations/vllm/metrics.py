@@ -22,7 +22,9 @@ BEFORE = Counter(
 )
 AFTER = Counter("script_visual_tokens_after", "Visual tokens that the language model is given.", ["model", "method"])
 REFUSALS = Counter("script_refusals", "Requests answered 400 by pruning, by what was wrong.", ["model", "reason"])
-PREPARED = Counter("script_preprocessed_pictures", "Pictures that missed vLLM's cache.", ["model", "cache"])
+PREPARED = Counter(
+    "script_preprocessed_pictures", "Pictures, and whether vLLM's cache had their pixels.", ["model", "cache"]
+)
 SELECTION = Histogram(
     "script_selection_seconds", "Seconds for the pictures of a step.", ["model", "method"], buckets=SECONDS
 )
@@ -47,8 +49,9 @@ class FrontEndMetrics:
     def refused(self, reason: str) -> None:
         REFUSALS.labels(self.model, reason).inc()
 
-    def prepared(self, found: bool, pictures: int) -> None:
-        PREPARED.labels(self.model, "hit" if found else "miss").inc(pictures)
+    def prepared(self, hits: int, misses: int) -> None:
+        PREPARED.labels(self.model, "hit").inc(hits)
+        PREPARED.labels(self.model, "miss").inc(misses)
 
     def note_unpruned(self, picture: str, tokens: int) -> None:
         """Remember how many tokens a picture would give: vLLM's cache holds what was counted for its last request."""

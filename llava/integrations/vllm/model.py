@@ -46,7 +46,8 @@ class PrunedModel:
         is_first = get_tp_group().rank_in_group == 0 and get_pp_group().is_first_rank
         self.script_metrics = WorkerMetrics(model_name(model_config), is_first)
         if is_first:
-            logger.info("%s", start_line(self.script_reading, self.script_server))
+            pixels_gib = model_config.multimodal_config.mm_processor_cache_gb
+            logger.info("%s", start_line(self.script_reading, self.script_server, pixels_gib))
             block = vllm_config.cache_config.block_size
             if self.script_reading.options.reuse != "none" and block > LARGE_BLOCK:
                 logger.warning(

@@ -38,8 +38,6 @@ class ServerOptions:
             work is all of them: this bounds its memory.
         feature_cache_mib: MiB of host memory, in each worker, for unpruned features, so that many questions about one
             picture run the tower once; 0 switches the cache off.
-        pixel_cache_mib: MiB of host memory, in each front end, for preprocessed pictures, so that many questions about
-            one picture preprocess it once; 0 switches the cache off.
         reuse_after, reuse_seconds: with ``reuse="auto"``, a picture's tokens are shared over questions while it has
             been asked about with so many different questions within so many seconds, as each front end counts them.
     """
@@ -48,7 +46,6 @@ class ServerOptions:
     relevance_sign: Literal[-1, 1] | None = None
     views_at_once: Count = 16
     feature_cache_mib: Annotated[int, Range(0, 2**20)] = 512
-    pixel_cache_mib: Annotated[int, Range(0, 2**20)] = 256
     reuse_after: Count = 4
     reuse_seconds: Positive = 600.0
 

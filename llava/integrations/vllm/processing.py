@@ -1,13 +1,13 @@
 """The front end's part: options and question become a plan, the plan a part of the picture's hash, and its count the
 number of placeholders.
 
-vLLM keys its processor cache, its encoder cache and its KV prefix cache by one hash per picture. Here that hash is the
-digest of the plan, which holds vLLM's own hash of the picture: what is not the same selection is never taken for it.
+vLLM keys its encoder cache and its KV prefix cache by one hash per picture. Here that hash is the digest of the plan,
+which holds the hash of the picture's content: what is not the same selection is never taken for it. The processor
+cache, which knows nothing of plans, is keyed by the content (shipping.py).
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -18,12 +18,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import BatchFeature
-from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.inputs import (
+    MultiModalBatchedField,
+    MultiModalFieldElem,
+    MultiModalKwargsItem,
+    MultiModalKwargsItems,
+)
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import PromptUpdateDetails
+from vllm.multimodal.processing.processor import ResolvedPromptUpdate
 
-from llava.integrations.vllm.bounded import BoundedCache
 from llava.integrations.vllm.metrics import FrontEndMetrics
 from llava.integrations.vllm.options import (
     LONGEST_QUESTION,
@@ -38,6 +42,7 @@ from llava.integrations.vllm.plan import PicturePlan, PictureShape
 from llava.integrations.vllm.prompt import questions_of_pictures
 from llava.integrations.vllm.relevance import Reading, read_by
 from llava.integrations.vllm.reuse import HotPictures, without_question
+from llava.integrations.vllm.shipping import PLAN_FIELD
 from llava.pruning import Method
 from llava.relevance.question import check_asked, question_text
 
@@ -47,7 +52,7 @@ REMEMBERED_UUIDS = 4096
 
 def field_name(modality: str) -> str:
     """Name of the field that carries the plans of a modality to the worker."""
-    return f"script_plan_{modality}"
+    return PLAN_FIELD + modality
 
 
 def encode_plan(plan: PicturePlan) -> Tensor:
@@ -129,7 +134,7 @@ class PrunedProcessor(ABC):
         return dataclasses.replace(inputs, hf_processor_mm_kwargs={"query": "What is shown here?"})
 
     def apply(self, inputs: Any, timing_ctx: Any) -> Any:
-        checked = "embeddings"
+        checked, new = "embeddings", []
         try:
             refuse_embeddings(inputs.mm_data_items)
             checked = "options"
@@ -138,14 +143,28 @@ class PrunedProcessor(ABC):
             checked = "question"
             plans = self.script_plans(plain, options)
             checked = "prompt"
+            new = self.script_new_pictures(inputs.cache, plans)
             laid_out = super().apply(dataclasses.replace(plain, hf_processor_mm_kwargs={PLANS: plans}), timing_ctx)
         except ValueError as error:
             self.script_metrics.refused("budget" if isinstance(error, OverBudgetError) else checked)
+            forget(inputs.cache, new)
             raise ValueError(in_few_words(error)) from error
+        except Exception:
+            forget(inputs.cache, new)
+            raise
+        if len(laid_out["prompt_token_ids"]) >= self.info.ctx.model_config.max_model_len:  # vLLM will refuse it
+            forget(inputs.cache, new)
         for modality, rows in plans.items():
             for plan, place in zip(rows, laid_out["mm_placeholders"].get(modality, ()), strict=False):
                 self.script_metrics.laid_out(plan.picture, plan.method, place.get_num_embeds())
         return laid_out
+
+    def script_new_pictures(self, cache: Any, plans: Mapping[str, list[PicturePlan]]) -> list[str]:
+        """Contents of the pictures that vLLM's cache does not hold preprocessed."""
+        pictures = [plan.picture for rows in plans.values() for plan in rows]
+        new = [picture for picture in pictures if cache is None or not cache.is_cached_item(picture)]
+        self.script_metrics.prepared(len(pictures) - len(new), len(new))
+        return new
 
     def script_plans(self, inputs: Any, options: PruningOptions) -> dict[str, list[PicturePlan]]:
         """A plan for every picture of a request.
@@ -201,11 +220,6 @@ class PrunedProcessor(ABC):
         server = self.info.script_server
         return HotPictures(server.reuse_after, server.reuse_seconds)
 
-    @cached_property
-    def script_prepared(self) -> BoundedCache[BatchFeature]:
-        """What the picture processor makes of pictures, by their contents: another question finds it here."""
-        return BoundedCache(self.info.script_server.pixel_cache_mib * 2**20)
-
     def script_contents(self, inputs: Any) -> dict[str, list[str]]:
         """A hash of the content of each picture, whatever uuid a client gave it.
 
@@ -252,89 +266,74 @@ class PrunedProcessor(ABC):
             raise ValueError(f"the question has the token {max(ids)}, but the language model knows {rows}")
         return ids
 
-    def _get_mm_hashes(self, inputs: Any) -> dict[str, list[str]]:
-        """Identity of each picture in every cache: what it is, and which of its tokens go on."""
-        plans, own = without_plans(inputs.hf_processor_mm_kwargs)
-        others = {name: items for name, items in inputs.mm_data_items.items() if name not in plans}
-        hashes = {modality: [plan.digest() for plan in rows] for modality, rows in plans.items() if rows}
-        if others:
-            plain = dataclasses.replace(inputs, hf_processor_mm_kwargs=own)
-            hashes |= {name: rows for name, rows in super()._get_mm_hashes(plain).items() if name in others}
-        return hashes
-
-    def _get_cache_missing_processor_kwargs(
-        self, inputs: Any, mm_is_cached: Mapping[str, list[bool]]
-    ) -> dict[str, Any]:
-        plans, own = without_plans(super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached))
-        missing = {
-            modality: [plan for plan, cached in zip(rows, mm_is_cached[modality], strict=True) if not cached]
-            for modality, rows in plans.items()
-            if modality in mm_is_cached
-        }
-        return {**own, PLANS: missing}
-
-    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, object]) -> Any:
-        plans, own = without_plans(hf_kwargs)
-        key = prepared_key(mm_items, plans, own)
-        data = None if key is None else self.script_prepared.get(key)
-        if key is not None:
-            self.script_metrics.prepared(data is not None, sum(map(len, plans.values())))
-        if data is None:
-            data = super()._apply_hf_processor_main(mm_items=mm_items, hf_kwargs=own)
-            if key is not None:
-                self.script_prepared.put(key, data, bytes_of(data))
-        data = copy.copy(data)  # what is added belongs to this request
-        for modality, rows in plans.items():
-            if rows:
-                data[field_name(modality)] = [encode_plan(plan) for plan in rows]
-        return data
-
-    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Mapping[str, object]) -> dict[str, Any]:
-        _, own = without_plans(hf_processor_mm_kwargs)
-        fields = {
-            field_name(modality): MultiModalFieldConfig.batched(modality, keep_on_cpu=True)
-            for modality in self.info.script_modalities
-        }
-        return {**super()._get_mm_fields_config(hf_inputs, own), **fields}
-
-    def _get_prompt_updates(
-        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
-    ) -> list[Any]:
-        plans, own = without_plans(hf_processor_mm_kwargs)
-        updates = super()._get_prompt_updates(
-            mm_items=mm_items, hf_processor_mm_kwargs=own, out_mm_kwargs=out_mm_kwargs
+    def _cached_apply_hf_processor(self, inputs: Any, timing_ctx: Any) -> Any:
+        """vLLM's own under the hashes of the contents, so that a picture is preprocessed and sent once for all its
+        plans; then each plan beside its picture, as many placeholders as it says, and its digest for what follows."""
+        plans = inputs.hf_processor_mm_kwargs[PLANS]
+        names = {name: [plan.picture for plan in rows] for name, rows in plans.items() if rows}
+        plain = dataclasses.replace(  # a content's hash holds how it was read already
+            inputs,
+            hf_processor_mm_kwargs={},
+            mm_uuid_items={**(inputs.mm_uuid_items or {}), **names},
+            media_io_kwargs={name: own for name, own in inputs.media_io_kwargs.items() if name not in names},
         )
-        return [
-            dataclasses.replace(
-                update,
-                replacement=self.script_replacement(
-                    update.modality, update.replacement, plans[update.modality], mm_items, out_mm_kwargs
-                ),
-            )
-            if plans.get(update.modality)
-            else update
-            for update in updates
-        ]
+        result = super()._cached_apply_hf_processor(plain, timing_ctx)
+        updates, kwargs, hashes = dict(result.prompt_updates), dict(result.kwargs), dict(result.hashes)
+        for modality in names:
+            rows = plans[modality]
+            updates[modality] = [
+                [self.script_pruned(update, plan) for update in own]
+                for own, plan in zip(updates[modality], rows, strict=True)
+            ]
+            kwargs[modality] = [
+                with_plan(item, modality, plan) for item, plan in zip(kwargs[modality], rows, strict=True)
+            ]
+            hashes[modality] = [plan.digest() for plan in rows]
+        return result._replace(prompt_updates=updates, kwargs=MultiModalKwargsItems(kwargs), hashes=hashes)
 
-    def script_replacement(
-        self, modality: str, stock: Any, plans: list[PicturePlan], mm_items: Any, out_mm_kwargs: Any
-    ) -> Any:
+    def _get_mm_prompt_updates(
+        self, mm_items: Any, hf_processor_mm_kwargs: Mapping[str, object], out_mm_kwargs: Any
+    ) -> dict[str, list[list[Any]]]:
+        """vLLM's own for unpruned pictures, with their shapes: vLLM's cache keeps both for the next question."""
+        updates = dict(super()._get_mm_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs))
+        for modality in set(updates) & set(self.info.script_modalities):
+            updates[modality] = [
+                [
+                    UnprunedPicture(
+                        *(getattr(update, field.name) for field in dataclasses.fields(update)),
+                        shape=self.script_shape(modality, index, mm_items, out_mm_kwargs),
+                    )
+                    for update in own
+                ]
+                for index, own in enumerate(updates[modality])
+            ]
+        return updates
+
+    def script_pruned(self, update: UnprunedPicture, plan: PicturePlan) -> UnprunedPicture:
         """vLLM's own replacement of a placeholder, with as many visual tokens as the plan of the picture says.
 
-        Raises, when it is used:
+        Raises:
             ValueError: the plan keeps more than the server has reserved, or its method cannot do with the picture.
         """
+        self.script_metrics.note_unpruned(plan.picture, visual_tokens(update.content))
+        self.info.script_options.check_request(plan.budget, update.shape.views, update.shape.tokens)
+        count = plan.count(update.shape)
+        if count is None:
+            return update
+        return dataclasses.replace(update, content=shortened(update.content, count + update.shape.beside))
 
-        def replacement(index: int) -> Any:
-            full = stock(index) if callable(stock) else stock
-            shape = self.script_shape(modality, index, mm_items, out_mm_kwargs)
-            plan = plans[index]
-            self.script_metrics.note_unpruned(plan.picture, visual_tokens(full))
-            self.info.script_options.check_request(plan.budget, shape.views, shape.tokens)
-            count = plan.count(shape)
-            return full if count is None else shortened(full, count + shape.beside)
 
-        return replacement
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnprunedPicture(ResolvedPromptUpdate):
+    """What vLLM puts on the placeholder of a picture, and the picture's shape."""
+
+    shape: PictureShape
+
+
+def with_plan(item: MultiModalKwargsItem | None, modality: str, plan: PicturePlan) -> MultiModalKwargsItem:
+    """A picture's item, or nothing where the engine has it, and beside it the plan."""
+    field = MultiModalFieldElem(data=encode_plan(plan), field=MultiModalBatchedField(keep_on_cpu=True))
+    return MultiModalKwargsItem({**(item or {}), field_name(modality): field})
 
 
 def model_name(model_config: Any) -> str:
@@ -343,17 +342,13 @@ def model_name(model_config: Any) -> str:
     return name if isinstance(name, str) else name[0]
 
 
-def visual_tokens(content: list[int] | PromptUpdateDetails) -> int:
+def visual_tokens(content: PromptUpdateDetails) -> int:
     """How many tokens of a picture's replacement visual embeddings are put on."""
-    if not isinstance(content, PromptUpdateDetails):
-        return len(content)
     return len(content.full) if content.is_embed is None else int(content.is_embed(content.full).sum())
 
 
-def shortened(content: list[int] | PromptUpdateDetails, count: int) -> list[int] | PromptUpdateDetails:
+def shortened(content: PromptUpdateDetails, count: int) -> PromptUpdateDetails:
     """The same tokens with only the first ``count`` of those that visual embeddings are put on."""
-    if not isinstance(content, PromptUpdateDetails):
-        return content[:count]
     if content.is_embed is None:
         return dataclasses.replace(content, full=content.full[:count])
     visual = content.is_embed(content.full)
@@ -363,27 +358,10 @@ def shortened(content: list[int] | PromptUpdateDetails, count: int) -> list[int]
     )
 
 
-def prepared_key(
-    mm_items: Mapping[str, Any], plans: Mapping[str, list[PicturePlan]], own: Mapping[str, object]
-) -> str | None:
-    """What the picture processor's answer depends on; ``None`` where there is no picture, or something unplanned."""
-    if not mm_items or any(len(items) != len(plans.get(name, ())) for name, items in mm_items.items()):
-        return None
-    return repr(([(name, [plan.picture for plan in plans[name]]) for name in mm_items], sorted(own.items())))
-
-
-def bytes_of(value: Any) -> int:
-    """Bytes of all tensors in nested tables and lists."""
-    if isinstance(value, Mapping):
-        return sum(map(bytes_of, value.values()))
-    if isinstance(value, (list, tuple)):
-        return sum(map(bytes_of, value))
-    return getattr(value, "nbytes", 0)
-
-
-def without_plans(kwargs: Mapping[str, Any]) -> tuple[dict[str, list[PicturePlan]], dict[str, Any]]:
-    """The plans among the processor's keyword arguments, and the arguments without them."""
-    return kwargs.get(PLANS, {}), {name: value for name, value in kwargs.items() if name != PLANS}
+def forget(cache: Any, pictures: Sequence[str]) -> None:
+    """Drop pictures of a refused request from the front end's cache: the engine has not seen them."""
+    for picture in pictures if cache is not None else ():
+        cache.invalidate(picture)
 
 
 def refuse_embeddings(mm_items: Mapping[str, Any]) -> None:

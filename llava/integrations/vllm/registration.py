@@ -13,6 +13,11 @@ ARCHITECTURES = {
     "ScriptLlavaForConditionalGeneration": f"{_PACKAGE}.llava:ScriptLlavaForConditionalGeneration",
     "ScriptLlavaNextForConditionalGeneration": f"{_PACKAGE}.llava_next:ScriptLlavaNextForConditionalGeneration",
     "ScriptQwen2_5_VLForConditionalGeneration": f"{_PACKAGE}.qwen2_5_vl:ScriptQwen2_5_VLForConditionalGeneration",
+    "ScriptQwen3VLForConditionalGeneration": f"{_PACKAGE}.qwen3_vl:ScriptQwen3VLForConditionalGeneration",
+    "ScriptQwen3VLMoeForConditionalGeneration": f"{_PACKAGE}.qwen3_vl:ScriptQwen3VLMoeForConditionalGeneration",
+    "ScriptQwen3_5ForConditionalGeneration": f"{_PACKAGE}.qwen3_5:ScriptQwen3_5ForConditionalGeneration",
+    "ScriptQwen3_5MoeForConditionalGeneration": f"{_PACKAGE}.qwen3_5:ScriptQwen3_5MoeForConditionalGeneration",
+    "ScriptGemma3ForConditionalGeneration": f"{_PACKAGE}.gemma3:ScriptGemma3ForConditionalGeneration",
     "ScriptInternVLChatModel": f"{_PACKAGE}.internvl:ScriptInternVLChatModel",
     "ScriptLlavaOnevisionForConditionalGeneration": (
         f"{_PACKAGE}.llava_onevision:ScriptLlavaOnevisionForConditionalGeneration"
@@ -33,6 +38,9 @@ def register() -> None:
     if reason is not None:
         init_logger("vllm.script").error("%s The names %s are not available.", reason, ", ".join(ARCHITECTURES))
         return
+    from llava.integrations.vllm.shipping import hook_receivers
+
+    hook_receivers()
     known = ModelRegistry.get_supported_archs()
     for architecture, place in ARCHITECTURES.items():
         if architecture not in known:

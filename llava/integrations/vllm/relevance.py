@@ -15,7 +15,10 @@ from llava.relevance.clip import check_joint_space
 from llava.relevance.known import folder_at_hand, known_joint_space
 from llava.relevance.policy import Choice, Offer, settle
 
-READABLE_DECODERS = ("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen3", "qwen3_moe")  # by their first attention
+READABLE_DECODERS = (  # by their first softmax attention
+    *("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen3", "qwen3_moe", "qwen3_vl_text", "qwen3_vl_moe_text"),
+    *("qwen3_5_text", "qwen3_5_moe_text", "gemma3_text"),
+)
 HOW_TO_NAME = '--hf-overrides \'{"script_pruning": {"clip": "openai/clip-vit-large-patch14-336"}}\''
 
 

@@ -12,8 +12,12 @@ from llava.integrations.vllm.relevance import Reading
 PACKAGES = {"script-llava": "Script", "transformers": "Transformers", "torch": "PyTorch"}
 
 
-def start_line(reading: Reading, server: ServerOptions) -> str:
-    """The line of the log: budget, method, source of relevance and why, caches, versions."""
+def start_line(reading: Reading, server: ServerOptions, pixels_gib: float) -> str:
+    """The line of the log: budget, method, source of relevance and why, caches, versions.
+
+    Args:
+        pixels_gib: what vLLM's ``--mm-processor-cache-gb`` says.
+    """
     options = reading.options
     if options.keep_tokens is not None:
         budget = f"keeps {options.keep_tokens} visual tokens"
@@ -30,8 +34,8 @@ def start_line(reading: Reading, server: ServerOptions) -> str:
         source = f"reads the question with {reading.choice}{often}"
     return (
         f"Script: pruner '{reading.method.name}' {budget} of each {options.keep_per} and {source}; caches: up to "
-        f"{server.feature_cache_mib} MiB of unpruned features in each worker and {server.pixel_cache_mib} MiB of "
-        f"preprocessed pictures in each front end; versions: {told_versions(versions())}"
+        f"{server.feature_cache_mib} MiB of unpruned features in each worker and {pixels_gib:g} GiB of preprocessed "
+        f"pictures in vLLM's processor cache; versions: {told_versions(versions())}"
     )
 
 

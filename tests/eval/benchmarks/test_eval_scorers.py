@@ -30,9 +30,9 @@ from llava.eval.benchmarks.shared.options import named_options, shown_options
 from llava.eval.benchmarks.shared.spreadsheet import spreadsheet
 from llava.eval.benchmarks.shared.vqa_text import normalise, normalise_vqa, soft_score, vqa_score_older
 from llava.eval.files import read_json, read_lines, read_table, read_whole_lines
-from records import GOLDEN
+from records import golden_scorers
 
-SCORERS = GOLDEN / "scorers"
+SCORERS = golden_scorers()
 CASES = ("case1", "case2")
 exactly = lambda value: pytest.approx(value, abs=1e-9, rel=1e-12)  # noqa: E731
 

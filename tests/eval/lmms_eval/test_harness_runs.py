@@ -85,6 +85,14 @@ def test_command(tmp_path, installed):
     assert harness.HarnessRun(further).folder.name == "full-first2.run"
 
 
+def test_a_fixed_grid_is_an_argument_and_part_of_the_name(tmp_path, installed):
+    given = options(tmp_path, "--keep-tokens", "16", "--image-grid", "672x672")
+    given.model_path = str(GOLDEN / "checkpoints" / "llava-v1.6-vicuna-tiny")
+    run = harness.HarnessRun(given)
+    assert run.folder.name == "vtn_80-grid672x672.run"
+    assert "image_grid=672x672" in run.model_arguments().split(",")
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -96,6 +104,8 @@ def test_command(tmp_path, installed):
         (["--model-args", "a=b,c"], "separates model arguments by commas"),
         (["--batch-size", "0"], "start at 1"),
         (["--model", "script_transformers", "--conv-mode", "plain"], "--conv-mode goes with script_llava"),
+        (["--model", "script_transformers", "--image-grid", "672x672"], "takes --model-args picture_size"),
+        (["--image-grid", "672x672"], "cut pictures into tiles"),
     ],
 )
 def test_refused_before_anything_starts(tmp_path, installed, capsys, arguments, message):

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from llava.eval.measure import calibrate_budget
-from llava.eval.measure.calibrate_budget import Curve, counts_of, main, rule_for_mean
+from llava.eval.measure.calibrate_budget import main
 from llava.model.builder import TOY_FOLDER
 from llava.pruning import PruningInputs, get_pruner
 from llava.pruning.auto_budget import AutoBudget, parse_auto
+from llava.pruning.budget_curves import Curve, counts_of, rule_for_mean
 
 POPE = TOY_FOLDER / "data" / "eval" / "pope"
 BOUNDS = AutoBudget(floor=2, ceiling=60)
@@ -61,10 +62,11 @@ def test_a_mean_out_of_reach_is_refused():
 
 
 @pytest.mark.parametrize("options", [[], ["--rule", "share", "--pruner", "scope"]])
-def test_the_command_prints_a_budget(capsys, options):
+def test_the_command_prints_a_budget_and_stores_its_curves(capsys, tmp_path, options):
+    path = tmp_path / "curves.json"
     given = ["--mean-tokens", "30", "--floor", "2", "--limit", "6", "--device", "cpu", *options]
     given += ["--pictures", str(POPE / "val2014"), "--questions", str(POPE / "llava_pope_test.jsonl")]
-    assert main(given) == 0
+    assert main([*given, "--store", str(path)]) == 0
     out, err = capsys.readouterr()
     mean, halves, budget = out.splitlines()
     counted = float(re.match(r"6 pictures, two questions each: ([\d.]+) tokens of each view", mean)[1])
@@ -73,6 +75,8 @@ def test_the_command_prints_a_budget(capsys, options):
     assert (parse_auto(budget).gain is None) == bool(options)
     assert parse_auto(budget).floor == 2
     assert "6 pictures are few" in err
+    name = "scope" if options else "script"
+    assert get_pruner(name, keep_tokens=f"auto:mean_tokens=30:curves={path}").keep_tokens == budget
 
 
 @pytest.mark.parametrize(
@@ -85,6 +89,7 @@ def test_the_command_prints_a_budget(capsys, options):
         (["--mean-tokens", "8", "--ceiling", "many"], "is written auto"),
         (["--mean-tokens", "8", "--floor", "9", "--ceiling", "8"], "floor is at most ceiling"),
         (["--mean-tokens", "8", "--pictures", "/nowhere"], "/nowhere"),
+        (["--mean-tokens", "8", "--store", "/nowhere/curves.json"], "there is no folder /nowhere"),
     ],
 )
 def test_bad_input_is_answered_before_a_model_is_loaded(capsys, monkeypatch, options, message):

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from llava.eval.measure import efficiency_subject, efficiency_transformers
+from llava.eval.measure import efficiency_subject, efficiency_transformers, transformers_presets
 from llava.eval.measure.cost import count_macs, prefill_flops
 from llava.eval.measure.efficiency import Row, Subject, main, make_rows, measure, method_of, summary_of
 from llava.eval.measure.efficiency_table import print_table
@@ -163,7 +163,7 @@ TINY_TEXT = {
 }
 TINY = {
     "qwen2.5-vl-7b": partial(
-        efficiency_transformers.qwen2_5_vl,
+        transformers_presets.qwen2_5_vl,
         TINY_TEXT,
         {
             "depth": 2,
@@ -177,7 +177,7 @@ TINY = {
         side=16,
     ),
     "internvl3-8b": partial(
-        efficiency_transformers.internvl3,
+        transformers_presets.internvl3,
         TINY_TEXT,
         {
             "hidden_size": 32,
@@ -205,10 +205,14 @@ def test_figures_of_models_of_transformers(preset):
     ]
     assert measure(subject, rows, repeats=1, warm_up=0, new_tokens=2) == 1
     unpruned, limit, script, fastv = (summary_of(row, rows[1], rows[0]) for row in rows)
-    kept, text = 10 * built.views, efficiency_subject.TEXT_BEFORE + efficiency_subject.TEXT_AFTER
+    kept, text = 10 * built.preset.views, efficiency_subject.TEXT_BEFORE + efficiency_subject.TEXT_AFTER
     token_bytes = 2 * 2 * 32 * 4
-    assert (unpruned["visual_tokens"], limit["visual_tokens"], script["visual_tokens"]) == (built.tokens, kept, kept)
-    assert unpruned["cache_bytes"] == (built.tokens + text) * token_bytes
+    assert (unpruned["visual_tokens"], limit["visual_tokens"], script["visual_tokens"]) == (
+        built.preset.tokens,
+        kept,
+        kept,
+    )
+    assert unpruned["cache_bytes"] == (built.preset.tokens + text) * token_bytes
     assert limit["cache_bytes"] == script["cache_bytes"] == (kept + text) * token_bytes
     assert limit["counted_macs"] < script["counted_macs"] < unpruned["counted_macs"]
     if preset == "internvl3-8b":
@@ -293,3 +297,13 @@ def test_a_row_can_be_a_method_with_options():
     assert method_of("random", 8) == get_pruner("random", keep_tokens=8)
     with pytest.raises(ValueError, match="no option taw"):
         method_of("script:taw=1", 8)
+
+
+def test_a_fixed_grid_is_measured_as_it_is_evaluated(capsys):
+    model = ["--model-path", str(TOY_FOLDER / "llava-toy-v1.6"), "--keep-tokens", "8", "--pruners", "first"]
+    assert main([*model, "--counts-only", "--device", "cpu", "--image-grid", "336x672"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["image_grid"] == "336x672"
+    assert [row["visual_tokens"] for row in found["batches"][0]["rows"]][1:] == [24, 24]  # three views
+    assert main(["--counts-only", "--image-grid", "672x672"]) == 2
+    assert "cut pictures into tiles" in capsys.readouterr().err

@@ -25,6 +25,23 @@ def test_scaling_prints_a_table_and_json_and_draws(monkeypatch, capsys, tmp_path
     assert "tokens of a view" in drawing.read_text()
 
 
+def test_scaling_prints_the_clip_of_both_loops(capsys):
+    arguments = ["--axes", "--clip-tokens", "340", "--clip-keep", "20", "40", "--clip-width", "64", "--device", "cpu"]
+    assert selection_scaling.main([*arguments, "--clip-repeats", "1"]) == 0
+    clip = json.loads(capsys.readouterr().out.splitlines()[-1])["clip"]
+    assert len(clip["cases"]) == 3
+    for case in clip["cases"].values():
+        assert [point["k"] for point in case["points"]] == [20, 40]
+        assert all(point["same_place"] == 1 for point in case["points"])
+        assert set(case["exponents"]) == {"plain_loop", "loop"}
+
+
+@pytest.mark.parametrize("keep", [["20"], ["40", "20"], ["20", "341"]])
+def test_scaling_refuses_counts_that_give_no_exponent(keep, capsys):
+    assert selection_scaling.main(["--axes", "--clip-tokens", "340", "--clip-keep", *keep]) == 2
+    assert "rising counts from 1 to 340" in capsys.readouterr().err
+
+
 def test_speed_prints_both_loops(capsys):
     arguments = ["--views", "2", "--tokens", "36", "--keep-tokens", "4", "--width", "8", "--repeats", "1"]
     selection_speed.main([*arguments, "--device", "cpu"])

@@ -18,7 +18,7 @@ from llava.eval.measure.cost import prefill_flops
 from llava.eval.runner import completion, journal, run
 from llava.pruning import get_pruner
 from own_questions import CHECKPOINT, PICTURES, write_questions
-from records import GOLDEN
+from records import GOLDEN, golden_scorers
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(run.__file__).parents[3])}
 
@@ -289,11 +289,39 @@ def test_empty_chunk_gets_an_empty_file(tmp_path):
         ((64, False, "script", ("tau=0.3",)), "vtn_64-script-tau=0.3"),
         ((0.25, True), "vtn_0.25"),
         (("auto:0.95", True), "vtn_auto95"),
+        (
+            (64, True, "script", ("exclude_padding=false",), 1, [672, 672]),
+            "vtn_320-script-exclude_padding=false-grid672x672-seed1",
+        ),
+        ((None, True, "script", (), 0, (336, 672)), "full-grid336x672"),
         (("auto:gain=0.001:floor=8", False, "scope", (), 2), "vtn_auto-gain0.001-floor8-scope-seed2"),
+        (("auto:gain=0.001:floor=8:mean_tokens=64", False), "vtn_auto-mean64"),
     ],
 )
 def test_tags(arguments, tag):
     assert run_tag(*arguments) == tag
+
+
+def test_a_fixed_grid_reads_every_picture_in_five_views(own, tmp_path, capsys):
+    """The protocol of the paper's LLaVA-NeXT tables: 2,880 tokens whatever the shape, none left out as padding."""
+    own[own.index("--model-path") + 1] = str(GOLDEN / "checkpoints" / "llava-v1.6-vicuna-tiny")
+    protocol = ("--image-grid", "672x672", "--limit", "3", "--pruner-args", "exclude_padding=false")
+    assert ask(own, tmp_path / "a.jsonl", *protocol) == 0
+    assert read_json(tmp_path / "a.run" / "summary.json")["visual_tokens"] == 25.0  # five of each of five views
+    assert read_json(tmp_path / "a.run" / "config.json")["settings"]["image_grid"] == [672, 672]
+    capsys.readouterr()
+    assert ask(own, tmp_path / "a.jsonl", "--limit", "3", "--pruner-args", "exclude_padding=false") == 2
+    assert "image_grid" in capsys.readouterr().err
+    assert ask(own, tmp_path / "b.jsonl", "--image-grid", "600x672") == 2
+    assert "whole tiles of 336 x 336" in capsys.readouterr().err
+
+
+def test_a_grid_is_refused_where_no_tiles_are_cut(own, tmp_path, capsys):
+    assert ask(own, tmp_path / "a.jsonl", "--image-grid", "672x672") == 2
+    assert "cut pictures into tiles" in capsys.readouterr().err
+    assert ask(own, tmp_path / "a.jsonl", "--image-grid", "672") == 2
+    assert "WIDTHxHEIGHT" in capsys.readouterr().err
+    assert not (tmp_path / "a.run").exists()
 
 
 def test_places():
@@ -317,7 +345,7 @@ def test_missing_files_are_named_with_their_section(tmp_path, capsys):
 
 
 def test_mmbench_prompts():
-    table = next((GOLDEN / "scorers/mmbench/case1").glob("*.tsv"))
+    table = next((golden_scorers() / "mmbench/case1").glob("*.tsv"))
     recorded = {line["question_id"]: line for line in read_whole_lines(table.parent / "answers.jsonl")}
     questions = load_questions("mmbench", table, None)
     for question in questions:
@@ -330,7 +358,7 @@ def test_mmbench_prompts():
             assert (
                 question.text == f"{question.prompt}\nAnswer with the option's letter from the given choices directly."
             )
-    chinese = next((GOLDEN / "scorers/mmbench/case2").glob("*.tsv"))
+    chinese = next((golden_scorers() / "mmbench/case2").glob("*.tsv"))
     assert load_questions("mmbench_cn", chinese, None)[0].text.endswith("\n请直接回答选项字母。")
 
 
@@ -344,7 +372,7 @@ def test_mmbench_prompts():
     ],
 )
 def test_recorded_prompts(bench, folder, file):
-    case = GOLDEN / "scorers" / folder / "case1"
+    case = golden_scorers() / folder / "case1"
     answers = case / ("answers/merge.jsonl" if bench == "gqa" else "answers.jsonl")
     recorded = {(line["question_id"], line["prompt"]) for line in read_whole_lines(answers)}
     ours = {(question.question_id, question.prompt) for question in load_questions(bench, case / file, case)}

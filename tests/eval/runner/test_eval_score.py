@@ -11,9 +11,9 @@ from llava.eval.benchmarks import BENCHMARKS
 from llava.eval.files import read_json, read_whole_lines, write_json
 from llava.eval.runner import scoring as score
 from llava.eval.runner.completion import merge_chunks
-from records import GOLDEN
+from records import golden_scorers
 
-SCORERS = GOLDEN / "scorers"
+SCORERS = golden_scorers()
 
 
 def lay_out(tmp_path, bench, fixture, answers="answers.jsonl", case="case1"):

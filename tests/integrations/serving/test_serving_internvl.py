@@ -1,11 +1,13 @@
-"""InternVL 3.5 in vLLM: m tokens of every tile and of the thumbnail, between the marks of the picture."""
+"""InternVL 3.5 in vLLM: m tokens of every tile and of the thumbnail, or of every frame, between their marks."""
 
+import numpy as np
 import pytest
 import torch
 from engines import Spy, ask, start
 from PIL import Image
 from test_serving_llava import make_cold
 from tiny_models import make_internvl
+from vllm import SamplingParams
 
 KEEP = 4
 QUESTION = "What is red?"
@@ -17,7 +19,8 @@ def llm(tmp_path_factory):
     folder = tmp_path_factory.mktemp("internvl")
     make_internvl(folder)
     pruning = {"keep_tokens": KEEP, "max_keep_tokens": 16}
-    return start(folder, "ScriptInternVLChatModel", pruning, load_format="dummy", trust_remote_code=True)
+    options = {"load_format": "dummy", "trust_remote_code": True, "limit_mm_per_prompt": {"image": 2, "video": 1}}
+    return start(folder, "ScriptInternVLChatModel", pruning, **options)
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +112,33 @@ def test_rows_are_those_of_the_selection(llm, spy):
     with torch.inference_mode():
         features = spy.model.extract_feature(pixels)
     torch.testing.assert_close(rows, features.flatten(0, 1)[spy.chosen[0]])
+
+
+def ask_about_video(llm, frames, **options):
+    request = {"prompt": PROMPT.replace("<image>", "<video>"), "multi_modal_data": {"video": frames}}
+    sampling = SamplingParams(temperature=0, max_tokens=2)
+    return llm.generate([{**request, "mm_processor_kwargs": options or None}], sampling, use_tqdm=False)[0]
+
+
+@pytest.mark.parametrize(
+    "options, counts", [({}, [4] * 5), ({"keep_tokens": 12, "keep_per": "picture"}, [3, 3, 2, 2, 2])]
+)
+def test_every_frame_of_a_video_keeps_its_own(llm, spy, options, counts):
+    """Between the marks of each frame stand as many tokens as are chosen of it."""
+    make_cold(llm)
+    spy.reset()
+    frames = np.random.default_rng(0).integers(0, 255, (5, 112, 112, 3), dtype=np.uint8)
+    ids = ask_about_video(llm, frames, **options).prompt_token_ids
+    context, opening, closing = llm.get_tokenizer().convert_tokens_to_ids(["<|video_pad|>", "<img>", "</img>"])
+    openings = [place for place, token in enumerate(ids) if token == opening]
+    assert [ids.index(closing, place) - place - 1 for place in openings] == counts
+    assert ids.count(context) == sum(counts)
+    assert torch.bincount(spy.chosen[0] // 16, minlength=5).tolist() == counts
+    assert spy.encoded == 5
+
+
+def test_frames_that_compete_are_refused(llm):
+    """How many of each are kept would be known only when they are chosen; the prompt is laid out before."""
+    frames = np.zeros((3, 112, 112, 3), dtype=np.uint8)
+    with pytest.raises(ValueError, match="lets the views of this video compete for one budget, but this model writes"):
+        ask_about_video(llm, frames, image_pruning_args={"scope": "global"})

@@ -7,7 +7,7 @@ import torch
 from engines import Spy, ask, logprobs, model_of, prompt_of, start
 from vllm import SamplingParams
 
-from llava.integrations.vllm.processing import PrunedProcessor
+from llava.integrations.vllm.plan import PicturePlan
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import TOY_FOLDER, load_pretrained_model
 from llava.pruning import PruningInputs, get_pruner
@@ -80,15 +80,15 @@ def test_warm_equals_cold(llm, pictures):
 def test_without_the_question_in_the_hash_the_first_selection_is_reused(llm, spy, pictures, monkeypatch):
     """The counterfactual: what the checks above would not see is seen here."""
 
-    def without_question(self, inputs):
-        plans = inputs.hf_processor_mm_kwargs["script_plans"]
-        bare = [dataclasses.replace(plan, query="", query_ids=()) for plan in plans["image"]]
-        return {"image": [plan.digest() for plan in bare]}
+    digest = PicturePlan.digest
+
+    def without_question(plan):
+        return digest(dataclasses.replace(plan, query="", query_ids=()))
 
     cold = ask(llm, prompt_of(SECOND), pictures[0])
     make_cold(llm)
     spy.reset()
-    monkeypatch.setattr(PrunedProcessor, "_get_mm_hashes", without_question)
+    monkeypatch.setattr(PicturePlan, "digest", without_question)
     ask(llm, prompt_of(FIRST), pictures[0])
     stale = ask(llm, prompt_of(SECOND), pictures[0])
     assert len(spy.chosen) == 1
@@ -162,8 +162,12 @@ def test_one_uuid_for_two_pictures(llm, spy, pictures, square):
     spy.reset()
     ask_as("Y", FIRST, pictures[2])
     ask_as("Y", SECOND, pictures[2])
-    ask_as("Y", FIRST, None)  # by its name alone, as it was asked about
+    ask_as("Y", FIRST, None)  # by its name alone
     assert (spy.encoded, len(spy.chosen)) == (1, 2)
+    by_name = ask_as("Y", "Is there a tree?", None)
+    assert (spy.encoded, len(spy.chosen)) == (1, 3)
+    alone = ask(llm, prompt_of("Is there a tree?"), pictures[2], tokens=4)
+    assert logprobs(by_name) == pytest.approx(logprobs(alone), abs=1e-4)
     with pytest.raises(ValueError, match="Cache miss for image at index 0 but data is not provided"):
         ask_as("Z", FIRST, None)
 
@@ -226,25 +230,79 @@ def test_methods_queries_and_scopes(llm, spy, pictures):
     assert len(spy.chosen) == 1
 
 
-def test_a_picture_is_preprocessed_once_for_all_questions(llm, pictures, monkeypatch):
-    processor = llm.llm_engine.renderer.get_mm_processor()
-    seen = []
-    plain = type(processor)._call_hf_processor
-    monkeypatch.setattr(
-        type(processor), "_call_hf_processor", lambda self, *given: seen.append(1) or plain(self, *given)
-    )
-    processor.script_prepared.clear()
-    cold = [logprobs(ask(llm, prompt_of(FIRST), pictures[0])), logprobs(ask(llm, prompt_of(SECOND), pictures[0]))]
-    assert len(seen) == 1
-    two = ask(llm, prompt_of(FIRST, images=2), pictures[:2])
-    assert len(seen) == 2  # of the two the first is in vLLM's own cache
-    monkeypatch.setattr(processor.script_prepared, "limit", 0)
-    processor.script_prepared.clear()
+class Sent:
+    """What crosses from the front end to the engine: for each picture of each request whether its pixels do."""
+
+    def __init__(self, llm, monkeypatch):
+        processor, engine = llm.llm_engine.renderer.get_mm_processor(), llm.llm_engine.engine_core.engine_core
+        self.pixels, self.preprocessed = [], 0
+        call, preprocess = type(processor)._call_hf_processor, engine.preprocess_add_request
+
+        def counted(processor, data, kwargs):
+            self.preprocessed += 1
+            return call(processor, data, kwargs)
+
+        def noted(request):
+            self.pixels += ["pixel_values" in feature.data for feature in request.mm_features]
+            return preprocess(request)
+
+        monkeypatch.setattr(type(processor), "_call_hf_processor", counted)
+        monkeypatch.setattr(engine, "preprocess_add_request", noted)
+
+
+def test_a_picture_is_preprocessed_and_sent_once_for_all_questions(llm, pictures, monkeypatch):
+    prompts = [prompt_of(FIRST), prompt_of(SECOND), prompt_of(FIRST, images=2), prompt_of(FIRST)]
+    shown = [pictures[0], pictures[0], pictures[:2], pictures[1]]
+    kwargs = [{}, {}, {"keep_tokens": 16}, {"image_pruning_method": "divprune"}]
+    cold = []
+    for prompt, picture, own in zip(prompts, shown, kwargs, strict=True):
+        make_cold(llm)
+        cold.append(ask(llm, prompt, picture, **own))
     make_cold(llm)
-    again = [logprobs(ask(llm, prompt_of(FIRST), pictures[0])), logprobs(ask(llm, prompt_of(SECOND), pictures[0]))]
-    assert again == cold
-    assert logprobs(ask(llm, prompt_of(FIRST, images=2), pictures[:2])) == logprobs(two)
-    assert len(seen) == 5
+    sent = Sent(llm, monkeypatch)
+    for prompt, picture, own, alone in zip(prompts, shown, kwargs, cold, strict=True):
+        warm = ask(llm, prompt, picture, **own)
+        assert warm.prompt_token_ids == alone.prompt_token_ids
+        assert logprobs(warm) == pytest.approx(logprobs(alone), abs=1e-4)
+    assert sent.preprocessed == 2
+    assert sent.pixels == [True, False, False, True, False]  # of the third request the first is known
+
+
+def test_pixels_are_at_hand_when_the_worker_has_dropped_the_features(llm, spy, pictures, monkeypatch):
+    cold = ask(llm, prompt_of(SECOND), pictures[0])
+    make_cold(llm)
+    ask(llm, prompt_of(FIRST), pictures[0])
+    sent = Sent(llm, monkeypatch)
+    spy.reset()
+    model_of(llm).script_cache.clear()
+    again = ask(llm, prompt_of(SECOND), pictures[0])
+    assert (spy.encoded, sent.preprocessed, sent.pixels) == (1, 0, [False])
+    assert logprobs(again) == pytest.approx(logprobs(cold), abs=1e-4)
+
+
+def test_a_refused_request_leaves_no_picture_that_the_engine_has_not_seen(llm, pictures, monkeypatch):
+    sent = Sent(llm, monkeypatch)
+    for refused in ({"keep_tokens": 65}, {"image_pruning_method": "grid", "keep_tokens": 31}):
+        with pytest.raises(ValueError, match="keep"):
+            ask(llm, prompt_of(FIRST), pictures[0], **refused)
+    with pytest.raises(ValueError, match="maximum"):
+        ask(llm, prompt_of(f"{FIRST} " * 600, images=1), pictures[0])
+    assert not sent.pixels
+    ask(llm, prompt_of(FIRST), pictures[0])
+    assert sent.pixels == [True]
+
+
+def test_pixels_that_the_engine_has_dropped_are_asked_for(llm, pictures):
+    """Front end and engine apart: vLLM refuses the request, and the next one brings the pixels."""
+    from vllm.multimodal.cache import MultiModalCacheMissError
+
+    cold = ask(llm, prompt_of(SECOND), pictures[0])
+    llm.llm_engine.engine_core.engine_core.mm_receiver_cache.clear_cache()
+    with pytest.raises(MultiModalCacheMissError) as missed:
+        ask(llm, prompt_of(FIRST), pictures[0])
+    for picture in missed.value.mm_hashes:  # as vLLM's server does
+        llm.llm_engine.renderer.mm_processor_cache.invalidate(picture)
+    assert logprobs(ask(llm, prompt_of(SECOND), pictures[0])) == pytest.approx(logprobs(cold), abs=1e-4)
 
 
 def test_with_reuse_all_questions_share_the_tokens_that_none_of_them_chose(llm, spy, pictures):

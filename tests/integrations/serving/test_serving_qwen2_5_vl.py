@@ -1,12 +1,13 @@
 """Qwen2.5-VL in vLLM: counts, positions warm and cold, and equality with the library's class under the same pruner."""
 
+import numpy as np
 import pytest
 import torch
 from engines import Spy, ask, logprobs, start
+from served import Served, chat, script
 from test_serving_llava import make_cold
 from tiny_models import make_qwen2_5_vl
 from transformers import AutoProcessor
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from llava.pruning import get_pruner
 
@@ -27,23 +28,15 @@ def qwen(tmp_path_factory):
     return folder, make_qwen2_5_vl(folder)
 
 
-def test_a_server_without_the_channel_is_refused(qwen):
-    with pytest.raises(Exception, match="--video-pruning-rate above 0"):
-        start(qwen[0], ARCHITECTURE, {"keep_tokens": KEEP})
+def test_vllms_own_pruning_of_videos_is_refused(qwen):
+    with pytest.raises(Exception, match="start the server without the flag"):
+        start(qwen[0], ARCHITECTURE, {"keep_tokens": KEEP}, video_pruning_rate=0.5)
 
 
 @pytest.fixture(scope="module")
 def llm(qwen):
-    load = CPUModelRunner.load_model
-
-    def load_with_channel(self, *arguments, **options):
-        """What vLLM's runner for accelerators does, and the one for CPUs leaves out."""
-        load(self, *arguments, **options)
-        self.is_multimodal_pruning_enabled = True
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CPUModelRunner, "load_model", load_with_channel)
-        yield start(qwen[0], ARCHITECTURE, {"keep_tokens": KEEP}, video_pruning_rate=0.5)
+    limits = {"image": 2, "video": 1}
+    return start(qwen[0], ARCHITECTURE, {"keep_tokens": KEEP, "max_keep_tokens": 29}, limit_mm_per_prompt=limits)
 
 
 @pytest.fixture(scope="module")
@@ -86,5 +79,16 @@ def test_budgets_follow_the_picture(llm, pictures):
     texts = len(ask(llm, prompt_of("A?"), pictures[0].resize(SIZES[0])).prompt_token_ids) - KEEP
     small = ask(llm, prompt_of("A?"), pictures[0].resize((112, 112)), image_pruning_rate=0.5)  # 16 tokens
     assert len(small.prompt_token_ids) - texts == 8
-    with pytest.raises(ValueError, match="keeps 30 visual tokens of a view of 60, but the server allows 16"):
+    with pytest.raises(ValueError, match="keeps 30 visual tokens of a view of 60, but the server allows 29"):
         ask(llm, prompt_of("A?"), pictures[0].resize(SIZES[0]), image_pruning_rate=0.5)
+
+
+def test_videos(llm, qwen):
+    """Every grid of two frames keeps its own tokens, which stand at their time."""
+    folder, model = qwen
+    frames = np.random.default_rng(0).integers(0, 255, (6, 140, 112, 3), dtype=np.uint8)
+    prompt = chat("<|vision_start|><|video_pad|><|vision_end|>")
+    served = Served(llm, model, folder)
+    inputs = {"videos": [frames], "do_sample_frames": False}
+    cold, _ = served.equals_the_library(prompt, {"video": frames}, inputs, script(KEEP))
+    assert cold.prompt_token_ids.count(model.config.video_token_id) == 3 * KEEP

@@ -158,7 +158,7 @@ class InternVLChatConfig(PretrainedConfig):
 
 def make_internvl(folder):
     """Configuration and tokenizer, tiles of 64 patches that become 16 tokens; weights are left to the engine."""
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>"]
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>", "<|video_pad|>"]
     byte_tokenizer(specials).save_pretrained(folder)
     vision = {
         "hidden_size": 64,

@@ -1,0 +1,296 @@
+"""The page in Gradio: what stands where, and what happens at each button. All work is in user.py and the viewer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from llava.pruning import list_pruners
+from llava.serve.flags import DEFAULT_METHOD, FULL
+from llava.serve.page import pieces
+from llava.serve.page.user import Bundled, User, address_of, read_address, told_error
+from llava.serve.viewer.desk import Room
+from llava.serve.viewer.html import document, fragment
+from llava.serve.viewer.look import MOST_LOOKS
+from llava.serve.viewer.setting import Option, Setting, options_of, parse_entry
+
+COUNT, AUTO, ALL = "a count", "auto", "all"
+METHODS, QUESTIONS, BUDGETS = "methods", "questions", "budgets"
+FORGET_AFTER = 3600  # seconds without use, then a tab's picture is forgotten
+MOST_UNKNOWN = 2048  # of the slider, where the number of tokens is the processor's matter
+MOST_TABS = 64  # whose pictures are held
+SAVE = """(text) => { if (!text) return; const link = document.createElement("a");
+link.href = URL.createObjectURL(new Blob([text], {type: "text/html"})); link.download = "kept-tokens.html";
+link.click(); }"""
+TO_ADDRESS = """(address) => { if (!address) return address;
+history.replaceState(null, "", address); return location.href; }"""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the page is made of.
+
+    Args:
+        offered: bundled pictures and videos by name.
+        questions: examples.
+        most_bytes: of an upload.
+    """
+
+    room: Room
+    offered: dict[str, Bundled]
+    questions: Sequence[str]
+    most_bytes: int
+
+    def __post_init__(self):
+        object.__setattr__(self, "numbers", itertools.count())
+
+    # --- what happens ----------------------------------------------------------------------------------------------
+
+    def begin(self, request: gr.Request) -> tuple[Any, ...]:
+        """A tab opens: a desk of its own, with what the address asks for on it."""
+        user, message, settings, shown = User(self.room.desk()), "", [], ""
+        try:
+            name, settings = read_address(str(request.query_params))
+            name = name or next(iter(self.offered), None)
+            if name is not None:
+                shown = self._preview(user, user.choose(self.offered, name))
+            elif settings:
+                message = pieces.note("the picture of this address was its user's own: open it, then ask again")
+        except Exception as error:
+            settings, message = [], pieces.error(told_error(error))
+        setting = (
+            settings[0] if settings else Setting(self.questions[0] if self.questions else "What is this?", keep="16")
+        )
+        kind = {FULL: ALL}.get(setting.keep, COUNT if setting.keep.isdigit() else AUTO)
+        count = int(setting.keep) if kind == COUNT else 16
+        most = user.desk.tokens_of_view() or MOST_UNKNOWN
+        slider = gr.Slider(maximum=most, value=min(count, most))
+        rule = setting.keep if kind == AUTO else "auto"
+        fields = (setting.question, setting.method, kind, slider, rule, " ".join(setting.options))
+        pending = settings if user.bundled else []
+        return user, pending, shown, message, *fields
+
+    def receive(self, user: User, sent: str) -> tuple[str, str, Any, str]:
+        """A picture was chosen, opened, pasted or taken."""
+        try:
+            picture = user.take(sent, self.offered, self.most_bytes, self.room.options.num_frames)
+        except Exception as error:
+            return gr.skip() if user.desk.name else "", pieces.error(told_error(error)), gr.skip(), ""
+        slider = gr.Slider(maximum=user.desk.tokens_of_view() or MOST_UNKNOWN)
+        return self._preview(user, picture), pieces.note("ready for a question"), slider, ""
+
+    def _preview(self, user: User, picture: Any) -> str:
+        return pieces.preview(picture, user.desk.name, user.desk.session.shown())
+
+    def ask(
+        self, user: User, question: str, method: str, kind: str, count: float, rule: str, options: str
+    ) -> Iterator[Any]:
+        """One look."""
+        try:
+            keep = {COUNT: str(int(count)), AUTO: rule, ALL: FULL}[kind]
+            settings = [Setting(question.strip(), method, keep, tuple(options.split()))]
+        except Exception as error:
+            yield pieces.error(told_error(error)), gr.skip(), gr.skip()
+            return
+        yield from self.show(user, settings)
+
+    def compare(
+        self,
+        user: User,
+        what: str,
+        methods: Sequence[str],
+        questions: str,
+        budgets: str,
+        question: str,
+        method: str,
+        kind: str,
+        count: float,
+        rule: str,
+        options: str,
+    ) -> Iterator[Any]:
+        """Two to six looks beside each other."""
+        try:
+            keep, own = {COUNT: str(int(count)), AUTO: rule, ALL: FULL}[kind], tuple(options.split())
+            if what == METHODS:
+                entries = map(parse_entry, methods)
+                settings = [Setting(question.strip(), name, keep, given) for name, given in entries]
+            elif what == QUESTIONS:
+                lines = filter(None, map(str.strip, questions.splitlines()))
+                settings = [Setting(line, method, keep, own) for line in lines]
+            else:
+                settings = [Setting(question.strip(), method, budget, own) for budget in budgets.split()]
+            if not 2 <= len(settings) <= MOST_LOOKS:
+                raise ValueError(f"two to {MOST_LOOKS} {what} stand beside each other, got {len(settings)}")
+        except Exception as error:
+            yield pieces.error(told_error(error)), gr.skip(), gr.skip()
+            return
+        yield from self.show(user, settings)
+
+    def show(self, user: User, settings: Sequence[Setting]) -> Iterator[Any]:
+        """Make looks, telling how it goes: what is told, the result, the address that shows the same."""
+        if not settings:
+            yield gr.skip(), gr.skip(), gr.skip()
+            return
+        shown = 0
+        try:
+            for progress in user.work(settings):
+                result: Any = gr.skip()
+                if len(progress.done) > shown:
+                    shown = len(progress.done)
+                    result = self._fragment(user)
+                yield pieces.told(progress), result, gr.skip()
+        except Exception as error:
+            yield pieces.error(told_error(error)), gr.skip(), gr.skip()
+            return
+        looks = user.comparison.looks
+        end = "stopped" if looks[-1].stopped else "done"
+        yield pieces.note(end), self._fragment(user), address_of(settings, user.bundled)
+
+    def _fragment(self, user: User) -> str:
+        return fragment(user.comparison, f"look{next(self.numbers)}")
+
+    def stop(self, user: User) -> None:
+        user.stop.set()
+
+    def save(self, user: User) -> str:
+        """What is shown, as an HTML file."""
+        if user.comparison is None:
+            return ""
+        setting = user.comparison.looks[0].setting
+        return document("Which visual tokens were kept", [(setting.question, user.comparison)])
+
+    # --- what stands where -----------------------------------------------------------------------------------------
+
+    def blocks(self) -> gr.Blocks:
+        with gr.Blocks(title="Script: which visual tokens are kept", analytics_enabled=False) as blocks:
+            user = gr.State(None, time_to_live=FORGET_AFTER, delete_callback=forget)
+            pending = gr.State([])
+            gr.HTML(
+                f"<h1>Which visual tokens are kept for a question?</h1><p>{self.room.session.model_line()}</p>",
+                padding=False,
+            )
+            sent = gr.Textbox(visible="hidden", elem_id="sent", label="sent")
+            document_text = gr.Textbox(visible="hidden", label="document")
+            with gr.Row():
+                with gr.Column(scale=2, min_width=320):
+                    gr.HTML(pieces.picture_box(self.offered.values(), self.most_bytes), padding=False)
+                    preview = gr.HTML(elem_id="preview", padding=False)
+                    question = gr.Textbox(label="Question", lines=1, max_lines=3, elem_id="question")
+                    with gr.Row():
+                        examples = [gr.Button(text, size="sm", min_width=80) for text in self.questions]
+                    method = gr.Dropdown(list_pruners(), value=DEFAULT_METHOD, label="Method", elem_id="method")
+                    kind = gr.Radio([COUNT, AUTO, ALL], value=COUNT, label="Visual tokens kept of each view")
+                    count = gr.Slider(1, 576, value=16, step=1, label="Count", elem_id="count")
+                    rule = gr.Textbox("auto", label="Rule of auto, such as auto:0.9", visible=False)
+                    with gr.Row():
+                        ask = gr.Button("Ask", variant="primary", elem_id="ask")
+                        stop = gr.Button("Stop", variant="stop", elem_id="stop")
+                    with gr.Accordion("Options of the method", open=False):
+                        options = gr.Textbox(label="As on the command line: key=value", elem_id="options")
+                        option_form(method, options)
+                    with gr.Accordion("Compare", open=False, elem_id="compare-part"):
+                        what = gr.Radio([METHODS, QUESTIONS, BUDGETS], value=METHODS, label="Beside each other")
+                        methods = gr.Dropdown(
+                            list_pruners(),
+                            value=["script", "divprune", "trim", "random"],
+                            multiselect=True,
+                            max_choices=MOST_LOOKS,
+                            allow_custom_value=True,
+                            label="Methods, with options if you like: script tau=0.3",
+                        )
+                        questions = gr.Textbox(
+                            "\n".join(self.questions[:2]), lines=3, label="Questions, one a line", visible=False
+                        )
+                        budgets = gr.Textbox("4 16 64 full", label="Budgets", visible=False)
+                        compare = gr.Button("Compare", variant="primary", elem_id="compare")
+                with gr.Column(scale=5, min_width=320):
+                    live = gr.HTML(elem_id="live", padding=False)
+                    result = gr.HTML(elem_id="result", padding=False)
+                    address = gr.Textbox(
+                        label="Link to these settings (own pictures are not in it)",
+                        elem_id="address",
+                        interactive=False,
+                        buttons=["copy"],
+                    )
+                    save = gr.Button("Save as an HTML file", size="sm", elem_id="save")
+            setting = [question, method, kind, count, rule, options]
+            shown = [live, result, address]
+            model = {"concurrency_limit": 1, "concurrency_id": "model"}
+            quick = {"show_progress": "hidden"}
+
+            opened = blocks.load(self.begin, None, [user, pending, preview, live, *setting], **quick)
+            opened.then(self.show, [user, pending], shown, **model, **quick)
+            sent.input(self.receive, [user, sent], [preview, live, count, sent], **model, **quick)
+            asked = [
+                ask.click(self.ask, [user, *setting], shown, **model, **quick),
+                question.submit(self.ask, [user, *setting], shown, **model, **quick),
+                count.release(self.ask, [user, *setting], shown, **model, **quick),
+                compare.click(
+                    self.compare, [user, what, methods, questions, budgets, *setting], shown, **model, **quick
+                ),
+            ]
+            for event in asked:
+                event.then(None, address, address, js=TO_ADDRESS)
+            stop.click(self.stop, user, None, queue=False, **quick)
+            save.click(self.save, user, document_text, **quick).then(None, document_text, None, js=SAVE)
+            for button, text in zip(examples, self.questions, strict=True):
+                button.click(lambda text=text: text, None, question, **quick)
+            kind.change(
+                lambda kind: (gr.Slider(visible=kind == COUNT), gr.Textbox(visible=kind == AUTO)),
+                kind,
+                [count, rule],
+                **quick,
+            )
+            what.change(
+                lambda what: (
+                    gr.Dropdown(visible=what == METHODS),
+                    gr.Textbox(visible=what == QUESTIONS),
+                    gr.Textbox(visible=what == BUDGETS),
+                ),
+                what,
+                [methods, questions, budgets],
+                **quick,
+            )
+            method.input(lambda: "", None, options, **quick)
+        return blocks
+
+
+def option_form(method: gr.Dropdown, options: gr.Textbox) -> None:
+    """A field for each option of the method that is chosen; what is changed there is written into ``options``."""
+
+    @gr.render(inputs=method)
+    def form(name: str) -> None:
+        for option in options_of(name):
+            field = option_field(option)
+
+            def write(value: Any, text: str, option: Option = option) -> str:
+                return with_option(text, option, value)
+
+            field.input(write, [field, options], options, show_progress="hidden")
+
+
+def option_field(option: Option) -> Any:
+    """The field of one option."""
+    common = {"label": option.name, "info": option.help, "interactive": True}
+    if option.kind == "choice":
+        return gr.Dropdown(list(option.choices), value=option.default, **common)
+    if option.kind == "switch":
+        return gr.Checkbox(value=option.default == "true", **common)
+    return gr.Textbox(value=option.default, **common)
+
+
+def with_option(text: str, option: Option, value: Any) -> str:
+    """Options as they are written, with one of them changed; its default is not written."""
+    others = [one for one in text.split() if one.partition("=")[0] != option.name]
+    value = str(value).lower() if isinstance(value, bool) else str(value).strip()
+    return " ".join(others if value in ("", option.default) else [*others, f"{option.name}={value}"])
+
+
+def forget(user: User | None) -> None:
+    """A tab has gone: whatever runs for it ends."""
+    if user is not None:
+        user.stop.set()
