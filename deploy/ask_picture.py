@@ -1,6 +1,6 @@
 """A health check that means something: a question about a picture, its answer, and how many tokens the prompt took.
 
-    python deploy/ask_picture.py --url http://localhost:8000 --answer yes --most-prompt-tokens 128
+    python deploy/ask_picture.py --url http://localhost:8000 --answer yes --most-prompt-tokens 120
 
 A server that is up but does not prune, or sees nothing, fails: it exits with 1 and says why. The question is always
 the same, so that all caches hold it after the first time. Needs the standard library only: it runs in any image.
@@ -53,7 +53,7 @@ def ask(url: str, picture: Path, question: str, seconds: float) -> tuple[str, in
         "temperature": 0,
     }
     reply = get_json(f"{url}/v1/chat/completions", body, seconds)
-    return reply["choices"][0]["message"]["content"] or "", reply["usage"]["prompt_tokens"]
+    return (reply["choices"][0]["message"]["content"] or "").strip(), reply["usage"]["prompt_tokens"]
 
 
 def what_is_wrong(said: str, prompt_tokens: int, answer: str | None, most: int | None) -> str | None:

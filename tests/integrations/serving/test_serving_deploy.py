@@ -30,7 +30,7 @@ from llava.integrations.vllm.registration import installed_version
 DEPLOY = ROOT / "deploy"
 PORT = 8917
 CONFIGS = sorted(DEPLOY.glob("serve*.yaml"))
-OPTIONS = ["--answer", "yes", "--most-prompt-tokens", "110"]  # the same as in deploy/compose.yaml
+OPTIONS = ["--answer", "yes", "--most-prompt-tokens", "120"]  # the same as in deploy/compose.yaml
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
