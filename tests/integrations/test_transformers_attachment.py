@@ -346,7 +346,8 @@ def test_processors_that_do_not_fit(host):
         script.attach(host.model, wrong)
     mark = family_tokenizer()  # as Gemma 3: the processor's own is the mark that begins a picture
     mark.image_token_id = 120
-    script.attach(host.model, SimpleNamespace(tokenizer=mark, image_token_id=7)).remove()
+    named = {"image_token": "<mark>", "boi_token": "<mark>", "image_token_id": 7}
+    script.attach(host.model, SimpleNamespace(tokenizer=mark, **named)).remove()
     larger = family_tokenizer()
     larger.add_tokens([f"more{number}" for number in range(10)])
     with pytest.raises(ValueError, match="tokenizer is of another model: it has 138 tokens"):

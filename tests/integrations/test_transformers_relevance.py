@@ -186,6 +186,9 @@ def test_one_budget_for_a_picture_of_two_tiles(words):
             assert all(len(one.per_view) == 2 for one in handle.kept)
             if scope == "view":
                 assert {tuple(one.per_view) for one in handle.kept} == {(3, 2)}
+        with get_pruner("script", keep_tokens=1, per="picture")(host.model, words) as handle:
+            host.model(**host.batch())
+        assert {tuple(one.per_view) for one in handle.kept} == {(1, 0)}  # one tile has no share
         with get_pruner("script", keep_tokens=8, per="picture")(host.model, words):
             found = host.model(**host.batch()).logits
     real = host.batch()["attention_mask"].bool()

@@ -202,11 +202,12 @@ def checked_tokenizer(host: Host, processor: Any) -> Any:
             f"processor must be the model's processor or tokenizer, with which the question is read; got "
             f"{type(processor).__name__}, which has no tokenizer"
         )
-    named = [getattr(part, "image_token_id", None) for part in (processor, tokenizer)]  # Gemma 3's own is the mark
-    tokens = [token for token in named if isinstance(token, int)]
-    if tokens and host.placeholders["image"] not in tokens:
+    begins = getattr(processor, "boi_token", None)  # Gemma 3 calls the mark before a picture its image token
+    marks = begins is not None and begins == getattr(processor, "image_token", None)
+    token = getattr(tokenizer if marks else processor, "image_token_id", None)
+    if isinstance(token, int) and token != host.placeholders["image"]:
         raise ValueError(
-            f"this processor is of another model: its image token has the id {tokens[0]}, in "
+            f"this processor is of another model: its image token has the id {token}, in "
             f"{type(host.model).__name__} it is {host.placeholders['image']}"
         )
     rows = host.model.get_input_embeddings().weight.shape[0]

@@ -150,6 +150,9 @@ def select_tokens(
             for one in group:
                 kept_columns[one.picture].append(one.columns)
             continue
+        if keep == 0:  # of a picture's small budget this view has no share
+            whole.update((one.picture, False) for one in group)
+            continue
         columns = torch.stack([one.columns for one in group])  # (V, n)
         rows = torch.tensor([pictures[one.picture].row for one in group])
         attended = torch.stack([one.attended for one in group])
