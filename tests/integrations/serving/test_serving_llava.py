@@ -1,5 +1,6 @@
 """LLaVA-1.5 in vLLM: counts, selections, caches, budgets, and equality with the other hosts."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -235,7 +236,7 @@ class Sent:
 
     def __init__(self, llm, monkeypatch):
         processor, engine = llm.llm_engine.renderer.get_mm_processor(), llm.llm_engine.engine_core.engine_core
-        self.pixels, self.preprocessed = [], 0
+        self.pixels, self.preprocessed, self.requests = [], 0, []
         call, preprocess = type(processor)._call_hf_processor, engine.preprocess_add_request
 
         def counted(processor, data, kwargs):
@@ -244,6 +245,7 @@ class Sent:
 
         def noted(request):
             self.pixels += ["pixel_values" in feature.data for feature in request.mm_features]
+            self.requests.append(copy.deepcopy(request))
             return preprocess(request)
 
         monkeypatch.setattr(type(processor), "_call_hf_processor", counted)
@@ -292,17 +294,21 @@ def test_a_refused_request_leaves_no_picture_that_the_engine_has_not_seen(llm, p
     assert sent.pixels == [True]
 
 
-def test_pixels_that_the_engine_has_dropped_are_asked_for(llm, pictures):
-    """Front end and engine apart: vLLM refuses the request, and the next one brings the pixels."""
+def test_pixels_that_the_engine_has_dropped_are_asked_for(llm, pictures, monkeypatch):
+    """Front end and engine apart: vLLM's server refuses the request and drops what the engine says it lacks."""
     from vllm.multimodal.cache import MultiModalCacheMissError
 
+    sent = Sent(llm, monkeypatch)
     cold = ask(llm, prompt_of(SECOND), pictures[0])
-    llm.llm_engine.engine_core.engine_core.mm_receiver_cache.clear_cache()
+    ask(llm, prompt_of(FIRST), pictures[0])
+    engine = llm.llm_engine.engine_core.engine_core
+    engine.mm_receiver_cache.clear_cache()
     with pytest.raises(MultiModalCacheMissError) as missed:
-        ask(llm, prompt_of(FIRST), pictures[0])
-    for picture in missed.value.mm_hashes:  # as vLLM's server does
+        engine.preprocess_add_request(sent.requests[1])
+    for picture in missed.value.mm_hashes:
         llm.llm_engine.renderer.mm_processor_cache.invalidate(picture)
     assert logprobs(ask(llm, prompt_of(SECOND), pictures[0])) == pytest.approx(logprobs(cold), abs=1e-4)
+    assert sent.pixels[-1]
 
 
 def test_with_reuse_all_questions_share_the_tokens_that_none_of_them_chose(llm, spy, pictures):
