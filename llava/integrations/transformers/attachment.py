@@ -12,17 +12,15 @@ and after its ``forward``, a hook before its language model's; and, while `gener
 from __future__ import annotations
 
 import copy
-import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llava.decoder.attachment import DecoderPruning
 from llava.integrations.transformers.arguments import (
     by_name,
     check_cache,
@@ -34,6 +32,7 @@ from llava.integrations.transformers.arguments import (
     of_shorter_prompt,
 )
 from llava.integrations.transformers.boundary import Plan
+from llava.integrations.transformers.calls import Call, PrunedGenerate
 from llava.integrations.transformers.capture import Absent, capture_prompt, replaced
 from llava.integrations.transformers.compiled import SetAside, original, refuse_to_be_compiled
 from llava.integrations.transformers.host import TOKEN_TYPES, Host, find_host
@@ -62,35 +61,6 @@ def attach(method: Method, model: nn.Module, processor: Any = None, **options: A
         options: ``query``, ``positions``, ``clip``, ``siglip``; arguments and errors as of `AttachedPruner`.
     """
     return AttachedPruner(method, model, processor, **options)
-
-
-@dataclass
-class Call:
-    """A call of the model that is under way: one of `generate`, or one of `forward` that is no step of it.
-
-    Args:
-        generating: which of the two.
-        plan: what its language model gets; ``None`` where nothing is pruned.
-        in_decoder: a method inside the decoder, at work in this call.
-        step: the ids of the step of `generate` that comes next.
-        loop: whether the loop of `generate` is a user's own, ``custom_generate``.
-    """
-
-    generating: bool
-    plan: Plan | None = None
-    in_decoder: DecoderPruning | None = None
-    step: Tensor | None = None
-    loop: bool = False
-    hooks: ExitStack = field(default_factory=ExitStack)
-
-    def resume(self) -> None:
-        """Hang the method inside the decoder on it."""
-        if self.in_decoder is not None:
-            self.hooks.enter_context(self.in_decoder.attached())
-
-    def suspend(self) -> None:
-        """Take it off again."""
-        self.hooks.close()
 
 
 class AttachedPruner:
@@ -413,22 +383,6 @@ class AttachedPruner:
             call.resume()
         self._look_at_innermost()
         return shortening
-
-
-class PrunedGenerate:
-    """What stands in place of a model's ``generate`` while a pruner is attached; a copy of the model copies it."""
-
-    def __init__(self, attached: AttachedPruner) -> None:
-        self.attached = attached
-        self.__wrapped__ = attached._generate
-        self.__doc__ = attached._generate.__doc__
-        self.__signature__ = inspect.signature(attached._generate)
-
-    def __call__(self, *positional: Any, **named: Any) -> Any:
-        return self.attached.generate(*positional, **named)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PrunedGenerate:
-        return type(self)(copy.deepcopy(self.attached, memo))
 
 
 def find_attached(model: nn.Module) -> AttachedPruner | None:
