@@ -18,13 +18,12 @@ from llava.integrations.transformers import KeptPicture
 from llava.integrations.transformers.host import find_host
 from llava.integrations.transformers.loading import load_transformers_model
 from llava.integrations.transformers.picture_sizes import check_picture_size
-from llava.integrations.transformers.video_inputs import video_inputs
 from llava.model.builder import pick_device
 from llava.pruning import Method
 from llava.serve.status import Terminal, TimedStreamer, stoppable
 from llava.serve.token_picture import with_caption
 from llava.serve.transformers_picture import check_drawable, draw_kept
-from llava.video import Video
+from llava.video import Video, video_inputs
 
 
 class TransformersSession:

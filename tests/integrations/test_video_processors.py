@@ -13,10 +13,9 @@ pytest.importorskip("av", reason="video files are read with PyAV")
 
 import av
 
-from llava.integrations.transformers.video_inputs import video_inputs
 from llava.pruning import get_pruner
 from llava.serve import cli
-from llava.video import load_video
+from llava.video import load_video, video_inputs
 from transformers_families import IMAGE, VIDEO, VOCABULARY, family
 
 MARKS = {
