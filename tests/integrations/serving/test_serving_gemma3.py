@@ -10,6 +10,8 @@ from engines import start
 from served import Served, script
 from tiny_families import make_gemma3
 
+from llava.pruning import get_pruner
+
 KEEP = 6
 PROMPT = "<bos><start_of_turn>user\n<start_of_image>{}<end_of_turn>\n<start_of_turn>model\n"
 ASKED = PROMPT.format("What is red?")
@@ -30,23 +32,34 @@ def served(tmp_path_factory):
     return Served(llm, model, folder, without=("token_type_ids",))
 
 
-@pytest.mark.parametrize("size, views", [((112, 112), 1), ((280, 112), 4)])
-def test_pictures_and_crops(served, pictures, size, views):
-    picture = pictures[0].resize(size)
+def test_pictures(served, pictures):
+    picture = pictures[0].resize((112, 112))
     cold, _ = served.equals_the_library(ASKED, {"image": picture}, {"images": picture, **CROPS}, script(KEEP))
-    assert cold.prompt_token_ids.count(served.model.config.image_token_id) == views * KEEP
-    assert torch.bincount(served.spy.chosen[0] // 16).tolist() == [KEEP] * views
+    assert cold.prompt_token_ids.count(served.model.config.image_token_id) == KEEP
 
 
-def test_crops_share_a_budget(served, pictures):
+def test_crops_keep_their_own(served, pictures):
+    """By a method that reads no question: the library's prompt has words about crops in it, which are none."""
     picture = pictures[0].resize((280, 112))
-    budget = {"keep_tokens": 10, "keep_per": "picture"}
-    served.equals_the_library(
-        ASKED, {"image": picture}, {"images": picture, **CROPS}, script(10, per="picture"), **budget
-    )
-    assert torch.bincount(served.spy.chosen[0] // 16).tolist() == [3, 3, 2, 2]
+    pruner = get_pruner("divprune", keep_tokens=KEEP)
+    options = {"image_pruning_method": "divprune"}
+    cold, _ = served.equals_the_library(ASKED, {"image": picture}, {"images": picture, **CROPS}, pruner, **options)
+    assert cold.prompt_token_ids.count(served.model.config.image_token_id) == 4 * KEEP
+
+
+@pytest.mark.parametrize("keep, counts", [(10, [3, 3, 2, 2]), (3, [1, 1, 1, 0])])
+def test_crops_share_a_budget(served, pictures, keep, counts):
+    served.spy.reset()
+    answer = served.ask(ASKED, {"image": pictures[0].resize((280, 112))}, keep_tokens=keep, keep_per="picture")
+    ids, config = answer.prompt_token_ids, served.model.config
+    marks = [place for place, token in enumerate(ids) if token == config.boi_token_index]
+    assert [ids.index(config.eoi_token_index, place) - place - 1 for place in marks] == counts
+    assert torch.bincount(served.spy.chosen[0] // 16, minlength=4).tolist() == counts
+
+
+def test_crops_that_compete_are_refused(served, pictures):
     with pytest.raises(ValueError, match="lets the views of this image compete for one budget"):
-        served.ask(ASKED, {"image": picture}, image_pruning_args={"scope": "global"})
+        served.ask(ASKED, {"image": pictures[0].resize((280, 112))}, image_pruning_args={"scope": "global"})
 
 
 def test_all_kept_is_the_model_itself(served, pictures):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from engines import Spy, ask, logprobs, start
-from served import Served, chat, script
+from served import Served, chat, filmed, script
 from test_serving_llava import make_cold
 from tiny_models import make_qwen2_5_vl
 from transformers import AutoProcessor
@@ -89,6 +89,5 @@ def test_videos(llm, qwen):
     frames = np.random.default_rng(0).integers(0, 255, (6, 140, 112, 3), dtype=np.uint8)
     prompt = chat("<|vision_start|><|video_pad|><|vision_end|>")
     served = Served(llm, model, folder)
-    inputs = {"videos": [frames], "do_sample_frames": False}
-    cold, _ = served.equals_the_library(prompt, {"video": frames}, inputs, script(KEEP))
+    cold, _ = served.equals_the_library(prompt, *filmed(frames), script(KEEP))
     assert cold.prompt_token_ids.count(model.config.video_token_id) == 3 * KEEP

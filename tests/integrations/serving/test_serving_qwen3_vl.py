@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 from engines import start
-from served import Served, chat, script
+from served import Served, chat, filmed, script
 from test_serving_llava import make_cold
 from tiny_families import make_qwen3_vl
-from transformers.video_utils import VideoMetadata
 
 KEEP = 12
 SIZES = [(280, 168), (168, 280)]  # landscape and portrait: 60 tokens each
@@ -28,13 +27,8 @@ def served(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clip():
-    """Frames of 5 x 4 tokens, for vLLM and for the library, which are told alike when each was taken."""
-    frames = np.random.default_rng(0).integers(0, 255, (FRAMES, 140, 112, 3), dtype=np.uint8)
-    told = {"fps": 2.0, "total_num_frames": FRAMES, "frames_indices": list(range(FRAMES))}
-    told |= {"duration": FRAMES / 2, "video_backend": "opencv", "do_sample_frames": False}
-    known = {name: told[name] for name in ("fps", "total_num_frames", "frames_indices", "duration", "video_backend")}
-    theirs = {"videos": [frames], "video_metadata": [VideoMetadata(**known)], "do_sample_frames": False}
-    return {"video": [(frames, told)]}, theirs
+    """Frames of 5 x 4 tokens."""
+    return filmed(np.random.default_rng(0).integers(0, 255, (FRAMES, 140, 112, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("size", SIZES)

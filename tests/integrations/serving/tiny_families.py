@@ -18,7 +18,7 @@ TOWER = {
     "out_hidden_size": 128,
     "num_position_embeddings": 64,
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 RECURRENT = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
