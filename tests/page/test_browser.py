@@ -10,7 +10,7 @@ from llava.mm_utils import load_image, process_images, tokenizer_image_token
 from llava.model.builder import DEFAULT_CHECKPOINT, TOY_FOLDER, load_pretrained_model
 from llava.pruning import get_pruner
 from llava.serve.page.__main__ import BUNDLED
-from page_pictures import browser_path, compare, launch, opened, serve_toy
+from page_pictures import WAIT, browser_path, compare, launch, opened, serve_toy
 
 pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -240,9 +240,9 @@ def test_nothing_comes_from_elsewhere_and_no_path_of_the_server_is_sent(browser,
         "response", lambda response: bodies.append(response) if response.request.resource_type != "script" else None
     )
     tab.goto(address)
-    tab.wait_for_selector("#preview img", timeout=120_000)
+    tab.wait_for_selector("#preview img", timeout=WAIT)
     tab.set_input_files("#file", PICTURE)
-    tab.wait_for_selector(f"#preview >> text={PICTURE.name}", timeout=120_000)
+    tab.wait_for_selector(f"#preview >> text={PICTURE.name}", timeout=WAIT)
     ask(tab)
     foreign = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
     assert not foreign
