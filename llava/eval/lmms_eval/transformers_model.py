@@ -24,7 +24,6 @@ from llava.eval.runner import identity
 from llava.integrations.transformers.loading import check_processor
 from llava.integrations.transformers.picture_sizes import check_picture_size
 from llava.mm_utils import load_image, to_rgb
-from llava.mm_utils import load_image, to_rgb
 from llava.serve.flags import parse_grid
 from llava.video import Video, load_video, video_inputs
 
