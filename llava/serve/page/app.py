@@ -20,7 +20,7 @@ from llava.serve.viewer.setting import Option, Setting, options_of, parse_entry
 
 COUNT, AUTO, ALL = "a count", "auto", "all"
 METHODS, QUESTIONS, BUDGETS = "methods", "questions", "budgets"
-FORGET_AFTER = 3600  # seconds without use, then a tab's picture is forgotten
+FORGOTTEN = "this tab was forgotten, as others were opened since: load the page again"
 MOST_UNKNOWN = 2048  # of the slider, where the number of tokens is the processor's matter
 MOST_TABS = 64  # whose pictures are held
 SEND = "window.sendPicture = (message) => trigger('input', message);"  # for page.js
@@ -75,8 +75,10 @@ class Page:
         pending = settings if user.bundled else []
         return user, pending, shown, message, *fields
 
-    def receive(self, user: User, event: gr.EventData) -> tuple[Any, str, Any]:
+    def receive(self, user: User | None, event: gr.EventData) -> tuple[Any, str, Any]:
         """A picture was chosen, opened, pasted or taken."""
+        if user is None:
+            return gr.skip(), pieces.error(FORGOTTEN), gr.skip()
         try:
             picture = user.take(event._data, self.offered, self.most_bytes, self.room.options.num_frames)
         except Exception as error:
@@ -131,8 +133,11 @@ class Page:
             return
         yield from self.show(user, settings)
 
-    def show(self, user: User, settings: Sequence[Setting]) -> Iterator[Any]:
+    def show(self, user: User | None, settings: Sequence[Setting]) -> Iterator[Any]:
         """Make looks, telling how it goes: what is told, the result, the address that shows the same."""
+        if user is None:
+            yield pieces.error(FORGOTTEN), gr.skip(), gr.skip()
+            return
         if not settings:
             yield gr.skip(), gr.skip(), gr.skip()
             return
@@ -154,12 +159,12 @@ class Page:
     def _fragment(self, user: User) -> str:
         return fragment(user.comparison, f"look{next(self.numbers)}")
 
-    def stop(self, user: User) -> None:
-        user.stop.set()
+    def stop(self, user: User | None) -> None:
+        forget(user)
 
-    def save(self, user: User) -> str:
+    def save(self, user: User | None) -> str:
         """What is shown, as an HTML file."""
-        if user.comparison is None:
+        if user is None or user.comparison is None:
             return ""
         setting = user.comparison.looks[0].setting
         return document("Which visual tokens were kept", [(setting.question, user.comparison)])
@@ -168,7 +173,7 @@ class Page:
 
     def blocks(self) -> gr.Blocks:
         with gr.Blocks(title="Script: which visual tokens are kept", analytics_enabled=False) as blocks:
-            user = gr.State(None, time_to_live=FORGET_AFTER, delete_callback=forget)
+            user = gr.State(None, delete_callback=forget)
             pending = gr.State([])
             gr.HTML(
                 f"<h1>Which visual tokens are kept for a question?</h1><p>{self.room.session.model_line()}</p>",
@@ -293,6 +298,6 @@ def with_option(text: str, option: Option, value: Any) -> str:
 
 
 def forget(user: User | None) -> None:
-    """A tab has gone: whatever runs for it ends."""
+    """Whatever runs for a tab ends."""
     if user is not None:
         user.stop.set()
