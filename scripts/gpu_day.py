@@ -36,7 +36,7 @@ BUDGETS = {"v1_5": (192, 128, 64, 32, 16), "v1_6": (128, 64, 32)}
 GRID = ("--image-grid", "672x672")  # the protocol of the paper's LLaVA-NeXT tables, with padding counted in
 PADDING = ("--pruner-args", "exclude_padding=false")
 PRESETS = ("mid", "llava-v1.5-7b", "llava-v1.6-vicuna-7b", "llava-video-7b", "qwen2.5-vl-7b", "internvl3-8b")
-KERNEL_TESTS = ("test_kernels.py", "test_no_waiting.py", "test_greedy.py")
+KERNEL_TESTS = ("test_kernels.py", "test_no_waiting.py", "test_greedy.py", "test_captured.py")
 GUESSES = {"audit": 600.0, "kernels": 300.0, "selection": 120.0, "efficiency": 600.0}  # seconds a part, never measured
 
 
@@ -129,6 +129,8 @@ class Day:
         few = [] if given.limit is None else ["--views", "1", "--repeats", "2"]
         dtype = ["--dtype", "float16"] if torch.cuda.is_available() else []
         add("selection", "selection-speed", python, "-m", "llava.eval.selection_speed", *device, *dtype, *few)
+        if given.device != "cpu":  # minutes there
+            add("selection", "selection-scaling", python, "-m", "llava.eval.selection_scaling", *device, *dtype)
         for preset in given.presets:
             command = [python, "-m", "llava.eval.efficiency", "--preset", preset, "--pruners", *given.methods]
             few = [] if given.limit is None else ["--repeats", "1", "--new-tokens", "2", "--keep-tokens", "32"]
