@@ -7,6 +7,7 @@ import pytest
 import torch
 from engines import Spy, ask, logprobs, model_of, prompt_of, start
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 from llava.integrations.vllm.plan import PicturePlan
 from llava.mm_utils import process_images, tokenizer_image_token
@@ -284,10 +285,10 @@ def test_pixels_are_at_hand_when_the_worker_has_dropped_the_features(llm, spy, p
 
 def test_a_refused_request_leaves_no_picture_that_the_engine_has_not_seen(llm, pictures, monkeypatch):
     sent = Sent(llm, monkeypatch)
-    for refused in ({"keep_tokens": 65}, {"image_pruning_method": "grid", "keep_tokens": 31}):
+    for refused in ({"keep_tokens": 65}, {"image_pruning_rate": 0.5}):
         with pytest.raises(ValueError, match="keep"):
             ask(llm, prompt_of(FIRST), pictures[0], **refused)
-    with pytest.raises(ValueError, match="maximum"):
+    with pytest.raises(VLLMValidationError, match="maximum context length"):
         ask(llm, prompt_of(f"{FIRST} " * 600, images=1), pictures[0])
     assert not sent.pixels
     ask(llm, prompt_of(FIRST), pictures[0])
