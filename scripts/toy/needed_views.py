@@ -14,9 +14,9 @@ import statistics
 from dataclasses import replace
 
 import torch
-from results import FIRST_SCENE, SKILLS, SUFFIX
 from scenes import make_scene, scene_rng
 from tqdm import tqdm
+from world import FIRST_SCENE, SKILLS, SUFFIX
 
 from llava.conversation import conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token

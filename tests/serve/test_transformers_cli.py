@@ -36,8 +36,12 @@ def run(capsys, *arguments, hf=True):
     return code, printed.out, printed.err
 
 
-def test_the_same_answer_as_our_own_host(capsys, converted):
-    question = ["--image-file", str(PICTURES[0]), "--keep-tokens", "64", "--query", "What color is the star?"]
+def test_the_same_answer_as_our_own_host(capsys, converted, tmp_path):
+    """Of a square picture: the library's class does not tell which patches show only padding."""
+    with Image.open(PICTURES[0]) as picture:
+        side = min(picture.size)
+        picture.crop((0, 0, side, side)).resize((336, 336)).save(tmp_path / "a.png")
+    question = ["--image-file", str(tmp_path / "a.png"), "--keep-tokens", "64", "--query", "What color is the star?"]
     code, theirs, err = run(capsys, "--model-path", converted, "--clip-path", CLIP, *question)
     assert code == 0, err
     assert re.search(
