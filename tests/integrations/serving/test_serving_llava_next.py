@@ -67,7 +67,8 @@ def test_equals_the_llava_host(llm, spy, pictures, size):
     prompt = prompt_of(QUESTION)
     ids = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")[None]
     pixels = process_images([picture], image_processor, model.config)
-    for keep in (KEEP, 576):
+    few = 16  # of each view: later choices among its even background hang on the last digit of a float
+    for keep in (few, 576):
         pruner = get_pruner("script", keep_tokens=keep)
         prompts = model.embed_prompts(
             ids, images=pixels, image_sizes=[picture.size], pruner=pruner, padding_side="left"
@@ -76,7 +77,7 @@ def test_equals_the_llava_host(llm, spy, pictures, size):
         spy.reset()
         served = ask(llm, prompt, picture, tokens=4, keep_tokens=keep)
         assert list(served.outputs[0].token_ids)[: len(ours)] == ours
-        if keep == KEEP:
+        if keep == few:
             chosen = torch.zeros(len(pixels[0]) * 576, dtype=torch.bool).scatter_(0, spy.chosen[0], True)
             assert torch.equal(chosen.view(-1, 576), prompts.kept[0].mask())
         else:
