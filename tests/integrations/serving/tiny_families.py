@@ -2,6 +2,7 @@
 
 import torch
 import transformers as hf
+from safetensors.torch import load_file, save_file
 from tiny_models import CHATML, LANGUAGE, byte_tokenizer, hub_names, randomised
 from tokenizers import AddedToken
 
@@ -68,9 +69,17 @@ def make_qwen3_vl(folder):
 
 def make_qwen3_vl_moe(folder):
     text = {"rope_parameters": rope(mrope_section=[6, 5, 5]), **EXPERTS, "num_hidden_layers": 3}
-    return qwen(
+    model = qwen(
         folder, "Qwen3VLMoeForConditionalGeneration", hf.Qwen3VLMoeConfig, text, {"deepstack_visual_indexes": [0, 1]}
     )
+    file = folder / "model.safetensors"
+    own = {name: weight.shape for name, weight in model.named_parameters()}
+    tensors = load_file(file)
+    for name, weight in tensors.items():  # the hub's checkpoints have inputs before outputs
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")) and weight.shape == own[name]:
+            tensors[name] = weight.mT.contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    return model
 
 
 def make_qwen3_5(folder):
