@@ -106,7 +106,7 @@ def test_the_selections_of_the_worker_are_on_metrics(log):
 def test_one_line_of_the_log_says_what_is_served(log):
     lines = [line for line in log.read_text().splitlines() if "Script: pruner" in line]
     assert len(lines) == 1
-    assert "'script' keeps 64 visual tokens of each view and reads the question with clip" in lines[0]
+    assert "'script' keeps 64 visual tokens of each view and reads the question with relevance=clip" in lines[0]
     assert "caches: up to 512 MiB of unpruned features in each worker and 4 GiB of preprocessed" in lines[0]
     assert f"versions: vLLM {installed_version()}, Script " in lines[0]
     assert "Transformers" in lines[0]
