@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -580,7 +582,11 @@ def test_supported_versions(version, fine):
     assert unsupported("unknown") is not None
     assert is_tested(version) == (version == "0.32.0")
     assert is_tested("0.33.0+cpu")
-    assert len(ARCHITECTURES) == 5
+
+
+def test_architectures_are_those_of_the_documents():
+    page = (Path(__file__).resolve().parents[2] / "docs/serving.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(Script\w+)`", page, re.MULTILINE)) == set(ARCHITECTURES)
 
 
 # --- what crosses to the engine ------------------------------------------------------------------------------------
