@@ -299,22 +299,22 @@ def test_the_cache_is_bounded_and_drops_what_was_not_used_longest():
     size = picture(0).nbytes
     cache = FeatureCache(2 * size)
     for name in "ab":
-        cache.keep(name, picture(ord(name)))
-    assert cache.find("a", "cpu", 1, 4).features[0, 0, 0] == ord("a")
-    cache.keep("c", picture(ord("c")))
-    assert cache.find("b", "cpu", 1, 4) is None
-    assert cache.find("a", "cpu", 1, 4) is not None
+        cache.put(name, picture(ord(name)))
+    assert cache.get("a", "cpu", 1, 4).features[0, 0, 0] == ord("a")
+    cache.put("c", picture(ord("c")))
+    assert cache.get("b", "cpu", 1, 4) is None
+    assert cache.get("a", "cpu", 1, 4) is not None
     assert cache.size == 2 * size
-    cache.keep("large", PictureFeatures(torch.zeros(9, 4, 8)))
-    assert cache.find("large", "cpu", 9, 4) is None
+    cache.put("large", PictureFeatures(torch.zeros(9, 4, 8)))
+    assert cache.get("large", "cpu", 9, 4) is None
     none = FeatureCache(0)
-    none.keep("a", picture(1))
-    assert none.find("a", "cpu", 1, 4) is None
-    assert cache.find("a", "cpu", 2, 4) is None  # another picture under its name
-    assert cache.find("a", "cpu", 1, 4) is None
+    none.put("a", picture(1))
+    assert none.get("a", "cpu", 1, 4) is None
+    assert cache.get("a", "cpu", 2, 4) is None  # another picture under its name
+    assert cache.get("a", "cpu", 1, 4) is None
     assert cache.size == size
     cache.clear()
-    assert (cache.find("c", "cpu", 1, 4), cache.size) == (None, 0)
+    assert (cache.get("c", "cpu", 1, 4), cache.size) == (None, 0)
 
 
 def test_small_batches_are_the_whole():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llava.integrations.vllm.bounded import BoundedCache
 from llava.integrations.vllm.plan import PictureShape
 
 
@@ -44,21 +44,40 @@ class PictureFeatures:
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
-class FeatureCache(BoundedCache[PictureFeatures]):
-    """The most recently used pictures, in host memory: an accelerator's memory is vLLM's to plan."""
+class FeatureCache:
+    """The most recently used pictures, in host memory: an accelerator's memory is vLLM's to plan.
 
-    def find(self, picture: str, device: torch.device | str, views: int, tokens: int) -> PictureFeatures | None:
+    Args:
+        limit: bytes that it may hold; 0 keeps nothing.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all pictures: other weights make other features."""
+        self.size = 0
+        self._pictures: OrderedDict[str, PictureFeatures] = OrderedDict()
+
+    def get(self, picture: str, device: torch.device | str, views: int, tokens: int) -> PictureFeatures | None:
         """The features of a picture, unless they are not (``views``, ``tokens``, d): then they are another's."""
-        found = self.get(picture)
+        found = self._pictures.get(picture)
         if found is None:
             return None
         if tuple(found.features.shape[:2]) != (views, tokens):
-            self.drop(picture)
+            self.size -= self._pictures.pop(picture).nbytes
             return None
+        self._pictures.move_to_end(picture)
         return found.to(device)
 
-    def keep(self, picture: str, features: PictureFeatures) -> None:
-        self.put(picture, features.to("cpu"), features.nbytes)
+    def put(self, picture: str, features: PictureFeatures) -> None:
+        if features.nbytes > self.limit or picture in self._pictures:
+            return
+        self._pictures[picture] = features.to("cpu")
+        self.size += features.nbytes
+        while self.size > self.limit:
+            self.size -= self._pictures.popitem(last=False)[1].nbytes
 
 
 def in_small_batches(run: Callable[[Tensor], Tensor], pixels: Tensor, views_at_once: int) -> Tensor:

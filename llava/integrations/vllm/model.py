@@ -117,11 +117,11 @@ class PrunedModel:
             encode: makes those of the numbered pictures that are not at hand.
         """
         keys = [(plan.picture, *shape) for plan, shape in zip(plans, shapes, strict=True)]
-        found = {key: self.script_cache.find(key[0], device, *key[1:]) for key in dict.fromkeys(keys)}
+        found = {key: self.script_cache.get(key[0], device, *key[1:]) for key in dict.fromkeys(keys)}
         missing = [keys.index(key) for key, features in found.items() if features is None]
         for number, features in zip(missing, encode(missing) if missing else [], strict=True):
             found[keys[number]] = features
-            self.script_cache.keep(plans[number].picture, features)
+            self.script_cache.put(plans[number].picture, features)
         self.script_metrics.looked_up(len(found) - len(missing), len(missing), self.script_cache.size)
         return [found[key] for key in keys]
 

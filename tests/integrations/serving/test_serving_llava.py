@@ -196,8 +196,8 @@ def test_resets_and_new_weights_forget_features(llm, spy, pictures):
 def test_features_of_another_shape_are_made_anew(llm, spy, pictures):
     model = model_of(llm)
     ask(llm, prompt_of(FIRST), pictures[0])
-    for name, (found, size) in list(model.script_cache._entries.items()):
-        model.script_cache._entries[name] = dataclasses.replace(found, features=found.features[:, :100]), size
+    for name, found in model.script_cache._pictures.items():
+        model.script_cache._pictures[name] = dataclasses.replace(found, features=found.features[:, :100])
     spy.reset()
     ask(llm, prompt_of(SECOND), pictures[0])
     assert spy.encoded == 1
@@ -349,7 +349,7 @@ def test_sources_are_those_of_the_library(llm, spy, toy, square, source):
     processor = AutoProcessor.from_pretrained(folder)
     ask(llm, prompt_of(FIRST), square, image_pruning_args={"relevance": source})
     pixels = processor.image_processor(square, return_tensors="pt")["pixel_values"]
-    features = next(iter(model_of(llm).script_cache._entries.values()))[0].features
+    features = next(iter(model_of(llm).script_cache._pictures.values())).features
     with torch.inference_mode():
         torch.testing.assert_close(model.model.get_image_features(pixels).pooler_output[0], features[0], **NEAR)
         decoder = model.model.language_model

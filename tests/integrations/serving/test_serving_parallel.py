@@ -30,7 +30,7 @@ def choices(model):
 
 
 def features_of(model):
-    return next(reversed(model.script_cache._entries.values()))[0].features
+    return next(reversed(model.script_cache._pictures.values())).features
 
 
 @pytest.fixture(scope="module")
