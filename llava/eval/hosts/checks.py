@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llava.eval.hosts.pictures import Prompts, prompts_for
 from llava.eval.hosts.tiny import IMAGE, VOCABULARY, build, small_config
+from llava.integrations import onevision_1_5
 from llava.integrations.transformers import UnsupportedModelError
 from llava.integrations.transformers.host import find_host
 from llava.integrations.transformers.joint_space import TOWERS
@@ -65,10 +66,8 @@ def word_tokenizer() -> Any:
 
 def check_class(model_type: str, name: str) -> Outcome:
     """Build a tiny instance of a class, attach pruners to it, and check what comes of it."""
-    import transformers
-
     try:
-        model = build(getattr(transformers, name), small_config(model_type))
+        model = build(class_called(name), small_config(model_type))
     except Exception as error:
         return Outcome(model_type, name, "unbuilt", f"no tiny instance: {told(error)}")
     try:
@@ -82,6 +81,13 @@ def check_class(model_type: str, name: str) -> Outcome:
     except Exception as error:
         return Outcome(model_type, name, "unbuilt", f"unpruned, it does not run here: {told(error)}")
     return Checks(model_type, name, model, prompts).outcome()
+
+
+def class_called(name: str) -> type[nn.Module]:
+    """A class of the library, or one of ours of its kind."""
+    import transformers
+
+    return getattr(onevision_1_5 if hasattr(onevision_1_5, name) else transformers, name)
 
 
 def told(error: BaseException) -> str:

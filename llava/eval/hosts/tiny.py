@@ -199,6 +199,7 @@ HINTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "janus": {"vision_config": {"num_image_tokens": 16, "projection_dim": 32}},
     "kimi_k25": {"": {"projection_hidden_size": 24}, "text_config": {"num_key_value_heads": 4, "head_dim": 4}},
+    "llavaonevision1_5": {"vision_config": {"text_hidden_size": 32}},
     "mistral_large4": {"text_config": {"num_key_value_heads": 4, "head_dim": 4}},
     "molmo2": {
         "": {"video_token_id": IMAGE},

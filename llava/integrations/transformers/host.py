@@ -54,6 +54,7 @@ TESTED_CLASSES = (  # those that work in docs/hosts.md
     "Kimi_K25ForConditionalGeneration",
     "Lfm2VlForConditionalGeneration",
     "Lfm3VlForConditionalGeneration",
+    "LLaVAOneVision1_5_ForConditionalGeneration",
     "LightOnOcrForConditionalGeneration",
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
