@@ -113,7 +113,7 @@ class Checks:
             ("a row alone is the row in its batch", self.check_alone),
             ("all planes are gathered by one list", self.check_planes),
             ("the question is read", self.check_relevance),
-            ("made tokens are made on all planes, or refused", self.check_made),
+            ("means are made on all planes, other made tokens refused", self.check_made),
             ("a loss reaches as far as unpruned", self.check_gradients),
         )
         for title, check in checks:
@@ -283,15 +283,35 @@ class Checks:
         return tower in TOWERS.values() and one_layer and has_projector and self.result.token == "a patch"
 
     def check_made(self) -> str | None:
-        """A token that a method makes stands among the embeddings alone: classes with deeper features refuse it."""
+        """A mean of tokens is the same mean in deeper features; a token of another kind has none, and is refused."""
         if "deepstack" not in self.result.deep:
             return None
         try:
-            handle = get_pruner("pool", keep_tokens=KEEP).attach(self.model)
+            get_pruner("visionzip", keep_tokens=KEEP).attach(self.model).remove()
         except ValueError as error:
-            return None if "makes tokens" in str(error) else told(error)
-        handle.remove()
-        return "a method that makes tokens attaches, and makes them of the embeddings alone"
+            if "makes tokens" not in str(error):
+                return told(error)
+        else:
+            return "a method whose tokens are no means attaches"
+        with self._door() as whole:
+            self._logits(self.prompts.single(1))
+        method = get_pruner("restore", keep_tokens=KEEP, method="divprune")
+        with method(self.model) as handle, self._door() as short:
+            self._logits(self.prompts.single(1))
+        stays = whole["visual_pos_masks"].new_zeros(whole["visual_pos_masks"].shape[1:])
+        for one in handle.kept:
+            stays[one.picture.columns] = one.kept
+        for plane, found in zip(whole["deepstack_visual_embeds"], short["deepstack_visual_embeds"], strict=True):
+            dense = plane.new_zeros(len(stays), plane.shape[-1])
+            dense[whole["visual_pos_masks"][0]] = plane
+            expected = dense.clone()
+            for made in (made for one in handle.kept for made in one.made):
+                groups = [(row > 0).nonzero().flatten() for row in made.weights]
+                means = [dense[made.among[group]].mean(0) for group in groups]
+                expected[made.columns] = torch.stack([*dense[made.kept], *means])
+            if not torch.allclose(found, expected[stays], rtol=1e-5, atol=1e-5):
+                return f"deep features are not the means, by up to {float((found - expected[stays]).abs().max()):.1e}"
+        return None
 
     def check_gradients(self) -> str | None:
         self.model.requires_grad_(True)
