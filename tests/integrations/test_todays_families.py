@@ -166,6 +166,18 @@ def test_merged_tokens_stand_for_all_that_were_dropped_in_every_plane(door):
         assert torch.equal(found[:2], plane[own])
 
 
+def test_kept_tokens_beside_made_ones_keep_their_positions(door):
+    """Made tokens stand behind the kept ones, which with mRoPE still say where in the picture they were."""
+    _, call = door
+    whole, _, _ = call()
+    short, [kept], _ = call(get_pruner("restore", keep_tokens=4, method="divprune"))
+    own = kept.picture.columns[kept.as_they_are]
+    places = short["visual_pos_masks"][0].nonzero().flatten()
+    assert torch.equal(short["position_ids"][..., 0, places[:2]], whole["position_ids"][..., 0, own])
+    taken = [tuple(place) for place in short["position_ids"][:, 0, places].T.tolist()]
+    assert len(set(taken)) == 4
+
+
 def test_tokens_that_are_no_means_are_refused_there():
     model = family("qwen3_vl").model
     for method in ("visionzip", "trim", "prunesid"):

@@ -75,12 +75,14 @@ class OneVision15Model(OneVision15PreTrainedModel):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
+        second_per_grid_ts: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """The language model on a prompt (B, L) with features in place of placeholder tokens.
 
         Args:
-            mm_token_type_ids: (B, L) that the processor writes; the ids tell the same.
+            mm_token_type_ids, second_per_grid_ts: written by the processor, Qwen2.5-VL's, for positions with several
+                axes, which this model does not have.
 
         Raises:
             ValueError: pictures without ids, without grids, or with another number of tokens than placeholders.
@@ -145,6 +147,7 @@ class LLaVAOneVision1_5_ForConditionalGeneration(OneVision15PreTrainedModel, Gen
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
+        second_per_grid_ts: Any = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,

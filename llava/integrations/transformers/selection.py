@@ -42,6 +42,13 @@ class MadeTokens:
         """k"""
         return len(self.columns) - len(self.kept)
 
+    @property
+    def stood(self) -> Tensor:
+        """(m + k,) columns whose positions in the whole prompt they take: kept ones their own, made ones free ones."""
+        free = self.columns[~torch.isin(self.columns, self.kept)]
+        lead, follow = free.tensor_split([self.leading])
+        return torch.cat([lead, self.kept, follow])
+
     def of(self, plane: Tensor) -> Tensor:
         """What stands in the places in another plane of features: (L, e) of the whole prompt -> (m + k, e).
 
@@ -268,6 +275,16 @@ def with_made_tokens(inputs_embeds: Tensor, kept: Sequence[KeptPicture]) -> Tens
         for one in picture.made:
             inputs_embeds[picture.picture.row, one.columns.to(inputs_embeds.device)] = one.tokens.to(inputs_embeds)
     return inputs_embeds
+
+
+def with_made_positions(positions: Tensor, kept: Sequence[KeptPicture]) -> Tensor:
+    """Positions of the prompts (..., B, L), at the places of made tokens as `MadeTokens.stood` says."""
+    moved = positions.clone()
+    for picture in kept:
+        row = picture.picture.row
+        for one in picture.made:
+            moved[..., row, one.columns] = positions[..., row, one.stood]
+    return moved
 
 
 def with_made_features(plane: Tensor, kept: Sequence[KeptPicture]) -> Tensor:

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from llava.integrations.transformers.boundary import Plan
 from llava.integrations.transformers.capture import Capture
-from llava.integrations.transformers.selection import KeptPicture, with_made_features, with_made_tokens
+from llava.integrations.transformers.selection import (
+    KeptPicture,
+    with_made_features,
+    with_made_positions,
+    with_made_tokens,
+)
 from llava.integrations.transformers.shortening import (
     Shortening,
     counted_positions,
@@ -56,7 +61,10 @@ def plan_short_prompt(
     several_axes = long.ndim == 3
     original = positions == "original" or (positions == "auto" and several_axes)
     gapped = original and (shortening.length < length or shortening.drops)
-    short = original_positions(long, shortening) if original else packed_positions(long, attention_mask, shortening)
+    if original:
+        short = original_positions(with_made_positions(long, kept), shortening)
+    else:
+        short = packed_positions(long, attention_mask, shortening)
     visual_mask, deepstack = short_deepstack(capture, shortening, kept)
     return Plan(
         embeds=shortening.embeddings(with_made_tokens(capture.inputs_embeds, kept)),
