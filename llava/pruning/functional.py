@@ -8,14 +8,14 @@ stay what they are. A row that is zero or not finite, or whose squared norm leav
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from llava.pruning import greedy, kernels
+from llava.pruning import greedy, greedy_numpy, kernels
 from llava.pruning.edges import edge_sums
 
 COLUMN_BLOCK = 512  # columns of half-precision features that are widened at a time
@@ -91,12 +91,19 @@ def self_products(rows: Tensor) -> Tensor:
     strips = min(n // STRIP_ROWS, STRIPS)
     if strips < 2 or rows.device.type != "cpu" or dtype == torch.float64:
         return inner_products(rows, rows)
+    parts = [slice(number * n // strips, (number + 1) * n // strips) for number in range(strips)]
+    if rows.dtype == dtype:
+        products: Iterable[Tensor] = (rows[:, part] @ rows[:, part.start :].mT for part in parts)
+    else:
+        products = [rows.new_zeros(len(rows), part.stop - part.start, n - part.start, dtype=dtype) for part in parts]
+        for block in rows.split(COLUMN_BLOCK, -1):
+            wide = block.to(dtype)
+            for strip, part in zip(products, parts, strict=True):
+                strip.baddbmm_(wide[:, part], wide[:, part.start :].mT)
     product = rows.new_empty(rows.shape[0], n, n, dtype=dtype)
-    for number in range(strips):
-        first, end = number * n // strips, (number + 1) * n // strips
-        strip = inner_products(rows[:, first:end], rows[:, first:])
-        product[:, first:end, first:] = strip
-        product[:, end:, first:end] = strip[:, :, end - first :].mT
+    for strip, part in zip(products, parts, strict=True):
+        product[:, part, part.start :] = strip
+        product[:, part.stop :, part] = strip[:, :, part.stop - part.start :].mT
     return product
 
 
@@ -411,7 +418,7 @@ def _fused() -> ModuleType:
 def _loops(tensor: Tensor) -> ModuleType:
     """The greedy loops for a tensor's device."""
     if not kernels.usable(tensor):
-        return greedy
+        return greedy_numpy if tensor.device.type == "cpu" else greedy
     from llava.pruning.kernels import greedy as fused  # imports triton
 
     return fused
