@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from greedy_inputs import KINDS, options_of, rows_of
-from llava.pruning import functional, greedy, greedy_numpy, reference
+from llava.pruning import functional, greedy, greedy_numpy, ranks, reference
 from llava.pruning.functional import cosine_similarity, greedy_map_rank, max_min_rank, unprojected_rank
 
 
@@ -14,7 +14,7 @@ from llava.pruning.functional import cosine_similarity, greedy_map_rank, max_min
 def loops(request):
     """All tests with the loops for a CPU, and with those for other devices, which run on a CPU as well."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(functional, "_loops", lambda tensor: request.param)
+    patch.setattr(ranks, "_loops", lambda tensor: request.param)
     yield
     patch.undo()
 
