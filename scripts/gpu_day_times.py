@@ -17,7 +17,7 @@ from llava.eval.measure.geometry import GEOMETRIES
 from llava.eval.tables.paper import PAPER_ROWS
 from llava.model.builder import TOY_FOLDER
 
-AUDIT_ANSWERS = 60  # unpruned answers' worth of the audit of one method on one picture
+AUDIT_ANSWERS = 24  # prefills of the audit of one method on one picture, counted on the toy; later pictures take fewer
 INTERPRETED = {"kernels": 200.0, "selection": 60.0}  # seconds on two cores, without a GPU
 NEW_TOKENS = 16  # of an answer: the efficiency command's
 PATCHES = {"v1_5": 576, "v1_6": 2880}  # visual tokens of a picture
