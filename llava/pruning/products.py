@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -83,12 +83,19 @@ def self_products(rows: Tensor) -> Tensor:
     strips = min(n // STRIP_ROWS, STRIPS)
     if strips < 2 or rows.device.type != "cpu" or dtype == torch.float64:
         return inner_products(rows, rows)
+    parts = [slice(number * n // strips, (number + 1) * n // strips) for number in range(strips)]
+    if rows.dtype == dtype:
+        products: Iterable[Tensor] = (rows[:, part] @ rows[:, part.start :].mT for part in parts)
+    else:
+        products = [rows.new_zeros(len(rows), part.stop - part.start, n - part.start, dtype=dtype) for part in parts]
+        for block in rows.split(COLUMN_BLOCK, -1):
+            wide = block.to(dtype)
+            for strip, part in zip(products, parts, strict=True):
+                strip.baddbmm_(wide[:, part], wide[:, part.start :].mT)
     product = rows.new_empty(rows.shape[0], n, n, dtype=dtype)
-    for number in range(strips):
-        first, end = number * n // strips, (number + 1) * n // strips
-        strip = inner_products(rows[:, first:end], rows[:, first:])
-        product[:, first:end, first:] = strip
-        product[:, end:, first:end] = strip[:, :, end - first :].mT
+    for strip, part in zip(products, parts, strict=True):
+        product[:, part, part.start :] = strip
+        product[:, part.stop :, part] = strip[:, :, part.stop - part.start :].mT
     return product
 
 

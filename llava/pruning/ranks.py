@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from llava.pruning import greedy, kernels
+from llava.pruning import greedy, greedy_numpy, kernels
 
 
 def stable_rank(scores: Tensor, descending: bool = False) -> Tensor:
@@ -180,4 +180,6 @@ def unprojected_rank(
 
 def _loops(tensor: Tensor) -> ModuleType:
     """The greedy loops for a tensor's device."""
-    return kernels.fused_loops() if kernels.usable(tensor) else greedy
+    if kernels.usable(tensor):
+        return kernels.fused_loops()
+    return greedy_numpy if tensor.device.type == "cpu" else greedy
