@@ -31,7 +31,7 @@ FLAGS = (
     "--use-fake-ui-for-media-stream",
 )
 QUALITY = 82
-WAIT = 300_000  # milliseconds; a busy machine is slow
+WAIT = 100_000  # milliseconds; a busy machine is slow
 LIST, GALLERY = ROOT / "docs" / "gallery.json", ROOT / "docs" / "gallery.html"
 TITLE = "Script: which visual tokens are kept for a question"
 INTRODUCTION = (
