@@ -17,6 +17,7 @@ from PIL import Image
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.integrations.transformers import KeptPicture, VisualMemory
 from llava.integrations.transformers.host import find_host
+from llava.integrations.transformers.joint_space import reads_joint_space
 from llava.integrations.transformers.loading import load_transformers_model
 from llava.integrations.transformers.picture_sizes import check_picture_size
 from llava.model.builder import pick_device
@@ -71,7 +72,9 @@ class TransformersSession:
     def _attached(self, pruner: Method | None) -> Any:
         if pruner is None:
             return nullcontext()
-        named = {"clip": self.arguments.clip_path, "siglip": self.arguments.siglip_path}
+        named = {}
+        if reads_joint_space(pruner):  # methods are changed while the tower's CLIP stays what it is
+            named = {"clip": self.arguments.clip_path, "siglip": self.arguments.siglip_path}
         return pruner(self.model, self.processor, **named, keep_features=self.keep_features, memory=self.memory)
 
     def clear(self) -> None:

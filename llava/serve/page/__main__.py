@@ -83,7 +83,10 @@ def serve(options: argparse.Namespace, prevent_thread_lock: bool = False) -> str
     offered = bundled_by(options)
     options.image_file, options.video_file = [], None
     most_bytes = options.max_upload_mb * MIB
-    page = app.Page(Room(options, options.max_waiting), offered, tuple(options.question), most_bytes)
+    room = Room(options, options.max_waiting)
+    for one in offered.values():  # better now than when somebody chooses it
+        room.desk().show(one.name, [one.picture] if one.picture is not None else [], one.video)
+    page = app.Page(room, offered, tuple(options.question), most_bytes)
     folder = Path(__file__).parent
     blocks = page.blocks().queue(default_concurrency_limit=4, max_size=QUICK)
     limits = Middleware(LimitedRequests, most_bytes=most_bytes * 4 // 3 + MIB)  # base64, and the form around it

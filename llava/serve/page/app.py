@@ -23,6 +23,9 @@ COUNT, AUTO, ALL = "a count", "auto", "all"
 METHODS, QUESTIONS, BUDGETS = "methods", "questions", "budgets"
 FORGOTTEN = "this tab was forgotten, as others were opened since: load the page again"
 NO_PICTURE = "this address names no picture, as own ones are in none: choose or open one, then ask"
+NOTHING_YET = (
+    "Ask, and what was kept stands here; Compare puts two to six methods, questions or budgets beside each other."
+)
 MOST_UNKNOWN = 576  # of the slider, where there is no picture yet
 MOST_TABS = 64  # whose pictures are held
 SEND = "window.sendPicture = (message) => trigger('input', message);"  # for page.js
@@ -91,7 +94,7 @@ class Page:
         return self._preview(user, picture), pieces.note("ready for a question"), slider
 
     def _preview(self, user: User, picture: Any) -> str:
-        return pieces.preview(picture, user.desk.name, user.desk.session.shown())
+        return pieces.preview(picture, user.desk.name, user.desk.shown)
 
     def ask(
         self, user: User, question: str, method: str, kind: str, count: float, rule: str, options: str
@@ -198,13 +201,13 @@ class Page:
                     question = gr.Textbox(label="Question", lines=1, max_lines=3, elem_id="question")
                     with gr.Row():
                         examples = [gr.Button(text, size="sm", min_width=80) for text in self.questions]
+                    with gr.Row():
+                        ask = gr.Button("Ask", variant="primary", elem_id="ask")
+                        stop = gr.Button("Stop", variant="stop", elem_id="stop")
                     method = gr.Dropdown(list_pruners(), value=DEFAULT_METHOD, label="Method", elem_id="method")
                     kind = gr.Radio([COUNT, AUTO, ALL], value=COUNT, label="Visual tokens kept of each view")
                     count = gr.Slider(1, 576, value=16, step=1, label="Count", elem_id="count")
                     rule = gr.Textbox("auto", label="Rule of auto, such as auto:0.9", visible=False)
-                    with gr.Row():
-                        ask = gr.Button("Ask", variant="primary", elem_id="ask")
-                        stop = gr.Button("Stop", variant="stop", elem_id="stop")
                     with gr.Accordion("Options of the method", open=False):
                         options = gr.Textbox(label="As on the command line: key=value", elem_id="options")
                         option_form(method, options)
@@ -225,7 +228,7 @@ class Page:
                         compare = gr.Button("Compare", variant="primary", elem_id="compare")
                 with gr.Column(scale=5, min_width=320):
                     live = gr.HTML(elem_id="live", padding=False)
-                    result = gr.HTML(elem_id="result", padding=False)
+                    result = gr.HTML(pieces.note(NOTHING_YET), elem_id="result", padding=False)
                     address = gr.Textbox(
                         label="Link to these settings (own pictures are not in it)",
                         elem_id="address",

@@ -159,6 +159,7 @@ class User:
             stop.set()  # whoever reads this has gone: so does the work
 
     def _one(self, setting: Setting, where: str, looks: list[Look], stop: threading.Event) -> Iterator[Progress]:
+        done = tuple(looks)
         told: queue.Queue[tuple[str, str]] = queue.Queue()
         failed: list[BaseException] = []
 
@@ -179,7 +180,7 @@ class User:
                 doing = where + text
             else:
                 answer += text
-            yield Progress(doing, answer, tuple(looks))
+            yield Progress(doing, answer, done)
         if failed:
             raise failed[0] if self.stop is stop else Replaced
 

@@ -69,19 +69,21 @@ class Desk:
 
     Attributes:
         name: what the picture is called; "" where there is none.
+        shown: how the model reads it, in words.
     """
 
     def __init__(self, room: Room) -> None:
         self.room = room
         self.session = room.session.another(Silent())
         self.lock = threading.Lock()  # between a picture that comes and a look at the one before
-        self.name = ""
+        self.name = self.shown = ""
 
     def show(self, name: str, pictures: Sequence[Image.Image] = (), video: Video | None = None) -> None:
         """Put pictures or a video on the desk. Raises ValueError if the model cannot read it."""
         with self.lock:
             self.name = ""
             self.session.show(list(pictures), video)
+            self.shown = self.session.shown()
             self.name = name
 
     def tokens_of_view(self) -> int | None:

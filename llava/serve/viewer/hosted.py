@@ -121,6 +121,7 @@ def _picture(views: Sequence[SeenView], one: KeptPicture | None, video: Video | 
             None if steps is None else view.at(steps, -1),
             view.at(closest, -1) if compared else None,
             view.at(cosine, torch.nan) if compared else None,
+            None if bool((view.tokens >= 0).all()) else view.tokens < 0,
         )
         for title, view in zip(titles, views, strict=True)
     )
