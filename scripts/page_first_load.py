@@ -2,25 +2,41 @@
 
     python scripts/page_first_load.py      (needs pip install -e ".[page,browser]" and Chromium)
 
-The toy is served from this process. Ready is a page whose picture is drawn and whose button Ask is enabled.
+The toy is served by a process of its own, as it is for a user. Ready is a page whose picture is drawn and whose button
+Ask is enabled.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from page_pictures import WAIT, launch, serve_toy
+from page_pictures import WAIT, free_port, launch
 
 READY = """() => {
   const picture = document.querySelector("#preview img"), ask = document.querySelector("#ask");
   return picture?.complete && picture.naturalWidth > 0 && ask && !ask.disabled;
 }"""
+
+
+@contextmanager
+def served() -> Iterator[str]:
+    """The address of a page on the toy, for the length of a block."""
+    command = [sys.executable, "-m", "llava.serve.page", "--device", "cpu", "--port", str(free_port())]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield next(filter(None, (re.match(r"\[(http\S+)", line) for line in server.stdout))).group(1)
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def first_load(browser: Any, address: str) -> tuple[float, int]:
@@ -42,8 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Seconds until the page is there, in a browser without a cache.")
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args(arguments)
-    address = serve_toy()
-    with sync_playwright() as playwright:
+    with served() as address, sync_playwright() as playwright:
         browser = launch(playwright)
         load = os.getloadavg()[0]
         found = [first_load(browser, address) for _ in range(options.repeats)]

@@ -50,14 +50,17 @@ def launch(playwright: Any) -> Any:
     return playwright.chromium.launch(executable_path=browser_path(), args=list(FLAGS))
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def serve_toy(*flags: str) -> str:
     """The page on the toy, served from a thread of this process; its address."""
     from llava.serve.page.__main__ import parse_arguments, serve
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = ["--device", "cpu", "--max-new-tokens", "16", "--port", str(port), *flags]
+    arguments = ["--device", "cpu", "--max-new-tokens", "16", "--port", str(free_port()), *flags]
     return serve(parse_arguments(arguments), prevent_thread_lock=True)
 
 
