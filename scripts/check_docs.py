@@ -1,4 +1,4 @@
-"""Run the commands of the documents: every bash and Python block of README.md, CONTRIBUTING.md and docs/.
+"""Run the commands of the documents: every bash and Python block of README.md, CONTRIBUTING.md, EVAL.md and docs/.
 
     python scripts/check_docs.py                    # all pages
     python scripts/check_docs.py docs/video.md      # one
@@ -76,7 +76,10 @@ def blocks_of(page: Path) -> list[Block]:
 
 def pages(root: Path = ROOT) -> list[Path]:
     """The pages whose commands are run."""
-    return [root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").glob("*.md"))]
+    return [
+        *(root / name for name in ("README.md", "CONTRIBUTING.md", "EVAL.md")),
+        *sorted((root / "docs").glob("*.md")),
+    ]
 
 
 def copy_repository(target: Path) -> None:

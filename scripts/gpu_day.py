@@ -5,31 +5,44 @@
 
 Parts: audit (does each method keep its promises on these weights), kernels (their tests), selection, efficiency, and a
 run of every benchmark with every method at every budget. A part that is done is not done again; one that fails is
-reported, and the day goes on. Send back OUT/gpu_day.tar.gz: it holds no answers and no pictures.
+reported, and the day goes on. Ctrl-C ends the part under way and writes the report, which says what is missing; the
+same command goes on (a benchmark with the next question, another part from its beginning). Send back
+OUT/gpu_day.tar.gz: it holds no answers and no pictures.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
+import signal
 import sys
-import tarfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from gpu_day_report import PROBE, missing, print_plan, write_report
+from gpu_day_times import (
+    Guess,
+    Speed,
+    measured_speed,
+    of_audit,
+    of_efficiency,
+    of_interpreted,
+    paper_speed,
+    work_of,
+)
+from interruptible import finished
 
+from llava.eval.audit.__main__ import PHOTOGRAPHS
+from llava.eval.audit.pictures import load_pictures
 from llava.eval.benchmarks import BENCHMARKS
-from llava.eval.runner import identity, run
+from llava.eval.runner import run
+from llava.model.builder import pick_device
 from llava.pruning import get_pruner
 
 ROOT = Path(__file__).resolve().parents[1]
-PROBE = "gpu-day-probe"
+KINDS = ("audit", "kernels", "selection", "efficiency", "benchmark")
 CHECKPOINTS = ("llava-v1.5-7b", "llava-v1.6-vicuna-7b")
 METHODS = ("script", "divprune", "visionzip", "trim", "fastv", "sparsevlm")
 BUDGETS = {"v1_5": (192, 128, 64, 32, 16), "v1_6": (128, 64, 32)}
@@ -37,7 +50,7 @@ GRID = ("--image-grid", "672x672")  # the protocol of the paper's LLaVA-NeXT tab
 PADDING = ("--pruner-args", "exclude_padding=false")
 PRESETS = ("mid", "llava-v1.5-7b", "llava-v1.6-vicuna-7b", "llava-video-7b", "qwen2.5-vl-7b", "internvl3-8b")
 KERNEL_TESTS = ("test_kernels.py", "test_no_waiting.py", "test_greedy.py", "test_captured.py")
-GUESSES = {"audit": 600.0, "kernels": 300.0, "selection": 120.0, "efficiency": 600.0}  # seconds a part, never measured
+PRESET_BUDGETS, PRESET_REPEATS = ("128", "64", "32"), 5
 
 
 @dataclass(frozen=True)
@@ -46,14 +59,15 @@ class Part:
 
     Args:
         kind: audit, kernels, selection, efficiency or benchmark.
-        expected: seconds.
+        expected: seconds; ``None`` where there is nothing to guess from.
         told_by: where ``expected`` comes from.
+        variables: of its environment, beside our own.
     """
 
     kind: str
     name: str
     command: tuple[str, ...]
-    expected: float
+    expected: float | None
     told_by: str
     variables: tuple[tuple[str, str], ...] = ()
 
@@ -62,7 +76,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(
         prog="bash scripts/gpu_day.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = (*GUESSES, "benchmark")
     parser.add_argument(
         "--ckpt-dir", type=Path, default=Path("checkpoints"), help="folder of checkpoints (%(default)s)"
     )
@@ -74,7 +87,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--budgets", nargs="+", type=int, metavar="N", help="per view; default: those of the paper")
     parser.add_argument("--benchmarks", nargs="+", choices=list(BENCHMARKS), default=list(BENCHMARKS))
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), help="of python -m llava.eval.efficiency")
-    parser.add_argument("--parts", nargs="+", choices=kinds, default=list(kinds), help="do these alone")
+    parser.add_argument("--parts", nargs="+", choices=KINDS, default=list(KINDS), help="do these alone")
     parser.add_argument(
         "--limit", type=int, metavar="K", help="only the first K questions, pictures of the audit, ..."
     )
@@ -101,45 +114,76 @@ class Day:
         for name in options.methods:
             get_pruner(name)
         self.checkpoints = [options.ckpt_dir / name for name in options.checkpoints]
-        missing = [folder for folder in self.checkpoints if not (folder / "config.json").is_file()]
-        if missing:
-            raise FileNotFoundError(f"no checkpoint at {', '.join(map(str, missing))}: see --ckpt-dir, --checkpoints")
+        absent = [str(folder) for folder in self.checkpoints if not (folder / "config.json").is_file()]
+        if absent:
+            raise FileNotFoundError(f"no checkpoint at {', '.join(absent)}: see --ckpt-dir, --checkpoints")
         self.families = {folder: family_of(folder) for folder in self.checkpoints}
+        self.on_gpu = pick_device(options.device) != "cpu"
         self.left_out: list[str] = []
         for folder in ("logs", "done"):
             (options.out / folder).mkdir(parents=True, exist_ok=True)
 
     def parts(self) -> list[Part]:
         """All of them, in order; measures first how long a question takes."""
-        python, given = sys.executable, self.options
+        asked = []
+        if "benchmark" in self.options.parts:
+            asked = [part for folder in self.checkpoints for part in self.benchmarks(folder)]
+        return [*self.audits(), *self.kernels(), *self.efficiencies(), *asked]
+
+    def guessed(self, kind: str, name: str, command: Sequence[str], guess: Guess) -> list[Part]:
+        """A part whose time is a guess; none if it was not asked for."""
+        if kind not in self.options.parts:
+            return []
+        return [Part(kind, name, tuple(command), guess.seconds, f"a guess: {guess.basis}")]
+
+    def speed(self, folder: Path) -> Speed | None:
+        """Of an unpruned answer: as its questions were measured, or as the paper prints; ``None`` on a CPU then."""
+        probes = sorted((self.options.out / "done").glob(f"probe-*-{folder.name}.json"))
+        if probes:
+            questions = [json.loads(place.read_text())["question"] for place in probes]
+            return measured_speed(folder, self.families[folder], questions)
+        if not self.on_gpu:
+            return None
+        return paper_speed().scaled(work_of(folder, self.families[folder]), folder.name)
+
+    def audits(self) -> list[Part]:
+        given, found = self.options, []
         limit = [] if given.limit is None else ["--limit", str(given.limit)]
-        device = ["--device", given.device]
-        found = []
-
-        def add(kind: str, name: str, *command: str) -> None:
-            if kind in given.parts:
-                found.append(Part(kind, name, tuple(command), GUESSES[kind], "a guess: never measured on a GPU"))
-
+        pictures = len(load_pictures(PHOTOGRAPHS, given.limit))
         for folder in self.checkpoints:
             report = given.out / f"audit-{folder.name}.json"
-            command = [python, "-m", "llava.eval.audit", "--model-path", str(folder), "--pruner", *given.methods]
-            add("audit", f"audit-{folder.name}", *command, "--json", str(report), *limit, *device)
+            command = [sys.executable, "-m", "llava.eval.audit", "--model-path", str(folder), "--pictures"]
+            command += [str(PHOTOGRAPHS), "--pruner", *given.methods, "--json", str(report), *limit]
+            guess = of_audit(len(given.methods), pictures, self.speed(folder))
+            found += self.guessed("audit", f"audit-{folder.name}", [*command, "--device", given.device], guess)
+        return found
+
+    def kernels(self) -> list[Part]:
+        """The kernels' tests, and what a selection takes."""
+        python, device = sys.executable, ["--device", self.options.device]
         tests = [f"tests/pruning/{name}" for name in KERNEL_TESTS]
-        add("kernels", "kernels", python, "-m", "pytest", "-q", *tests)
-        few = [] if given.limit is None else ["--views", "1", "--repeats", "2"]
-        dtype = ["--dtype", "float16"] if torch.cuda.is_available() else []
-        add("selection", "selection-speed", python, "-m", "llava.eval.selection_speed", *device, *dtype, *few)
-        if given.device != "cpu":  # minutes there
-            add("selection", "selection-scaling", python, "-m", "llava.eval.selection_scaling", *device, *dtype)
+        found = self.guessed("kernels", "kernels", [python, "-m", "pytest", "-q", *tests], of_interpreted("kernels"))
+        few = [] if self.options.limit is None else ["--views", "1", "--repeats", "2"]
+        dtype = ["--dtype", "float16"] if self.on_gpu else []
+        for name in ("speed", "scaling") if self.on_gpu else ("speed",):  # on a CPU the other takes minutes
+            more = few if name == "speed" else []
+            command = [python, "-m", f"llava.eval.selection_{name}", *device, *dtype, *more]
+            found += self.guessed("selection", f"selection-{name}", command, of_interpreted("selection"))
+        return found
+
+    def efficiencies(self) -> list[Part]:
+        given, found = self.options, []
+        repeats = PRESET_REPEATS if given.limit is None else 1
+        budgets = PRESET_BUDGETS if given.limit is None else ("32",)
+        rows = 1 + len(budgets) * (1 + len(given.methods))
+        speeds = [speed for speed in map(self.speed, self.checkpoints) if speed is not None]
+        speed = max(speeds, key=lambda one: one.work, default=None)
         for preset in given.presets:
-            command = [python, "-m", "llava.eval.efficiency", "--preset", preset, "--pruners", *given.methods]
-            few = [] if given.limit is None else ["--repeats", "1", "--new-tokens", "2", "--keep-tokens", "32"]
-            add(
-                "efficiency", f"efficiency-{preset}", *command, *device, *(few or ["--keep-tokens", "128", "64", "32"])
-            )
-        if "benchmark" in given.parts:
-            for folder in self.checkpoints:
-                found += self.benchmarks(folder)
+            command = [sys.executable, "-m", "llava.eval.efficiency", "--preset", preset, "--pruners", *given.methods]
+            command += ["--keep-tokens", *budgets, "--repeats", str(repeats), "--device", given.device]
+            command += [] if given.limit is None else ["--new-tokens", "2"]
+            guess = of_efficiency(preset, rows, repeats, speed)
+            found += self.guessed("efficiency", f"efficiency-{preset}", command, guess)
         return found
 
     def benchmarks(self, folder: Path) -> list[Part]:
@@ -187,11 +231,13 @@ class Day:
             words += ["--data-root", given.data_root, "--output-root", given.output_root, "--tag", PROBE]
             words += ["--limit", min(given.probe, given.limit or given.probe), "--device", given.device, "--overwrite"]
             start = time.perf_counter()
-            done = subprocess.run(list(map(str, words)), cwd=ROOT, capture_output=True, text=True)
+            log = given.out / "logs" / f"probe-{name}-{folder.name}.log"
+            with log.open("w", encoding="utf-8") as file:
+                code = finished(list(map(str, words)), file, ROOT)
             seconds = time.perf_counter() - start
-            if done.returncode:
-                lines = (done.stderr or done.stdout).strip().splitlines()
-                raise RuntimeError(f"cannot be asked: {lines[-1] if lines else f'exit code {done.returncode}'}")
+            if code:
+                lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+                raise RuntimeError(f"cannot be asked: {lines[-1] if lines else f'exit code {code}'}")
             planned = self.planned(folder, name, *more, "--tag", PROBE)
             summary = json.loads((planned.folder / "summary.json").read_text())
             inside = summary["wall_seconds"]
@@ -218,107 +264,46 @@ class Day:
 
     def do(self, part: Part) -> None:
         start = time.perf_counter()
-        variables = {**os.environ, "PYTHONPATH": str(ROOT), **dict(part.variables)}
         with (self.options.out / "logs" / f"{part.name}.log").open("w", encoding="utf-8") as log:
-            code = subprocess.run(
-                part.command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT
-            ).returncode
+            code = finished(part.command, log, ROOT, dict(part.variables))
         seconds = time.perf_counter() - start
         self.record(part).write_text(json.dumps({"command": list(part.command), "code": code, "seconds": seconds}))
 
 
-def duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.1f} min"
-
-
-def print_plan(day: Day, parts: Sequence[Part]) -> None:
-    """How long each part will take, before any begins."""
-    kinds = dict.fromkeys(part.kind for part in parts)
-    print(f"{'part':<48} expected")
-    for part in parts:
-        state = "done" if day.is_done(part) else f"{duration(part.expected)}  ({part.told_by})"
-        print(f"{part.name:<48} {state}")
-    for kind in kinds:
-        left = sum(part.expected for part in parts if part.kind == kind and not day.is_done(part))
-        print(f"all of {kind}: {duration(left)} left")
-    print(f"all: {duration(sum(part.expected for part in parts if not day.is_done(part)))} left")
-    for line in day.left_out:
-        print(f"LEFT OUT: {line}")
-
-
-def write_report(day: Day, parts: Sequence[Part]) -> Path:
-    """The report, and an archive of it with logs, figures and scores."""
-    out = day.options.out
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, no GPU"
-    lines = [
-        "# A day on a GPU",
-        "",
-        f"{device}; {platform.platform()}; commit {identity.commit()}; {time.strftime('%d %B %Y')}",
-    ]
-    versions = ", ".join(f"{name} {version}" for name, version in identity.library_versions().items())
-    lines += ["", versions, "", "| part | exit code | took | expected |", "|---|---|---|---|"]
-    for part in parts:
-        found = day.result(part)
-        told = ("not done", "") if found is None else (found["code"], duration(found["seconds"]))
-        lines.append(f"| {part.name} | {told[0]} | {told[1]} | {duration(part.expected)} |")
-    lines += ["", *(f"* left out: {line}" for line in day.left_out)]
-    names = {folder.name for folder in day.checkpoints}
-    runs = [
-        place
-        for place in sorted(day.options.output_root.glob("*/answers/*/*/*.run"))
-        if place.parent.name in names and PROBE not in place.name and (place / "summary.json").is_file()
-    ]
-    if runs:
-        command = [sys.executable, "-m", "llava.eval.report", *map(str, runs)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        lines += ["", "## Benchmarks", "", done.stdout or done.stderr]
-    for part in parts:
-        log = out / "logs" / f"{part.name}.log"
-        if part.kind != "benchmark" or (day.result(part) or {"code": 0})["code"]:
-            tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-40:] if log.is_file() else []
-            lines += ["", f"## {part.name}", "", "```", *(line[-2000:] for line in tail), "```"]
-    report = out / "report.md"
-    report.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with tarfile.open(out / "gpu_day.tar.gz", "w:gz") as archive:
-        for place in (report, out / "logs", out / "done", *out.glob("*.json")):
-            archive.add(place, place.relative_to(out))
-        for place in runs:
-            for name in ("config.json", "summary.json", "score.json"):
-                if (place / name).is_file():
-                    archive.add(place / name, Path("runs") / place.relative_to(day.options.output_root) / name)
-    return report
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do the day; 0 if every part ended well, 1 if one failed, 2 for bad input, 130 if Ctrl-C ended it."""
+    """Do the day; 0 if every part ended well, 1 if one failed, 2 for bad input, 130 if it was interrupted."""
     options = parse_arguments(arguments)
+    parts: list[Part] = []
     try:
         day = Day(options)
-        print("measuring how long a question takes, once for each benchmark ...", flush=True)
+        if "benchmark" in options.parts:
+            print("measuring how long a question takes, once for each benchmark ...", flush=True)
         parts = day.parts()
         if not parts:
             raise ValueError(f"nothing can be done: {'; '.join(day.left_out) or 'no part was named'}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print_plan(day, parts)
-    if options.plan:
-        return 0
-    try:
+        print_plan(day, parts)
+        if options.plan:
+            return 0
         for number, part in enumerate(parts, start=1):
             if not day.is_done(part):
                 print(f"[{number} of {len(parts)}] {part.name}", flush=True)
                 day.do(part)
     except KeyboardInterrupt:
-        print("stopped: the same command goes on")
-        write_report(day, parts)
+        told = f"; so far: {write_report(day, parts)}" if parts else ""
+        print(f"stopped: the same command goes on{told}")
         return 130
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     report = write_report(day, parts)
-    failed = [part.name for part in parts if not day.is_done(part)]
     print(f"report: {report}; send back {options.out / 'gpu_day.tar.gz'}")
-    print(f"failed: {', '.join(failed) or 'nothing'}")
-    return 1 if failed else 0
+    for line in missing(day, parts) or ["nothing is missing"]:
+        print(line)
+    return 0 if all(map(day.is_done, parts)) else 1
 
 
 if __name__ == "__main__":
+    for ending in (signal.SIGTERM, signal.SIGHUP):  # of a batch system, of a lost connection: as Ctrl-C
+        if signal.getsignal(ending) is not signal.SIG_IGN:
+            signal.signal(ending, signal.default_int_handler)
     sys.exit(main())

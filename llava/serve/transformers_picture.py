@@ -1,15 +1,16 @@
 """``--hf --show-tokens``: the pictures as a model of the Transformers library saw them, dropped tokens dimmed.
 
 Where a token stands in its picture is known of three kinds of model: tiles with their padding cut off (LLaVA-NeXT),
-one grid as wide and high as the picture asks for (Qwen2-VL and its successors), and square views (LLaVA, Gemma 3,
-InternVL, Idefics 3, ...).
+one grid as wide and high as the picture asks for (Qwen2-VL and its successors), and whole views (LLaVA, Gemma 3,
+Idefics 3, ...), which InternVL cuts out of the picture as tiles.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from llava.pruning import Pruner
 from llava.serve.token_picture import DIMMED, SHEET_COLUMNS, join, tiles_side_by_side
 
 TILED = "llava_next"
+TILES_FIRST = "internvl"  # the tiles of a picture row by row, then its overview
 GRID = "image_grid_thw"
 
 
@@ -38,7 +40,7 @@ def check_drawable(model: Any, inputs: dict[str, Any], pruner: Pruner | None) ->
         return
     views = _square_views(inputs)
     tokens = _placeholders(model, inputs)
-    if views is None or tokens % len(views) or math.isqrt(tokens // len(views)) ** 2 != tokens // len(views):
+    if views is None or tokens % len(views) or _shape(tokens // len(views), views) is None:
         raise ValueError(f"--show-tokens does not know where the visual tokens of {name} stand in its pictures")
 
 
@@ -71,7 +73,9 @@ def seen_views(
     pictures: Sequence[Image.Image],
     kept: Sequence[KeptPicture] | None,
 ) -> list[SeenView]:
-    """All views of a prompt's pictures in the order of the prompt; what `check_drawable` refuses has none.
+    """All views of a prompt's pictures, picture by picture, the overview before its tiles.
+
+    What `check_drawable` refuses has none.
 
     Args:
         inputs: what the processor made of prompt and pictures.
@@ -81,7 +85,8 @@ def seen_views(
         return _tiled_views(model, processor, inputs, pictures)
     if GRID in inputs:
         return _grid_views(model, inputs, pictures)
-    return _square_views_of(model, processor, inputs, kept)
+    views = _whole_views(model, processor, inputs, kept)
+    return _with_overviews_first(views, processor, pictures) if model.config.model_type == TILES_FIRST else views
 
 
 def draw_kept(
@@ -93,16 +98,18 @@ def draw_kept(
 ) -> Image.Image:
     """All pictures of a prompt below each other, dropped tokens dimmed; arguments as of `seen_views`."""
     views = seen_views(model, processor, inputs, pictures, kept)
+    tiled = any(view.grid is not None for view in views)
 
     def drawn(view: SeenView) -> np.ndarray:
         lit = view.tokens >= 0 if kept is None else view.at(kept[view.picture].kept)
         return dim(view.colours, lit)
 
-    if views[0].grid is not None:
+    if tiled:
         rows = []
         for number in dict.fromkeys(view.picture for view in views):
             overview, *tiles = (view for view in views if view.picture == number)
-            rows.append(join([drawn(overview), tiles_side_by_side([drawn(tile) for tile in tiles], tiles[0].grid)], 1))
+            beside = [tiles_side_by_side([drawn(tile) for tile in tiles], overview.grid)] if tiles else []
+            rows.append(join([drawn(overview), *beside], 1))
         return Image.fromarray(join(rows, axis=0))
     columns = SHEET_COLUMNS if len(views) > len(pictures) else 1
     parts = [drawn(view) for view in views]
@@ -135,24 +142,49 @@ def _placeholders(model: Any, inputs: dict[str, Any]) -> int:
     return int((inputs["input_ids"] == find_host(model).placeholders["image"]).sum())
 
 
-def _square_views_of(
+def _shape(tokens: int, views: Tensor) -> tuple[int, int] | None:
+    """(rows, columns) of so many tokens in views (V, 3, h, w) of square patches; ``None`` if they fill no grid."""
+    height, width = views.shape[-2:]
+    rows = round(math.sqrt(tokens * height / width))
+    if rows == 0 or tokens % rows or rows * width != tokens // rows * height:
+        return None
+    return rows, tokens // rows
+
+
+def _whole_views(
     model: Any, processor: Any, inputs: dict[str, Any], kept: Sequence[KeptPicture] | None
 ) -> list[SeenView]:
     """Views of equally many tokens, in their order; row breaks may stand between them."""
     pixels = _square_views(inputs)
     if kept is None:
         count = _placeholders(model, inputs) // len(pixels)
-        side = math.isqrt(count)
-        cells = torch.arange(count).reshape(side, side)
+        cells = torch.arange(count).reshape(_shape(count, pixels))
         return [SeenView(0, colours_of(view, processor.image_processor), cells) for view in pixels]
     places = [(one.picture.views != SEPARATOR).nonzero().flatten() for one in kept]
     count = sum(map(len, places)) // len(pixels)
-    side = math.isqrt(count)
     of_view = [(number, part) for number, own in enumerate(places) for part in own.split(count)]
     return [
-        SeenView(number, colours_of(view, processor.image_processor), part.reshape(side, side))
+        SeenView(number, colours_of(view, processor.image_processor), part.reshape(_shape(count, pixels)))
         for view, (number, part) in zip(pixels, of_view, strict=True)
     ]
+
+
+def _with_overviews_first(views: list[SeenView], processor: Any, pictures: Sequence[Image.Image]) -> list[SeenView]:
+    """InternVL's views with the overview of each picture before its tiles, and their grid by the processor's rule."""
+    images = processor.image_processor
+    canvas = import_module(type(images).__module__).get_optimal_tiled_canvas
+    side = images.size["height"], images.size["width"]
+    grids = [
+        canvas((picture.height, picture.width), side, images.min_patches, images.max_patches) for picture in pictures
+    ]
+    counts = [columns * rows + (columns * rows > 1) for columns, rows in grids]
+    if sum(counts) != len(views):
+        return views  # a processor that was told to cut no tiles
+    found: list[SeenView] = []
+    for number, (grid, count) in enumerate(zip(grids, counts, strict=True)):
+        *tiles, last = (replace(view, picture=number) for view in views[len(found) : len(found) + count])
+        found += [replace(view, grid=grid) for view in (last, *tiles)] if tiles else [last]
+    return found
 
 
 def _grid_views(model: Any, inputs: dict[str, Any], pictures: Sequence[Image.Image]) -> list[SeenView]:

@@ -11,7 +11,7 @@ from llava.pruning import list_pruners
 from llava.pruning.method_table import END, START, method_table
 
 README = ROOT / "README.md"
-ALL_PAGES = [*pages(), ROOT / "CHANGELOG.md", ROOT / "EVAL.md"]
+ALL_PAGES = [*pages(), ROOT / "CHANGELOG.md"]
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 PATH = re.compile(r"(?<![\w/.<$-])((?:llava|scripts|tests|docs|playground)/[\w./*-]*[\w/*])")
 

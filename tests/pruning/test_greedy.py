@@ -6,8 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from greedy_inputs import KINDS, options_of, rows_of
-from llava.pruning import reference
-from llava.pruning.functional import cosine_similarity, greedy_map_rank, max_min_rank
+from llava.pruning import functional, greedy, greedy_numpy, ranks, reference
+from llava.pruning.functional import cosine_similarity, greedy_map_rank, max_min_rank, unprojected_rank
+
+
+@pytest.fixture(autouse=True, scope="module", params=[greedy_numpy, greedy], ids=["numpy", "torch"])
+def loops(request):
+    """All tests with the loops for a CPU, and with those for other devices, which run on a CPU as well."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(ranks, "_loops", lambda tensor: request.param)
+    yield
+    patch.undo()
 
 
 @pytest.mark.parametrize(
@@ -80,3 +89,20 @@ def test_ranks_are_taken_of_tensors_that_need_a_gradient():
     similarity = cosine_similarity(rows_of("iid", 2, 20)).requires_grad_()
     assert not greedy_map_rank(similarity, 5).requires_grad
     assert not max_min_rank(1 - similarity, 5).requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unprojected_choices_by_hand(kind):
+    """Of each view alone: v_i falls by (L_ij / (sqrt(v_j) + epsilon))^2 at every choice j."""
+    similarity, n, k = cosine_similarity(rows_of(kind, 3, 30)), 30, 12
+    relevance = options_of(3, n, 0, ("relevance",))["relevance"]
+    rank = unprojected_rank(similarity, k, relevance)
+    for view in range(3):
+        kernel = functional.conditional_kernel(similarity, relevance)[view]
+        left, chosen = kernel.diagonal().clone(), []
+        for _ in range(k):
+            j = int(left.argmax())
+            chosen.append(j)
+            left = left - (kernel[j] / (left[j].clamp_min(0).sqrt() + 1e-6)).square() * (left[j] > 0)
+            left[j] = -torch.inf
+        assert rank[view].argsort()[:k].tolist() == chosen

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import conv_templates
 from llava.eval.audit.subject import Subject, pooled
-from llava.mm_utils import process_images, tokenizer_image_token
+from llava.layout.visuals import IMAGE, Reading, Visuals
+from llava.mm_utils import process_images, tokenizer_image_token, view_side
 from llava.model.builder import find_template, load_pretrained_model
 from llava.pruning import Method, get_pruner
 
@@ -22,14 +23,23 @@ class OurSubject(Subject):
 
     Args:
         template: name of the conversation template; ``None`` takes the checkpoint's.
+        grid: (width, height) in pixels for which every picture is cut, whatever its shape; ``None``: the checkpoint's.
         loading: further arguments of `load_pretrained_model`.
+
+    Raises:
+        ValueError: a grid for a checkpoint that cuts no tiles, or one that is not made of whole tiles.
     """
 
     forward_options: ClassVar[dict[str, Any]] = {"padding_side": "left"}
 
-    def __init__(self, path: str, template: str | None = None, **loading: Any) -> None:
+    def __init__(
+        self, path: str, template: str | None = None, grid: tuple[int, int] | None = None, **loading: Any
+    ) -> None:
         self.tokenizer, self.model, self.image_processor, _ = load_pretrained_model(path, **loading)
         self.template = conv_templates[template or find_template(path)]
+        self.reading = Reading.of(self.model.config)
+        if grid is not None:
+            self.reading = self.reading.with_grid(grid, view_side(self.image_processor))
 
     @property
     def decoder(self) -> nn.Module:
@@ -37,9 +47,15 @@ class OurSubject(Subject):
 
     def pixels(self, pictures: Sequence[Image.Image]) -> Tensor | list[Tensor]:
         """As the model takes them."""
-        pixels = process_images(pictures, self.image_processor, self.model.config)
+        pixels = process_images(pictures, self.image_processor, self.reading)
         device, dtype = self.model.device, self.model.dtype
         return pixels.to(device, dtype) if isinstance(pixels, Tensor) else [p.to(device, dtype) for p in pixels]
+
+    def visuals(self, pictures: Sequence[Image.Image]) -> Visuals:
+        """Pictures with all that says how they are read."""
+        return self.model.visuals(
+            self.pixels(pictures), [picture.size for picture in pictures], IMAGE, reading=self.reading
+        )
 
     def inputs(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> dict[str, Any]:
         rows = []
@@ -58,7 +74,7 @@ class OurSubject(Subject):
             "attention_mask": mask.to(self.model.device),
         }
         if pictures:
-            inputs |= {"images": self.pixels(pictures), "image_sizes": [picture.size for picture in pictures]}
+            inputs["images"] = self.visuals(pictures)
         return inputs
 
     def decoded(self, output: Tensor, inputs: dict[str, Any]) -> str:

@@ -17,8 +17,9 @@ from pathlib import Path
 from llava.eval.audit.library import LibrarySubject
 from llava.eval.audit.ours import OurSubject
 from llava.eval.figures import drawing, of_questions, of_runs, of_tokens
+from llava.eval.figures.library_source import LibrarySource
 from llava.eval.figures.patches import NEIGHBOURHOODS
-from llava.eval.figures.sources import FEATURES, LibrarySource, OurSource, Source
+from llava.eval.figures.sources import FEATURES, OurSource, Source
 from llava.eval.measure.redundancy import PICTURES, SUFFIXES
 from llava.eval.text import printable
 from llava.model.builder import DEFAULT_CHECKPOINT, pick_device
@@ -75,6 +76,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--siglip-path", metavar="PATH", help="folder of the full SigLIP that the tower comes from")
     parser.add_argument("--pictures", type=Path, metavar="DIR", default=PICTURES, help="default: the toy's POPE")
     parser.add_argument("--count", type=flags.at_least_one, metavar="N", help="the first N of them; default: all")
+    flags.add_image_grid(parser)
     flags.add_device(parser)
     flags.add_dtype(parser)
 
@@ -110,9 +112,9 @@ def load_source(options: argparse.Namespace) -> Source:
         )
     if options.clip_path:
         raise ValueError("--clip-path goes with --hf: a checkpoint of LLaVA's own format names its CLIP itself")
-    return OurSource(
-        OurSubject(options.model_path, device=device, dtype=options.dtype, joint_space_path=options.siglip_path)
-    )
+    grid = flags.parse_grid(options.image_grid) if options.image_grid else None
+    loading = {"device": device, "dtype": options.dtype, "joint_space_path": options.siglip_path}
+    return OurSource(OurSubject(options.model_path, grid=grid, **loading))
 
 
 def draw(options: argparse.Namespace) -> of_tokens.Drawn:
@@ -122,6 +124,8 @@ def draw(options: argparse.Namespace) -> of_tokens.Drawn:
         return OF_RUNS[name](options)
     if options.hf and options.model_path == DEFAULT_CHECKPOINT:
         raise ValueError("--hf needs --model-path: the toy is a checkpoint of LLaVA's own format")
+    if options.hf and options.image_grid:
+        raise ValueError("--image-grid is for checkpoints of LLaVA's own format; resize the pictures for --hf")
     methods = []
     if name in OF_QUESTIONS:
         options.keep_tokens = parse_budget(options.keep_tokens)

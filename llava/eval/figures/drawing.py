@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llava.eval.files import write_whole
-from llava.eval.text import no_formula
+from llava.eval.text import no_formula, printable
 
 FORMATS = (".png", ".svg", ".pdf")
 DIMMED = 0.3  # share of the original brightness that a dropped token keeps
@@ -63,11 +64,11 @@ def bare(axes: Any, title: str = "") -> Any:
     axes.set_xticks([])
     axes.set_yticks([])
     lines, line = [], ""
-    for word in title.split():
+    for word in printable(title).split():
         line = f"{line} {word}".strip()
         if len(line) > 26:
             lines, line = [*lines, line], ""
-    axes.set_title("\n".join([*lines, line] if line else lines), fontsize=8)
+    axes.set_title("\n".join([*lines, line] if line else lines), fontsize=8, parse_math=False)
     return axes
 
 
@@ -80,7 +81,8 @@ def show_map(axes: Any, colours: Tensor, values: Tensor, title: str) -> None:
 
 def show_mask(axes: Any, colours: Tensor, lit: Tensor, title: str) -> None:
     """A view (h, w, 3) with the cells outside ``lit`` (r, c) dimmed."""
-    height, width = colours.shape[:2]
-    shade = lit.repeat_interleave(-(-height // lit.shape[0]), 0).repeat_interleave(-(-width // lit.shape[1]), 1)
-    shade = DIMMED + (1 - DIMMED) * shade[:height, :width].float()
+    rows, columns = (
+        torch.arange(length) * cells // length for length, cells in zip(colours.shape, lit.shape, strict=False)
+    )
+    shade = DIMMED + (1 - DIMMED) * lit[rows][:, columns].float()
     bare(axes, title).imshow((colours * shade[..., None]).numpy())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +14,30 @@ from PIL import Image
 from tqdm import tqdm
 
 from llava.eval.figures import drawing, patches
-from llava.eval.figures.sources import Source, View
+from llava.eval.figures.sources import Plane, Source, View
 from llava.mm_utils import load_image
 
 SHARE_ABOVE = 0.5  # of Figure 3b
 MASKS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of Figure 9
+MOST_PANELS = 8  # that a figure draws; the numbers of all are in the CSV
 SET_SIZE, SETS = 5, 64  # of Figure 6: tokens of a random set, and sets drawn from a view
 
 Drawn = tuple[Any, Sequence[str], list[Sequence[Any]]]  # a figure, the heads of its numbers, the numbers
 
 
+def all_pictures(
+    source: Source, pictures: Sequence[Path], options: argparse.Namespace
+) -> Iterator[tuple[str, list[View], list[Plane]]]:
+    """Every picture's name, its views, and how they lie in it."""
+    for path in tqdm(pictures, desc="pictures"):
+        picture = load_image(path)
+        yield path.name, source.views(picture, options.features, options.padding), source.planes(picture)
+
+
 def all_views(source: Source, pictures: Sequence[Path], options: argparse.Namespace) -> Iterator[tuple[str, View]]:
     """Every view of every picture, with a name."""
-    for path in tqdm(pictures, desc="pictures"):
-        found = source.views(load_image(path), options.features, options.padding)
-        yield from ((f"{path.name}/{number}", view) for number, view in enumerate(found))
+    for name, views, _ in all_pictures(source, pictures, options):
+        yield from ((f"{name}/{number}", view) for number, view in enumerate(views))
 
 
 def cosine_by_distance(source: Source, pictures: Sequence[Path], options: argparse.Namespace) -> Drawn:
@@ -74,21 +85,40 @@ def near_and_far(source: Source, pictures: Sequence[Path], options: argparse.Nam
     return figure, ("pairs", "cosine_from", "share"), rows
 
 
-def _maps(
+@dataclass(frozen=True)
+class Measured:
+    """A number for every token of a picture: (r, c) for each of its views, NaN at padding."""
+
+    name: str
+    views: list[View]
+    planes: list[Plane]
+    values: list[torch.Tensor]
+
+    def panels(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Title, colours and values of each plane."""
+        for plane in self.planes:
+            colours = plane.joined([view.colours for view in self.views])
+            yield f"{self.name} {plane.name}".strip(), colours, plane.joined(self.values)
+
+
+def _measured(
     source: Source, pictures: Sequence[Path], options: argparse.Namespace, measure: Callable[[View], torch.Tensor]
-) -> Iterator[tuple[str, View, torch.Tensor]]:
-    for name, view in all_views(source, pictures, options):
-        yield name, view, measure(view)
+) -> list[Measured]:
+    return [
+        Measured(name, views, planes, list(map(measure, views)))
+        for name, views, planes in all_pictures(source, pictures, options)
+    ]
 
 
-def _draw_maps(found: Sequence[tuple[str, View, torch.Tensor]], title: str) -> Drawn:
-    shown = found[:8]
+def _draw_maps(found: Sequence[Measured], title: str) -> Drawn:
+    shown = list(islice((panel for one in found for panel in one.panels()), MOST_PANELS))
     figure, axes = drawing.new_figure(1, len(shown))
-    for panel, (name, view, values) in zip(axes[0], shown, strict=True):
-        drawing.show_map(panel, view.colours, values, f"{name} {title}")
+    for place, (name, colours, values) in zip(axes[0], shown, strict=True):
+        drawing.show_map(place, colours, values, f"{name} {title}")
     rows = [
-        (name, row, column, float(values[row, column]))
-        for name, _, values in found
+        (f"{one.name}/{number}", row, column, float(values[row, column]))
+        for one in found
+        for number, values in enumerate(one.values)
         for row, column in (~values.isnan()).nonzero().tolist()
     ]
     return figure, ("view", "row", "column", title.replace(" ", "_")), rows
@@ -96,7 +126,7 @@ def _draw_maps(found: Sequence[tuple[str, View, torch.Tensor]], title: str) -> D
 
 def neighbour_map(source: Source, pictures: Sequence[Path], options: argparse.Namespace) -> Drawn:
     """Figure 3c: the mean cosine of every token with its 8 neighbours."""
-    found = list(_maps(source, pictures, options, lambda view: patches.neighbour_cosine(view.tokens, view.shows)))
+    found = _measured(source, pictures, options, lambda view: patches.neighbour_cosine(view.tokens, view.shows))
     return _draw_maps(found, "mean cosine")
 
 
@@ -106,15 +136,16 @@ def entropy_map(source: Source, pictures: Sequence[Path], options: argparse.Name
     def measure(view: View) -> torch.Tensor:
         return patches.entropy_map(view.tokens, view.shows, options.neighbourhood, options.bins)
 
-    found = list(_maps(source, pictures, options, measure))
+    found = _measured(source, pictures, options, measure)
     correlations = [
         patches.rank_correlation(patches.neighbour_cosine(view.tokens, view.shows), values)
-        for _, view, values in found
+        for one in found
+        for view, values in zip(one.views, one.values, strict=True)
     ]
     mean = torch.tensor(correlations).nanmean()
     print(
         f"{options.neighbourhood} of tokens, {patches.BINS} bins over the {options.bins} range: rank correlation with "
-        f"the mean cosine {mean:+.3f} on average over {len(found)} views (claimed: negative)"
+        f"the mean cosine {mean:+.3f} on average over {len(correlations)} views (claimed: negative)"
     )
     return _draw_maps(found, "entropy")
 
@@ -148,20 +179,22 @@ def determinants(source: Source, pictures: Sequence[Path], options: argparse.Nam
 
 def masks(source: Source, pictures: Sequence[Path], options: argparse.Namespace) -> Drawn:
     """Figure 9: the tokens whose mean cosine with their 8 neighbours is at least tau, a row a view."""
-    found = []
-    for name, view, values in _maps(
-        source, pictures, options, lambda view: patches.neighbour_cosine(view.tokens, view.shows)
-    ):
-        found.append((name, view, values))
-    figure, axes = drawing.new_figure(min(len(found), 8), len(options.tau))
-    rows: list[Sequence[Any]] = []
-    for number, (name, view, values) in enumerate(found):
-        for column, tau in enumerate(options.tau):
-            lit = values >= tau  # False at NaN
-            share = float(lit.sum() / (~values.isnan()).sum().clamp_min(1))
-            rows.append((name, tau, share))
-            if number < len(axes):
-                drawing.show_mask(axes[number][column], view.colours, lit, f"{name}: s >= {tau:g}, {share:.0%}")
+    found = _measured(source, pictures, options, lambda view: patches.neighbour_cosine(view.tokens, view.shows))
+
+    def share(values: torch.Tensor, tau: float) -> float:
+        return float((values >= tau).sum() / (~values.isnan()).sum().clamp_min(1))  # False at NaN
+
+    shown = list(islice((panel for one in found for panel in one.panels()), MOST_PANELS))
+    figure, axes = drawing.new_figure(len(shown), len(options.tau))
+    for places, (name, colours, values) in zip(axes, shown, strict=True):
+        for place, tau in zip(places, options.tau, strict=True):
+            drawing.show_mask(place, colours, values >= tau, f"{name}: s >= {tau:g}, {share(values, tau):.0%}")
+    rows: list[Sequence[Any]] = [
+        (f"{one.name}/{number}", tau, share(values, tau))
+        for one in found
+        for number, values in enumerate(one.values)
+        for tau in options.tau
+    ]
     return figure, ("view", "tau", "share"), rows
 
 

@@ -1,32 +1,42 @@
 """Where figures come from: tokens, kept tokens and scores of a picture, as grids of the views that the model sees.
 
-A token of a view is a cell of its grid. `Source.cells` says for each view which token stands in which cell; everything
-else that is one number or vector a token follows from it.
+A token of a view is a cell of its grid. `Source.seen` says for each view which token stands in which cell; everything
+else that is one number or vector a token follows from it. Our own LLaVA is here, the library's classes are in
+library_source.py.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isqrt
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from llava.eval.audit.library import GRID, LibrarySubject
 from llava.eval.audit.ours import OurSubject
 from llava.eval.audit.subject import Subject
 from llava.eval.figures.scores import token_scores
-from llava.integrations.transformers.capture import capture_prompt
-from llava.integrations.transformers.pictures import SEPARATOR, find_pictures
-from llava.layout.tiles import anyres_grid
-from llava.layout.views import NEWLINE, tiled_layout
 from llava.pruning import Method
+from llava.serve.token_picture import view_colours
 
 FEATURES = ("projector", "tower")
-QUESTION = "What is in the image?"  # of a prompt that only the picture's tokens are read from
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A view as the model got it.
+
+    Args:
+        cells: (r, c) int64: the number of the token in each cell among the picture's, -1 where none is.
+        colours: (h, w, 3) float, 0 to 1, of the part of the view that the cells cover.
+        shows: (r, c) bool, False at tokens that show nothing but padding.
+    """
+
+    cells: Tensor
+    colours: Tensor
+    shows: Tensor
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,23 @@ class View:
     tokens: Tensor
     shows: Tensor
     colours: Tensor
+
+
+@dataclass(frozen=True)
+class Plane:
+    """Views that lie side by side in the picture, and are drawn so.
+
+    Args:
+        name: "overview", "tiles" or "view 2"; empty where the picture is one view.
+        views: rows of numbers of views, from the top.
+    """
+
+    name: str
+    views: tuple[tuple[int, ...], ...]
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """What views have, (r, c, ...) each, as one (R, C, ...); of those that are in the plane."""
+        return torch.cat([torch.cat([parts[number] for number in row], dim=1) for row in self.views])
 
 
 @dataclass(frozen=True)
@@ -68,8 +95,12 @@ class Source(ABC):
         self.subject = subject
 
     @abstractmethod
-    def cells(self, picture: Image.Image) -> list[Tensor]:
-        """For each view (r, c) int64: the number of the token in each cell among the picture's, -1 where none is."""
+    def seen(self, picture: Image.Image) -> list[Seen]:
+        """Its views. Raises ValueError where it is not known which part of the picture a token shows."""
+
+    @abstractmethod
+    def grid(self, picture: Image.Image) -> tuple[int, int] | None:
+        """(columns, rows) of the tiles that the views after the first are, row by row; ``None`` if they are none."""
 
     @abstractmethod
     def tokens(self, picture: Image.Image, features: str) -> Tensor:
@@ -77,12 +108,12 @@ class Source(ABC):
         one and the same number."""
 
     @abstractmethod
-    def colours(self, picture: Image.Image) -> list[Tensor]:
-        """Each view (h, w, 3) float, 0 to 1."""
+    def told(self, kept: Sequence[object]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """(t,) bool on the CPU which tokens were kept, and (t,) float what the method told of every token, by name.
 
-    @abstractmethod
-    def details(self, kept: object) -> Mapping[str, Tensor]:
-        """(t,) float on the CPU of what a method told of every token, of an entry of ``handle.kept``."""
+        Args:
+            kept: ``handle.kept`` after a call about one picture.
+        """
 
     def check(self, methods: list[tuple[str, Method]]) -> None:
         """Raise ValueError for a method that this model cannot host; before any picture is encoded."""
@@ -100,13 +131,20 @@ class Source(ABC):
         Args:
             padding: count tokens of padding like any other.
         """
-        tokens, eligible = self.tokens(picture, features).float().cpu(), self.subject.eligible(picture)
-        found = []
-        for cells, colours in zip(self.cells(picture), self.colours(picture), strict=True):
-            place = cells.clamp_min(0)
-            shows = cells >= 0
-            found.append(View(tokens[place], shows if padding else shows & eligible[place], colours))
-        return found
+        tokens = self.tokens(picture, features).float().cpu()
+        return [
+            View(tokens[one.cells.clamp_min(0)], one.cells >= 0 if padding else one.shows, one.colours)
+            for one in self.seen(picture)
+        ]
+
+    def planes(self, picture: Image.Image) -> list[Plane]:
+        """The views as they lie in the picture: tiles side by side, any other view by itself."""
+        count, grid = len(self.seen(picture)), self.grid(picture)
+        if grid is not None:
+            columns, rows = grid
+            tiles = tuple(tuple(range(1 + row * columns, 1 + (row + 1) * columns)) for row in range(rows))
+            return [Plane("overview", ((0,),)), Plane("tiles", tiles)]
+        return [Plane("" if count == 1 else f"view {number}", ((number,),)) for number in range(count)]
 
     @torch.inference_mode()
     def look(self, picture: Image.Image, question: str, method: Method) -> Look:
@@ -114,9 +152,8 @@ class Source(ABC):
         inputs = self.subject.inputs([picture], [question])
         with self.subject.attached(method) as handle:
             self.subject.model(**inputs, **self.subject.forward_options, use_cache=True)
-            entry = handle.kept[0]
-        kept, _, _ = self.subject.of_kept(entry)
-        details, cells = self.details(entry), self.cells(picture)
+            kept, details = self.told(handle.kept)
+        cells = [one.cells for one in self.seen(picture)]
         return Look(
             [kept[place.clamp_min(0)] & (place >= 0) for place in cells],
             {
@@ -147,93 +184,30 @@ class OurSource(Source):
                     "tower has no class token"
                 )
 
-    def cells(self, picture: Image.Image) -> list[Tensor]:
-        views, side = len(self._pixels(picture)), self.tower.num_patches_per_side
-        return list(torch.arange(views * side * side).reshape(views, side, side))
+    def seen(self, picture: Image.Image) -> list[Seen]:
+        pixels = self.subject.pixels([picture])[0]
+        pixels = pixels if pixels.ndim == 4 else pixels[None]
+        side = self.tower.num_patches_per_side
+        covered = side * self.tower.config.patch_size
+        cells = torch.arange(len(pixels) * side * side).reshape(-1, side, side)
+        shows = self.subject.eligible(picture).reshape(cells.shape)
+        colours = [view_colours(view, self.subject.image_processor).permute(1, 2, 0) for view in pixels]
+        return [
+            Seen(own, view[:covered, :covered], there) for own, view, there in zip(cells, colours, shows, strict=True)
+        ]
+
+    def grid(self, picture: Image.Image) -> tuple[int, int] | None:
+        vision = self.subject.model.vision
+        return vision.layouts(self.subject.visuals([picture]))[0][0].grid
 
     def tokens(self, picture: Image.Image, features: str) -> Tensor:
-        encoded = self.subject.model.encode_pictures(self.subject.pixels([picture]), [picture.size])
+        encoded = self.subject.model.encode_pictures(self.subject.visuals([picture]))
         return (encoded.features if features == "projector" else encoded.encoder_features).flatten(0, 1)
 
-    def colours(self, picture: Image.Image) -> list[Tensor]:
-        return [_colours(view, self.subject.image_processor) for view in self._pixels(picture)]
-
-    def _pixels(self, picture: Image.Image) -> Tensor:
-        pixels = self.subject.pixels([picture])[0]
-        return pixels if pixels.ndim == 4 else pixels[None]
-
-    def details(self, kept: object) -> Mapping[str, Tensor]:
-        if sum(len(answer.indices) for answer in kept.selections) != kept.layout.views:
-            return {}  # inside the decoder, or a view without a token of its own
-        parts = [token_scores(answer) for answer in kept.selections]
-        return {name: torch.cat([part[name] for part in parts]).flatten().cpu() for name in parts[0]}
-
-
-class LibrarySource(Source):
-    """A class of the Transformers library: square views, tiles of LLaVA-NeXT, or one grid (Qwen2-VL and its like)."""
-
-    subject: LibrarySubject
-
-    def _inputs(self, picture: Image.Image) -> dict:
-        return self.subject.inputs([picture], [QUESTION])
-
-    def cells(self, picture: Image.Image) -> list[Tensor]:
-        model, inputs = self.subject.model, self._inputs(picture)
-        tokens = int((inputs["input_ids"] == self.subject.host.placeholders["image"]).sum())
-        vision = model.config.vision_config
-        if model.config.model_type == "llava_next":
-            side = vision.image_size // vision.patch_size
-            pinpoints = [(w, h) for h, w in self.subject.processor.image_processor.image_grid_pinpoints]
-            grid = anyres_grid(picture.size, pinpoints, vision.image_size)
-            sequence = tiled_layout(picture.size, grid, side, "spatial_unpad").sequence
-            sequence = sequence[sequence != NEWLINE]
-            cells = torch.full(((1 + grid[0] * grid[1]) * side * side,), -1)
-            cells[sequence] = torch.arange(len(sequence))
-            return list(cells.reshape(-1, side, side))
-        if GRID in inputs:
-            _, height, width = (int(length) for length in inputs[GRID][0])
-            merge = vision.spatial_merge_size
-            return [torch.arange(tokens).reshape(height // merge, width // merge)]
-        views = len(inputs["pixel_values"].flatten(0, -4))
-        side = isqrt(tokens // views)
-        if side * side * views != tokens:
-            raise ValueError(f"{tokens} tokens of {views} views of {type(model).__name__} form no square grids")
-        return list(torch.arange(tokens).reshape(views, side, side))
-
-    def tokens(self, picture: Image.Image, features: str) -> Tensor:
-        inputs, host = self._inputs(picture), self.subject.host
-        capture = capture_prompt(host, inputs, observe_projector=features == "tower")
-        shown = find_pictures(host, capture, inputs["input_ids"], inputs.get("attention_mask"))[0]
-        columns = shown.columns[shown.views != SEPARATOR]
-        if features == "projector":
-            return capture.inputs_embeds[0, columns.to(capture.inputs_embeds.device)]
-        before = [part.reshape(-1, part.shape[-1]) for part in capture.projector_inputs]
-        if sum(map(len, before)) != len(columns):
-            raise ValueError(
-                f"{type(self.subject.model).__name__}: what enters its projector is not one vector a token; "
-                "--features projector reads what leaves it"
-            )
-        return torch.cat(before)
-
-    def colours(self, picture: Image.Image) -> list[Tensor]:
-        inputs, images = self._inputs(picture), self.subject.processor.image_processor
-        if GRID in inputs:
-            patch = self.subject.model.config.vision_config.patch_size
-            _, height, width = (int(length) for length in inputs[GRID][0])
-            return [_from_picture(picture.convert("RGB").resize((width * patch, height * patch)))]
-        return [_colours(view, images) for view in inputs["pixel_values"].flatten(0, -4)[: len(self.cells(picture))]]
-
-    def details(self, kept: object) -> Mapping[str, Tensor]:
-        shown = kept.picture.views != SEPARATOR
-        return {name: values[shown] for name, values in kept.details.items()}
-
-
-def _colours(pixels: Tensor, processor: object) -> Tensor:
-    """A view (3, h, w) as its processor normalised it -> (h, w, 3), 0 to 1."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
-    return (pixels.float().cpu() * std + mean).clamp(0, 1).permute(1, 2, 0)
-
-
-def _from_picture(picture: Image.Image) -> Tensor:
-    data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return data.reshape(picture.height, picture.width, 3).float() / 255
+    def told(self, kept: Sequence[object]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        (entry,) = kept
+        mask, parts = entry.mask().flatten().cpu(), entry.selections
+        if sum(len(answer.indices) * answer.tokens for answer in parts) != mask.numel():
+            return mask, {}  # inside the decoder, or a view that was left out
+        scores = [token_scores(answer) for answer in parts]
+        return mask, {name: torch.cat([part[name].flatten() for part in scores]).cpu() for name in scores[0]}

@@ -1,9 +1,9 @@
 """Triton versions of what a selection spends its time on, for tensors on CUDA.
 
-`functional` says what is computed and asks `usable` where; nothing else calls these modules. They give the same
-selections, not the same bits: sums are taken in another order. PyTorch for CUDA brings Triton along; without it
-(``pip install "script-llava[triton]"``) the same functions run as PyTorch operations, and the greedy MAP loop then
-waits for the GPU each time that it asks how many tokens are still missing.
+The functions of `functional` say what is computed and ask `usable` where; nothing else calls these modules. They
+give the same selections, not the same bits: sums are taken in another order. PyTorch for CUDA brings Triton along;
+without it (``pip install "script-llava[triton]"``) the same functions run as PyTorch operations, and the greedy MAP
+loop then waits for the GPU each time that it asks how many tokens are still missing.
 
 The first use on a device is a trial (trial.py): where a kernel fails or gives something else than PyTorch, a warning
 names it, and PyTorch's operations are used on that device from then on. `use` decides otherwise.
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -112,3 +113,17 @@ def multiplies_half_precision(rows: Tensor, others: Tensor) -> bool:
     """Whether ``torch.bmm`` multiplies half precision into float32 by itself: on NVIDIA, from torch 2.8 on."""
     same = rows.is_cuda and rows.dtype == others.dtype and not (rows.requires_grad or others.requires_grad)
     return same and torch.version.cuda is not None and hasattr(torch.ops.aten.bmm, "dtype")
+
+
+def fused_scores() -> ModuleType:
+    """The scores as kernels; imports Triton."""
+    from llava.pruning.kernels import scores
+
+    return scores
+
+
+def fused_loops() -> ModuleType:
+    """The greedy loops as kernels; imports Triton."""
+    from llava.pruning.kernels import greedy
+
+    return greedy

@@ -8,7 +8,7 @@ import pytest
 import torch
 from convert_to_transformers import convert
 
-from llava.eval.figures import command, of_questions, scores, sources
+from llava.eval.figures import command, library_source, of_questions, scores, sources
 from llava.model.builder import TOY_FOLDER
 from llava.pruning import get_pruner, list_pruners
 from records import GOLDEN, load_picture
@@ -140,10 +140,30 @@ def test_views_of_tiles():
     tiled = sources.OurSource(command.OurSubject(TILED, device="cpu"))
     picture = load_picture("square336")
     views = tiled.views(picture)
-    assert len(views) == len(tiled.cells(picture)) > 1
+    assert len(views) > 1
+    assert [plane.name for plane in tiled.planes(picture)] == ["overview", "tiles"]
     look = tiled.look(picture, "What?", get_pruner("script", keep_tokens=7))
     assert [int(kept.sum()) for kept in look.kept] == [7] * len(views)
     assert look.scores["redundancy"][0].shape == (24, 24)
+
+
+def test_a_fixed_grid(tmp_path, folder, capsys):
+    """The setting of the paper's LLaVA-NeXT: five views of any picture; refused where nothing is cut into tiles."""
+    tiled = sources.OurSource(command.OurSubject(TILED, device="cpu", grid=(672, 672)))
+    picture = load_picture("small97x61")
+    assert [plane.views for plane in tiled.planes(picture)] == [((0,),), ((1, 2), (3, 4))]
+    look = tiled.look(picture, "What?", get_pruner("random", keep_tokens=7, exclude_padding=False))
+    assert [int(kept.sum()) for kept in look.kept] == [7] * 5
+    given = ["3a", "--pictures", str(folder), "--image-grid", "672x672", "--output", str(tmp_path / "a.png")]
+    assert command.main([*given, "--model-path", TINY, "--device", "cpu"]) == 2
+    assert "a fixed grid is for checkpoints that cut pictures into tiles" in capsys.readouterr().err
+    assert command.main([*given, "--model-path", TINY, "--hf"]) == 2
+    assert "--image-grid is for checkpoints of LLaVA's own format" in capsys.readouterr().err
+
+
+def test_questions_are_drawn_as_they_are_written(draw):
+    asked = ("--questions", "Is it $5 or $x^?", "--pruners", "random", "--count", "1", "--keep-tokens", "9")
+    assert len(draw("7", *asked)[1]) == 9
 
 
 def test_the_librarys_class_is_seen_as_our_own(tmp_path_factory):
@@ -153,7 +173,7 @@ def test_the_librarys_class_is_seen_as_our_own(tmp_path_factory):
     convert(toy, target)
     ours = sources.OurSource(command.OurSubject(toy, device="cpu"))
     clip = str(TOY_FOLDER / "clip-toy-336")
-    theirs = sources.LibrarySource(command.LibrarySubject(str(target), "cpu", "auto", clip))
+    theirs = library_source.LibrarySource(command.LibrarySubject(str(target), "cpu", "auto", clip))
     picture = load_picture("square336")
     for features in sources.FEATURES:
         own, other = (source.views(picture, features)[0] for source in (ours, theirs))

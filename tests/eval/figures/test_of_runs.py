@@ -1,16 +1,13 @@
-"""Figures of benchmark runs: a sweep on a tiny checkpoint, bars and radar from given scores, a day on a GPU."""
+"""Figures of benchmark runs: a sweep on a tiny checkpoint, bars and radar from given scores."""
 
 import csv
-import json
 from types import SimpleNamespace
 
-import gpu_day
 import pytest
 from small_pope import write_pope
 
 from llava.eval.figures import command, of_runs
 from llava.eval.runner import run
-from llava.model.builder import TOY_FOLDER
 from records import GOLDEN
 
 TINY = GOLDEN / "checkpoints" / "llava-v1.5-tiny"
@@ -67,67 +64,3 @@ def test_radar_and_bars(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(of_runs, "table_6", lambda options: (heads, [["a", "–", "80.00 [79, 81]"]], ["a note"]))
     assert command.main(["2a", "--output", str(tmp_path / "a.svg")]) == 0
     assert rows_of(tmp_path / "a.svg")[0]["POPE F1"] == "80.00 [79, 81]"
-
-
-# --- a day on a GPU ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def day(data, tmp_path, monkeypatch):
-    """The day's command on a tiny checkpoint; parts are not run but noted, and end with ``codes``."""
-    done, codes = [], {}
-
-    def do(self, part):
-        done.append(part.name)
-        (self.options.out / "logs" / f"{part.name}.log").write_text("said\n")
-        code = codes.get(part.name, 0)
-        self.record(part).write_text(json.dumps({"command": list(part.command), "code": code, "seconds": 60.0}))
-
-    monkeypatch.setattr(gpu_day.Day, "do", do)
-    monkeypatch.setattr(gpu_day.Day, "probe", lambda *_: (0.5, 20.0))
-    given = ["--ckpt-dir", str(TINY.parent), "--checkpoints", TINY.name, "--data-root", str(data), "--out"]
-    given += [str(tmp_path / "out"), "--output-root", str(tmp_path / "runs"), "--methods", "script", "random"]
-    given += ["--budgets", "16", "8", "--benchmarks", "pope", "gqa", "--presets", "toy", "--device", "cpu"]
-    return lambda *more: gpu_day.main([*given, *more]), done, codes
-
-
-def test_the_plan_says_how_long_and_what_is_left_out(day, capsys):
-    command, done, _ = day
-    assert command("--plan") == 0
-    printed = capsys.readouterr().out
-    assert "12 questions of 0.50 s unpruned, 20 s to load" in printed
-    assert f"all of benchmark: {gpu_day.duration(5 * 26.0)} left" in printed  # full, and two methods at two budgets
-    assert "a guess: never measured on a GPU" in printed
-    assert "LEFT OUT: gqa on llava-v1.5-tiny" in printed
-    assert done == []
-
-
-def test_the_day_goes_on_and_reports(day, tmp_path, capsys):
-    command, done, codes = day
-    codes |= {"audit-llava-v1.5-tiny": 1, "efficiency-toy": 2}  # an audit that found something is done
-    assert command() == 1
-    assert "failed: efficiency-toy" in capsys.readouterr().out
-    assert len(done) == 1 + 1 + 1 + 1 + 5
-    report = (tmp_path / "out" / "report.md").read_text()
-    assert "| efficiency-toy | 2 | 1.0 min |" in report
-    assert "left out: gqa" in report
-    assert (tmp_path / "out" / "gpu_day.tar.gz").is_file()
-    done.clear()
-    codes.clear()
-    assert command() == 0
-    assert done == ["efficiency-toy"]
-
-
-def test_a_missing_checkpoint_is_named_first(day, capsys):
-    command, done, _ = day
-    assert command("--checkpoints", "nothing") == 2
-    assert "no checkpoint at" in capsys.readouterr().err
-    assert command("--methods", "nonsense") == 2
-    assert done == []
-
-
-def test_whose_scripts_ask_a_checkpoint():
-    assert gpu_day.family_of(TOY_FOLDER / "llava-toy-v1.5") == "v1_5"
-    assert gpu_day.family_of(TOY_FOLDER / "llava-toy-v1.6") == "v1_6"
-    with pytest.raises(ValueError, match="no LLaVA in the original format"):
-        gpu_day.family_of(TOY_FOLDER / "clip-toy-336")
