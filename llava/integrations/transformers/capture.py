@@ -8,18 +8,16 @@ model runs, and nothing is made up for it. Gradients follow where they are wante
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from llava.integrations.transformers.host import Host, UnsupportedModelError, deep_features
-
-
-class Absent:
-    """Stands for an attribute that an instance does not have; a class, so that copies know it again."""
+from llava.integrations.transformers.replacing import replaced
+from llava.integrations.transformers.visual_memory import VisualMemory
 
 
 class _AtTheDoor(Exception):
@@ -74,7 +72,11 @@ class Capture:
 
 
 def capture_prompt(
-    host: Host, arguments: dict[str, Any], observe_projector: bool = False, watched_layer: nn.Module | None = None
+    host: Host,
+    arguments: dict[str, Any],
+    observe_projector: bool = False,
+    watched_layer: nn.Module | None = None,
+    memory: VisualMemory | None = None,
 ) -> Capture:
     """Run the base model on a prompt, all but the language model.
 
@@ -84,6 +86,7 @@ def capture_prompt(
         arguments: of the base model's ``forward``.
         observe_projector: record what enters ``multi_modal_projector``.
         watched_layer: record what enters and leaves this layer of the vision tower.
+        memory: of the last pictures; where these are the same, and what is to be recorded was, the tower does not run.
     """
     at_the_door: dict[str, Any] = {}
     features: dict[str, Any] = {}
@@ -128,8 +131,11 @@ def capture_prompt(
     def remember_output(_: nn.Module, __: tuple, output: Any) -> None:
         projected.append(output)
 
-    base = host.base
+    base, observed = host.base, (observe_projector, watched_layer)
+    reuse = memory is not None and memory.holds(host, arguments) and holds_observed(memory, observed)
     with ExitStack() as stack:
+        if memory is not None:
+            stack.enter_context(memory.at_work(host, arguments, reuse))
         stack.enter_context(replaced(host.language_model, "forward", stop))
         for modality in ("image", "video"):
             name = f"get_{modality}_features"
@@ -154,6 +160,12 @@ def capture_prompt(
         raise UnsupportedModelError(
             host.model, f"it computes {elsewhere[0]} features elsewhere than in get_{elsewhere[0]}_features()"
         )
+    packing, left = packings[-1] if packings else None, watched[-1] if watched else None
+    if reuse:
+        packing = packing or memory.seen["packing"]
+        projector_inputs, left = memory.seen["projector"], memory.seen["layer"]
+    elif memory is not None:
+        memory.seen = {"observed": observed, "packing": packing, "projector": projector_inputs, "layer": left}
     return Capture(
         inputs_embeds=at_the_door["inputs_embeds"],
         position_ids=at_the_door.get("position_ids"),
@@ -162,9 +174,17 @@ def capture_prompt(
         features={modality: value for modality, value in features.items() if modality in shown},
         arguments=arguments,
         projector_inputs=projector_inputs,
-        packing=packings[-1] if packings else None,
-        watched=watched[-1] if watched else None,
+        packing=packing,
+        watched=left,
     )
+
+
+def holds_observed(memory: VisualMemory, observed: tuple[bool, nn.Module | None]) -> bool:
+    """Whether a pass was captured into the memory, with all that is to be observed."""
+    if memory.seen is None:
+        return False
+    projector, layer = memory.seen["observed"]
+    return (projector or not observed[0]) and (observed[1] is None or layer is observed[1])
 
 
 def features_in(output: Any) -> Any:
@@ -190,17 +210,3 @@ def watch(layer: nn.Module, seen: list[tuple[Tensor, Tensor]]) -> Any:
         seen.append((entered, output if isinstance(output, Tensor) else output[0]))
 
     return layer.register_forward_hook(remember, with_kwargs=True)
-
-
-@contextmanager
-def replaced(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Give an instance its own attribute for the length of a block; what it had before comes back exactly."""
-    before = owner.__dict__.get(name, Absent)  # accelerate keeps a forward of its own there
-    object.__setattr__(owner, name, value)
-    try:
-        yield
-    finally:
-        if before is Absent:
-            object.__delattr__(owner, name)
-        else:
-            object.__setattr__(owner, name, before)

@@ -71,8 +71,9 @@ class KeptPicture:
         per_layer: tokens that enter each layer of the decoder, separators among them, where a method inside it drops
             some; ``None`` where all layers see the same.
         relevance: where the question was read, and why; ``None`` for a method that reads none.
-        told: places (n,) among the t, and what the method told of the tokens there, (n,) by name, where it computes:
-            one pair for each selection. `details` puts them together.
+        told: for each selection the places (n,) among the t that competed in it, and what the method told of the
+            tokens there, (n,) by name, which may be nothing. `details` puts them together.
+        features: (t, d) of all tokens as they stood in the prompt, on the model's device; only if they were asked for.
     """
 
     picture: Picture
@@ -81,6 +82,7 @@ class KeptPicture:
     per_layer: tuple[int, ...] | None = None
     relevance: Choice | None = None
     told: tuple[tuple[Tensor, Mapping[str, Tensor]], ...] = ()
+    features: Tensor | None = None
 
     @property
     def details(self) -> dict[str, Tensor]:
@@ -178,6 +180,7 @@ def select_tokens(
     inputs_embeds: Tensor,
     describe: Describe,
     project: Callable[[Tensor], Tensor] | None = None,
+    keep_features: bool = False,
 ) -> list[KeptPicture]:
     """Run a method over all pictures of a batch.
 
@@ -188,6 +191,7 @@ def select_tokens(
         describe: from contests of equal size, their features (V, n, d) and which of these may be chosen (V, n) to
             the other `PruningInputs` fields that the method reads.
         project: the projector, for methods that make tokens before it.
+        keep_features: whether the answer holds `KeptPicture.features`.
 
     Raises:
         ValueError: the method does not fit what the pictures look like.
@@ -230,10 +234,9 @@ def select_tokens(
         of_tokens = {name: value for name, value in selection.details.items() if value.shape == (len(group), tokens)}
         for number, one in enumerate(group):
             whole[one.picture] = False
-            if of_tokens:
-                places = torch.searchsorted(pictures[one.picture].columns, one.columns)
-                own_details = {name: value[number] for name, value in of_tokens.items()}
-                told.setdefault(one.picture, []).append((places, own_details))
+            competing = torch.searchsorted(pictures[one.picture].columns, one.columns)
+            own_details = {name: value[number] for name, value in of_tokens.items()}
+            told.setdefault(one.picture, []).append((competing, own_details))
             own, own_columns = selection.indices[number], one.columns[chosen[number]]
             if selection.eligible is not None:  # only the data told how many
                 own, own_columns = own[selection.eligible[number]], own_columns[selection.eligible[number].cpu()]
@@ -257,7 +260,10 @@ def select_tokens(
         elif method.newlines == "keep":
             kept = kept | picture.separators_to_keep(kept & picture.attended)
         parts = tuple(made.get(index, ()))
-        answers.append(KeptPicture(picture, kept & picture.attended, parts, told=tuple(told.get(index, ()))))
+        features = inputs_embeds[picture.row, picture.columns.to(inputs_embeds.device)] if keep_features else None
+        answers.append(
+            KeptPicture(picture, kept & picture.attended, parts, told=tuple(told.get(index, ())), features=features)
+        )
     return answers
 
 
