@@ -31,7 +31,7 @@ FLAGS = (
     "--use-fake-ui-for-media-stream",
 )
 QUALITY = 82
-WAIT = 300_000  # milliseconds; a busy machine is slow
+WAIT = 100_000  # milliseconds; a busy machine is slow
 LIST, GALLERY = ROOT / "docs" / "gallery.json", ROOT / "docs" / "gallery.html"
 TITLE = "Script: which visual tokens are kept for a question"
 INTRODUCTION = (
@@ -50,14 +50,17 @@ def launch(playwright: Any) -> Any:
     return playwright.chromium.launch(executable_path=browser_path(), args=list(FLAGS))
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def serve_toy(*flags: str) -> str:
     """The page on the toy, served from a thread of this process; its address."""
     from llava.serve.page.__main__ import parse_arguments, serve
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = ["--device", "cpu", "--max-new-tokens", "16", "--port", str(port), *flags]
+    arguments = ["--device", "cpu", "--max-new-tokens", "16", "--port", str(free_port()), *flags]
     return serve(parse_arguments(arguments), prevent_thread_lock=True)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os.path import expanduser
@@ -24,7 +23,7 @@ from llava.relevance.policy import settle
 from llava.serve.chat import AnySession, Chat
 from llava.serve.flags import make_pruner, parse_grid
 from llava.serve.options import check_options, parse_arguments, without_budget
-from llava.serve.status import Terminal, TimedStreamer, status_line, stoppable
+from llava.serve.status import Terminal, TimedStreamer, now, status_line, stoppable
 from llava.serve.token_picture import draw_kept_tokens, drawn_cell, join_panels, save_drawing, with_caption
 from llava.serve.transformers_session import TransformersSession
 from llava.terminal import printable
@@ -120,9 +119,9 @@ class Session:
 
     def encode(self) -> None:
         """Run the tower: once, whatever is asked about the pictures."""
-        start = self._now()
+        start = now(self.model.device)
         self.pictures = self.model.encode_pictures(self.visuals)
-        self.vision_seconds = self._now() - start
+        self.vision_seconds = now(self.model.device) - start
 
     def ask(self, question: str) -> str:
         """Answer a question in the conversation so far, telling the listener the words and a line about the work.
@@ -145,7 +144,7 @@ class Session:
                 self.listener.stage("vision")
                 self.encode()
             self.listener.stage("selection")
-            start = self._now()
+            start = now(self.model.device)
             prompt = self.model.embed_prompts(
                 ids.to(self.model.device),
                 images=self.pictures,
@@ -154,7 +153,7 @@ class Session:
                 padding_side="left",
                 truncate=False,
             )
-            selected = self._now()
+            selected = now(self.model.device)
             streamer = TimedStreamer(self.tokenizer, conversation.stop_string, self.listener)
             self.listener.stage("answer")
             sampling = {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
@@ -188,11 +187,6 @@ class Session:
         cell = drawn_cell(self.model.get_vision_tower(), self.pictures.pool_mode)
         drawn = draw_kept_tokens(self.pixels, self.last_prompt.kept, self.image_processor, cell)
         return with_caption(drawn, *self.last_turn) if self.arguments.captions else drawn
-
-    def _now(self) -> float:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 def place_images(question: str, images: int) -> str:

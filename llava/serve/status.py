@@ -35,6 +35,13 @@ class Terminal:
         print(text)
 
 
+def now(device: torch.device) -> float:
+    """Seconds on a clock that only differences of mean anything; what a GPU was given before is done by then."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 class TimedStreamer(TextStreamer):
     """Hands the answer on as it comes, and notes when each token came.
 

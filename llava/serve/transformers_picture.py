@@ -124,10 +124,9 @@ def dim(colours: np.ndarray, lit: Tensor) -> np.ndarray:
     return (colours * share[..., None]).round().astype(np.uint8)
 
 
-def _colours(pixels: Tensor, processor: Any) -> np.ndarray:
-    """A view (3, h, w) as its processor normalised it -> (h, w, 3) uint8."""
-    images = processor.image_processor
-    mean, std = (torch.tensor(values)[:, None, None] for values in (images.image_mean, images.image_std))
+def colours_of(pixels: Tensor, processor: Any) -> np.ndarray:
+    """A view (3, h, w) as an image or video processor normalised it -> (h, w, 3) uint8."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
     return ((pixels.float().cpu() * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
 
 
@@ -160,12 +159,12 @@ def _whole_views(
     if kept is None:
         count = _placeholders(model, inputs) // len(pixels)
         cells = torch.arange(count).reshape(_shape(count, pixels))
-        return [SeenView(0, _colours(view, processor), cells) for view in pixels]
+        return [SeenView(0, colours_of(view, processor.image_processor), cells) for view in pixels]
     places = [(one.picture.views != SEPARATOR).nonzero().flatten() for one in kept]
     count = sum(map(len, places)) // len(pixels)
     of_view = [(number, part) for number, own in enumerate(places) for part in own.split(count)]
     return [
-        SeenView(number, _colours(view, processor), part.reshape(_shape(count, pixels)))
+        SeenView(number, colours_of(view, processor.image_processor), part.reshape(_shape(count, pixels)))
         for view, (number, part) in zip(pixels, of_view, strict=True)
     ]
 
@@ -214,6 +213,7 @@ def _tiled_views(
         places.view(-1)[sequence[is_patch]] = is_patch.nonzero().flatten()
         views = inputs["pixel_values"][number, : len(places)]
         found += [
-            SeenView(number, _colours(view, processor), cells, grid) for view, cells in zip(views, places, strict=True)
+            SeenView(number, colours_of(view, processor.image_processor), cells, grid)
+            for view, cells in zip(views, places, strict=True)
         ]
     return found

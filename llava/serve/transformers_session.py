@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import fmean
 from typing import Any
 
@@ -14,13 +15,14 @@ import torch
 from PIL import Image
 
 from llava.constants import DEFAULT_IMAGE_TOKEN
-from llava.integrations.transformers import KeptPicture
+from llava.integrations.transformers import KeptPicture, VisualMemory
 from llava.integrations.transformers.host import find_host
+from llava.integrations.transformers.joint_space import reads_joint_space
 from llava.integrations.transformers.loading import load_transformers_model
 from llava.integrations.transformers.picture_sizes import check_picture_size
 from llava.model.builder import pick_device
 from llava.pruning import Method
-from llava.serve.status import Terminal, TimedStreamer, stoppable
+from llava.serve.status import Stopped, Terminal, TimedStreamer, now, stoppable
 from llava.serve.token_picture import with_caption
 from llava.serve.transformers_picture import check_drawable, draw_kept
 from llava.video import Video, video_inputs
@@ -30,10 +32,13 @@ class TransformersSession:
     """A loaded model, the pictures on the table, and the conversation about them; `Session` for ``--hf``.
 
     Every turn goes to the model as a whole, as a cache with a pruned prompt cannot be gone on with.
+
+    Args:
+        keep_features: whether ``last_kept`` holds the features of all tokens.
     """
 
-    def __init__(self, arguments: argparse.Namespace, pruner: Method | None) -> None:
-        self.arguments = arguments
+    def __init__(self, arguments: argparse.Namespace, pruner: Method | None, keep_features: bool = False) -> None:
+        self.arguments, self.keep_features = arguments, keep_features
         device = pick_device(arguments.device)
         dtype: Any = arguments.dtype
         if dtype == "auto" and device == "cpu":
@@ -46,6 +51,7 @@ class TransformersSession:
         self.tokenizer = self.processor.tokenizer
         self.stopped = False
         self.listener = Terminal()
+        self.memory = VisualMemory()  # of the pictures on the table
         self.use_pruner(pruner)
         self.pixels: Sequence[Image.Image] = []
         self.video: Video | None = None
@@ -66,7 +72,10 @@ class TransformersSession:
     def _attached(self, pruner: Method | None) -> Any:
         if pruner is None:
             return nullcontext()
-        return pruner(self.model, self.processor, clip=self.arguments.clip_path, siglip=self.arguments.siglip_path)
+        named = {}
+        if reads_joint_space(pruner):  # methods are changed while the tower's CLIP stays what it is
+            named = {"clip": self.arguments.clip_path, "siglip": self.arguments.siglip_path}
+        return pruner(self.model, self.processor, **named, keep_features=self.keep_features, memory=self.memory)
 
     def clear(self) -> None:
         self.messages: list[dict[str, Any]] = []
@@ -79,6 +88,7 @@ class TransformersSession:
             check_picture_size(picture.size, self.processor)
         self.clear()
         self.pixels, self.video = list(pictures), video
+        self.memory = VisualMemory()
 
     def _check_video(self) -> None:
         """Raise ValueError where a video cannot be shown, or what is kept of it cannot be drawn."""
@@ -111,6 +121,26 @@ class TransformersSession:
         drawn = draw_kept(self.model, self.processor, self.last_inputs, self.pixels, self.last_kept)
         return with_caption(drawn, *self.last_turn) if self.arguments.captions else drawn
 
+    def first_inputs(self, question: str) -> Any:
+        """What the processor makes of a conversation's first question and what is on the table."""
+        return self._inputs(self._asked(question))
+
+    def _asked(self, question: str) -> list[dict[str, Any]]:
+        """The conversation with this question; the first one shows what is on the table."""
+        content: list[dict[str, str]] = [{"type": "text", "text": question.replace(DEFAULT_IMAGE_TOKEN, "").strip()}]
+        if not self.messages:
+            shown = [{"type": "image"}] * len(self.pixels) + [{"type": "video"}] * (self.video is not None)
+            content = shown + content
+        return [*self.messages, {"role": "user", "content": content}]
+
+    def _inputs(self, messages: Sequence[dict[str, Any]]) -> Any:
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        visuals: dict[str, Any] = {"images": list(self.pixels)} if self.pixels else {}
+        if self.video is not None:
+            visuals |= video_inputs([self.video])
+        inputs = self.processor(text=text, return_tensors="pt", **visuals)
+        return inputs.to(self.model.device, dtype=self.model.dtype)
+
     def ask(self, question: str) -> str:
         """Answer a question in the conversation so far, telling the listener the words and a line about the work.
 
@@ -118,17 +148,8 @@ class TransformersSession:
         written is in the conversation.
         """
         self.stopped = False
-        content: list[dict[str, str]] = [{"type": "text", "text": question.replace(DEFAULT_IMAGE_TOKEN, "").strip()}]
-        if not self.messages:
-            shown = [{"type": "image"}] * len(self.pixels) + [{"type": "video"}] * (self.video is not None)
-            content = shown + content
-        messages = [*self.messages, {"role": "user", "content": content}]
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        visuals: dict[str, Any] = {"images": list(self.pixels)} if self.pixels else {}
-        if self.video is not None:
-            visuals |= video_inputs([self.video])
-        inputs = self.processor(text=text, return_tensors="pt", **visuals)
-        inputs = inputs.to(self.model.device, dtype=self.model.dtype)
+        messages = self._asked(question)
+        inputs = self._inputs(messages)
         if self.pixels and self.arguments.show_tokens:
             check_drawable(self.model, inputs, self.pruner)
         options = self.arguments
@@ -138,15 +159,18 @@ class TransformersSession:
         if options.repetition_penalty:
             sampling["repetition_penalty"] = options.repetition_penalty
         streamer = TimedStreamer(self.tokenizer, self.tokenizer.eos_token, self.listener)
-        self.listener.stage("answer")
+        self.listener.stage("vision")
         with torch.inference_mode(), self._attached(self.pruner) as handle:
             if handle is not None:
                 handle.query = question
-            start = time.perf_counter()
-            with stoppable(streamer):
+            looks = int(handle is not None and self.has_pictures())  # of a pruner at the features
+            start = now(self.model.device)
+            with self._at_the_door(looks + 1) as door, self._remembered(inputs, handle), stoppable(streamer):
                 output = self.model.generate(
                     **inputs, max_new_tokens=options.max_new_tokens, streamer=streamer, num_beams=1, **sampling
                 )
+        if door.refused:
+            raise Stopped
         self.stopped, answer = streamer.stopped, streamer.written.strip()
         if not self.stopped:
             answer = self.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
@@ -155,11 +179,53 @@ class TransformersSession:
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         ids = inputs["input_ids"]
         total = sum(int((ids == placeholder).sum()) for placeholder in find_host(self.model).placeholders.values())
-        self.last_stages = {
-            "first token" if name == "prefill" else name: seconds for name, seconds in streamer.stages(start).items()
-        }  # tower and selection are within it
+        times = [start, *door.times]
+        if self.memory.reused and door.times:  # what the tower did not do is none of its time
+            times[1:2] = []
+            times.insert(0, start)
+        before = dict(zip(("vision", "selection"), (end - begin for begin, end in pairwise(times)), strict=False))
+        self.last_stages = streamer.stages(times[-1], **before)
         self.listener.line(status_line(total, None if handle is None else handle.kept, self.last_stages))
         return answer
+
+    def _remembered(self, inputs: Any, handle: Any) -> Any:
+        """The features of the pictures, if they were computed before; a pruner looks for them itself."""
+        if handle is not None:
+            return nullcontext()
+        host = find_host(self.model)
+        return self.memory.at_work(host, inputs, reuse=self.memory.holds(host, inputs))
+
+    @contextmanager
+    def _at_the_door(self, most: int) -> Iterator[Door]:
+        """Note when the language model is entered, the first ``most`` times.
+
+        A pruner's pass up to the language model comes before the model's own.
+        """
+        door = Door()
+
+        def note(*_: Any) -> None:
+            if len(door.times) == most:
+                return
+            door.times.append(now(self.model.device))
+            try:
+                self.listener.stage("selection" if len(door.times) < most else "answer")
+            except Stopped:
+                door.refused = True
+                raise
+
+        hook = find_host(self.model).language_model.register_forward_pre_hook(note)
+        try:
+            yield door
+        finally:
+            hook.remove()
+
+
+@dataclass
+class Door:
+    """When the language model was entered, and whether the listener wanted no more there."""
+
+    times: list[float] = field(default_factory=list)
+    refused: bool = False
 
 
 def status_line(total: int, kept: Sequence[KeptPicture] | None, stages: Mapping[str, float]) -> str:
@@ -176,8 +242,8 @@ def status_line(total: int, kept: Sequence[KeptPicture] | None, stages: Mapping[
             f"{sum(per_view)} of {sum(picture.tokens for picture in kept)} visual tokens ({counts} per view{more})"
             + decoder_counts(kept)
         )
-    if "first token" in stages:
-        parts.append(f"first token {stages['first token'] * 1e3:.0f} ms")
+    names = ("vision", "selection", "prefill") if total else ("prefill",)
+    parts += [f"{name} {stages[name] * 1e3:.0f} ms" for name in names if name in stages]
     if "decode, per token" in stages:
         parts.append(f"decode {stages['decode, per token'] * 1e3:.1f} ms/token")
     return f"[{' | '.join(parts)}]"

@@ -5,11 +5,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from convert_to_transformers import convert
 
 from llava.mm_utils import load_image, process_images, tokenizer_image_token
 from llava.model.builder import DEFAULT_CHECKPOINT, TOY_FOLDER, load_pretrained_model
 from llava.pruning import get_pruner
 from llava.serve.page.__main__ import BUNDLED
+from llava.serve.page.user import Relay
 from page_pictures import WAIT, browser_path, compare, launch, opened, serve_toy
 
 pytest.importorskip("gradio")
@@ -175,15 +177,58 @@ def test_two_tabs_at_once_see_their_own_pictures_alone(browser, address):
     assert kept(said[0]["looks"][0]) != kept(said[1]["looks"][0])
 
 
-def test_a_run_is_stopped(tab):
+@pytest.fixture
+def held(monkeypatch):
+    """The first run that comes to its answer waits there until it is stopped; the later ones do not."""
+    first, words = [], Relay.text
+
+    def text(relay, piece, end):
+        if not first:
+            first.append(relay)
+        if relay is first[0] and not end:
+            relay.stop.wait(WAIT / 1000)
+        words(relay, piece, end)
+
+    monkeypatch.setattr(Relay, "text", text)
+
+
+def test_a_run_is_stopped_and_the_next_one_runs(tab, held):
     tab.click("#compare-part button >> nth=0")
     tab.click("button#compare")
-    tab.wait_for_selector("#live >> text=of 4")
+    tab.wait_for_selector("#live >> text=/1 of 4.*answering/")
     tab.click("#stop")
     tab.wait_for_selector("#live >> text=stopped")
-    if tab.locator("#result .sv").count():
-        assert len(shown(tab)["looks"]) < 4
-    assert len(ask(tab)["looks"]) == 1  # and the next one runs
+    (look,) = shown(tab)["looks"]
+    assert look["stopped"]
+    assert len(ask(tab)["looks"]) == 1
+
+
+def test_a_new_question_takes_the_place_of_the_one_under_way(tab, held):
+    tab.click("#ask")
+    tab.wait_for_selector("#live >> text=answering")
+    tab.fill("#question textarea", "What color is the cup?")
+    tab.press("#question textarea", "Enter")
+    tab.wait_for_selector("#live >> text=done")
+    (look,) = shown(tab)["looks"]
+    assert look["question"] == "What color is the cup?"
+    assert not look["stopped"]
+
+
+def test_others_wait_for_the_model_are_told_so_and_need_not(browser, address, held):
+    first, second = opened(browser, address), opened(browser, address)
+    first.click("#ask")
+    first.wait_for_selector("#live >> text=answering")
+    second.click("#ask")
+    second.wait_for_selector("#live >> text=waiting for the model, 1 before this one")
+    second.click("#stop")
+    second.wait_for_selector("#live >> text=stopped")
+    assert first.locator("#live >> text=answering").count() == 1
+    second.click("#ask")
+    second.wait_for_selector("#live >> text=1 before this one")
+    first.click("#stop")
+    second.wait_for_selector("#live >> text=done")
+    for one in (first, second):
+        one.context.close()
 
 
 def test_an_address_shows_the_same_again(tab, browser):
@@ -197,6 +242,7 @@ def test_an_address_shows_the_same_again(tab, browser):
         browser, tab.url.partition("?")[0] + "?question=q&method=nope", viewport={"width": 800, "height": 600}
     )
     wrong.wait_for_selector("#live .error >> text=unknown pruner")
+    wrong.wait_for_selector("#preview >> text=toy scene")  # the page works all the same
     for one in (again, wrong):
         one.context.close()
 
@@ -232,31 +278,58 @@ def test_nothing_serious_is_found_by_axe(browser, address, scheme):
     assert not found
 
 
+RECORD = """
+window.received = [];
+const plain = window.fetch;
+window.fetch = async (...given) => {
+  const response = await plain(...given), decoder = new TextDecoder();
+  const reader = response.clone().body?.getReader();
+  const read = async () => {
+    for (let part = await reader.read(); !part.done; part = await reader.read())
+      window.received.push(decoder.decode(part.value, { stream: true }));
+  };
+  if (reader) read().catch(() => {});
+  return response;
+};
+"""  # what comes, streams among it that do not end
+
+
 def test_nothing_comes_from_elsewhere_and_no_path_of_the_server_is_sent(browser, address):
     tab = browser.new_context().new_page()
-    asked, bodies = [], []
+    asked = []
     tab.on("request", lambda request: asked.append(request.url))
-    tab.on(
-        "response", lambda response: bodies.append(response) if response.request.resource_type != "script" else None
-    )
-    tab.goto(address)
+    tab.add_init_script(RECORD)
+    document = tab.goto(address).text()
     tab.wait_for_selector("#preview img", timeout=WAIT)
+    tab.set_input_files("#file", {"name": "cut.jpg", "mimeType": "image/jpeg", "buffer": PICTURE.read_bytes()[:900]})
+    tab.wait_for_selector("#live .error", timeout=WAIT)
     tab.set_input_files("#file", PICTURE)
     tab.wait_for_selector(f"#preview >> text={PICTURE.name}", timeout=WAIT)
     ask(tab)
     foreign = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
     assert not foreign
-    page = tab.content()
-    for response in bodies:
-        if "text" in response.headers.get("content-type", "") or "json" in response.headers.get("content-type", ""):
-            try:
-                page += response.text()
-            except Exception:  # a stream that is still open
-                continue
+    received = "".join(tab.evaluate("window.received"))
+    assert "process_completed" in received
+    assert PICTURE.name in received
     for place in (str(ROOT), tempfile.gettempdir() + "/", str(Path.home())):
-        assert place not in page, place
+        assert place not in document + received + tab.content(), place
     status = tab.evaluate(
         "async () => (await fetch('gradio_api/upload', { method: 'POST', body: new FormData() })).status"
     )
     assert status == 404
+    tab.context.close()
+
+
+def test_a_model_of_the_library(browser, tmp_path):
+    convert(str(DEFAULT_CHECKPOINT), tmp_path / "toy")
+    tab = opened(browser, serve_toy("--hf", "--model-path", str(tmp_path / "toy")))
+    assert tab.locator("#count input[type=range]").get_attribute("max") == "576"
+    (look,) = ask(tab)["looks"]
+    assert len(kept(look)) == 16
+    assert {"vision", "selection", "prefill"} <= set(look["milliseconds"])
+    stage = tab.locator(".sv-stage")
+    stage.focus()
+    stage.press("ArrowRight")
+    stage.press("ArrowRight")
+    assert "kept token at" in tab.locator(".sv-cell").inner_text()
     tab.context.close()

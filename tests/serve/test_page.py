@@ -11,10 +11,11 @@ from PIL import Image
 from llava.serve.page import __main__ as command
 from llava.serve.page.limits import LimitedRequests, check_address
 from llava.serve.page.pieces import error, picture_box, preview, told
-from llava.serve.page.user import Bundled, Progress, User, address_of, read_address, told_error
+from llava.serve.page.user import Bundled, Progress, Replaced, User, address_of, read_address, told_error
 from llava.serve.status import Stopped
 from llava.serve.viewer.paths import without_paths
 from llava.serve.viewer.setting import Setting
+from llava.serve.viewer.turns import Turns
 from records import GOLDEN
 
 PICTURE = GOLDEN / "images" / "small97x61.png"
@@ -159,6 +160,53 @@ def test_stop_ends_the_answer_and_all_that_would_follow():
     assert not user.stop.is_set()
     work.close()
     assert user.stop.is_set()
+
+
+def test_a_new_run_ends_the_one_before_which_tells_nothing_more():
+    user = User(Desk())
+    user.desk.gate = threading.Semaphore(1)
+    first, second = user.work(SETTINGS[:2]), user.work(SETTINGS[2:])
+    while not next(first).answer:
+        pass
+    next(second)
+    user.desk.gate.release(5)
+    with pytest.raises(Replaced):
+        next(first)
+    list(second)
+    assert [look.setting for look in user.comparison] == SETTINGS[2:]
+
+
+def test_turns_come_in_order_and_those_who_wait_may_leave():
+    turns, order, places = Turns(most_waiting=2), [], []
+    in_line = threading.Barrier(2)
+
+    def take(name, leaves=False):
+        def waiting(before):
+            if name not in places:
+                places.append(name)
+                in_line.wait()
+            if leaves:
+                raise Stopped
+
+        try:
+            with turns.turn(waiting):
+                order.append(name)
+        except Stopped:
+            order.append(f"{name} left")
+
+    with turns.turn(lambda before: None):
+        threads = [threading.Thread(target=take, args=one) for one in (("a", True), ("b",), ("c",))]
+        threads[0].start()
+        in_line.wait()
+        threads[0].join()
+        for thread in threads[1:]:
+            thread.start()
+            in_line.wait()
+        with pytest.raises(ValueError, match="2 others are waiting"), turns.turn(lambda before: None):
+            pass
+    for thread in threads:
+        thread.join()
+    assert order == ["a left", "b", "c"]
 
 
 def test_what_a_look_raises_is_told():

@@ -45,7 +45,9 @@ def test_the_same_answer_as_our_own_host(capsys, converted, tmp_path):
     code, theirs, err = run(capsys, "--model-path", converted, "--clip-path", CLIP, *question)
     assert code == 0, err
     assert re.search(
-        r"\[64 of 576 visual tokens \(64 x 1 per view\) \| first token \d+ ms \| decode [\d.]+ ms/token\]", theirs
+        r"\[64 of 576 visual tokens \(64 x 1 per view\) \| vision \d+ ms \| selection \d+ ms \| prefill \d+ ms \| "
+        r"decode [\d.]+ ms/token\]",
+        theirs,
     )
     _, ours, _ = run(capsys, "--model-path", str(TOY_FOLDER / "llava-toy-v1.5"), *question, hf=False)
     assert theirs.splitlines()[0] == ours.splitlines()[0]

@@ -279,11 +279,12 @@ def test_models_of_the_library_show_the_same(tmp_path):
     side = min(picture.size)
     # The library's class does not tell which patches show only padding.
     picture = picture.crop((0, 0, side, side)).resize((336, 336))
-    looks = []
+    looks, desks = [], []
     for flags in (("--hf", "--clip-path", str(TOY_FOLDER / "clip-toy-336")), ()):
         desk = room_of(str(tmp_path / "toy") if flags else str(TOY_FOLDER / "llava-toy-v1.5"), *flags).desk()
         desk.show("scene", [picture])
         looks.append([desk.look(Setting("What color is the star?", keep=keep)) for keep in ("16", "full")])
+        desks.append(desk)
     for theirs, ours in zip(*looks, strict=True):
         assert theirs.answer == ours.answer
         assert theirs.mask().equal(ours.mask())
@@ -294,9 +295,36 @@ def test_models_of_the_library_show_the_same(tmp_path):
     view, own = (each[0].pictures[0].views[0] for each in looks)
     assert view.order.equal(own.order)
     assert set(view.scores) == set(own.scores) == {"redundancy", "kept_by_gsp", "relevance"}
+    assert view.closest.equal(own.closest)
+    assert torch.allclose(view.cosine, own.cosine, atol=1e-4)
+    first, again = looks[0][0], desks[0].look(Setting("What color is the star?", keep="16"))
+    assert first.seconds["vision"] > 0
+    assert again.seconds["vision"] == 0  # the features are there
+    assert again.answer == first.answer
+    assert again.pictures[0].views[0].closest.equal(view.closest)
     asked = own.scores["relevance"] > 0  # ours leaves padding out before it scales
     both = torch.stack([one.scores["relevance"][asked] for one in (view, own)])
     assert torch.corrcoef(both)[0, 1] > 0.9999
+
+
+def test_tiles_of_models_of_the_library(tmp_path):
+    convert(str(CHECKPOINTS / "llava-v1.6-vicuna-tiny"), tmp_path / "tiny")
+    desk = room_of(str(tmp_path / "tiny"), "--hf").desk()
+    desk.show("wide.png", [Image.open(GOLDEN / "images" / "wide1000x400.png").convert("RGB")])
+    each = desk.look(Setting(QUESTION, "divprune", "4")).pictures[0]
+    assert desk.tokens_of_view() == each.views[0].kept.numel()
+    sizes = [view.kept.numel() for view in each.views]
+    for number, view in enumerate(each.views):
+        assert view.order[view.kept].sort().values.equal(torch.arange(4))
+        first = sum(sizes[:number])  # the nearest kept token is one of the same view
+        near = view.closest[view.closest >= 0] - first
+        assert view.kept.flatten()[near].all()
+    together = desk.look(Setting(QUESTION, keep="4", options=("scope=global", "relevance=none")))
+    (picture,) = together.pictures
+    steps = torch.cat([view.order[view.kept] for view in picture.views])
+    assert steps.sort().values.equal(torch.arange(len(steps)))
+    closest = torch.cat([view.closest.flatten() for view in picture.views])
+    assert together.mask()[closest[closest >= 0]].all()
 
 
 def test_one_call_of_the_model_runs_at_a_time(room, desk):

@@ -9,5 +9,6 @@ handle.kept[0].per_view, handle.relevance
 from llava.integrations.transformers.attachment import AttachedPruner, attach
 from llava.integrations.transformers.host import TESTED_CLASSES, UnsupportedModelError
 from llava.integrations.transformers.selection import KeptPicture
+from llava.integrations.transformers.visual_memory import VisualMemory
 
-__all__ = ["TESTED_CLASSES", "AttachedPruner", "KeptPicture", "UnsupportedModelError", "attach"]
+__all__ = ["TESTED_CLASSES", "AttachedPruner", "KeptPicture", "UnsupportedModelError", "VisualMemory", "attach"]

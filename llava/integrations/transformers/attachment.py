@@ -33,7 +33,7 @@ from llava.integrations.transformers.arguments import (
 )
 from llava.integrations.transformers.boundary import Plan
 from llava.integrations.transformers.calls import Call, PrunedGenerate
-from llava.integrations.transformers.capture import Absent, capture_prompt, replaced
+from llava.integrations.transformers.capture import capture_prompt
 from llava.integrations.transformers.compiled import SetAside, original, refuse_to_be_compiled
 from llava.integrations.transformers.host import TOKEN_TYPES, Host, find_host
 from llava.integrations.transformers.inside_decoder import (
@@ -45,9 +45,11 @@ from llava.integrations.transformers.inside_decoder import (
 )
 from llava.integrations.transformers.pictures import find_pictures
 from llava.integrations.transformers.relevance import HostRelevance
+from llava.integrations.transformers.replacing import Absent, replaced
 from llava.integrations.transformers.selection import KeptPicture, select_tokens
 from llava.integrations.transformers.short_prompt import Positions, dropped_columns, plan_short_prompt
 from llava.integrations.transformers.shortening import Shortening, counted_positions, shorten
+from llava.integrations.transformers.visual_memory import VisualMemory
 from llava.integrations.transformers.whole_prompt import WholePrompt, WholePromptStreamer
 from llava.pruning import DecoderPruner, Method
 from llava.pruning.functional import without_autocast
@@ -58,7 +60,8 @@ def attach(method: Method, model: nn.Module, processor: Any = None, **options: A
     """Prune with ``method`` in every call of a model of the library until the handle's ``remove()``.
 
     Args:
-        options: ``query``, ``positions``, ``clip``, ``siglip``; arguments and errors as of `AttachedPruner`.
+        options: ``query``, ``positions``, ``clip``, ``siglip``, ``keep_features``, ``memory``; arguments and errors as
+            of `AttachedPruner`.
     """
     return AttachedPruner(method, model, processor, **options)
 
@@ -77,6 +80,8 @@ class AttachedPruner:
             "auto" takes "original" for models with several position axes (mRoPE) and "packed" for all others.
         clip, siglip: folder or hub name of the CLIP or SigLIP that the model's vision tower comes from, for relevance
             in its joint space. A tower that is known by its shape needs none where that model's files are at hand.
+        keep_features: whether `kept` holds the features of all tokens, for those who compare them afterwards.
+        memory: of the pictures asked about before: where a call brings the same ones, the tower does not run again.
 
     Attributes:
         kept: for each image and video of the last call, in the order of the prompts, what was kept of it.
@@ -98,6 +103,8 @@ class AttachedPruner:
         positions: Positions = "auto",
         clip: str | None = None,
         siglip: str | None = None,
+        keep_features: bool = False,
+        memory: VisualMemory | None = None,
     ) -> None:
         if positions not in ("auto", "packed", "original"):
             raise ValueError(f"positions must be auto, packed or original, got {positions!r}")
@@ -105,16 +112,17 @@ class AttachedPruner:
         self.host: Host = find_host(model)
         if method.makes_tokens and positions == "original":
             raise ValueError(f"pruner '{method.name}' makes tokens, which have no position in the whole prompt")
-        if method.makes_tokens and self.host.deep:
+        if method.makes_tokens and not method.makes_means and self.host.deep:
             raise ValueError(
                 f"pruner '{method.name}' makes tokens, and {type(model).__name__} reads features of each visual token "
-                "in the first layers of its language model, too, which a made token does not have: take a method that "
-                "keeps tokens as they are"
+                "in the first layers of its language model, too, which such a token does not have: take a method that "
+                "keeps tokens as they are, or one whose tokens are means of others (pool, restore)"
             )
         if find_attached(model) is not None:
             raise RuntimeError("a pruner is attached to this model already: remove it first (its handle's remove())")
         self.query = query
         self.positions = positions
+        self.keep_features, self.memory = keep_features, memory
         inside = isinstance(method, DecoderPruner)
         if inside:
             check_decoder(self.host, method)
@@ -360,7 +368,7 @@ class AttachedPruner:
         names = {"input_ids", "attention_mask", "position_ids", *TOKEN_TYPES}
         given = {name: value for name, value in arguments.items() if name in names and value is not None}
         given |= self.host.visual_inputs(arguments)
-        capture = capture_prompt(self.host, given, reader.reads_encoder, reader.watched_layer)
+        capture = capture_prompt(self.host, given, reader.reads_encoder, reader.watched_layer, self.memory)
         pictures = find_pictures(self.host, capture, prompt, mask)
         inside = isinstance(method, DecoderPruner)
         if inside:
@@ -370,7 +378,7 @@ class AttachedPruner:
             project = getattr(self.host.base, "multi_modal_projector", None)
             with torch.no_grad(), without_autocast():
                 describe = reader.describer(capture, pictures, prompt, asked, question_of_row)
-                kept = select_tokens(method, pictures, embeds, describe, project)
+                kept = select_tokens(method, pictures, embeds, describe, project, self.keep_features)
         kept = [replace(one, relevance=self.relevance) for one in kept]
         if len(self._calls) == 1:
             self.kept = kept

@@ -8,18 +8,16 @@ model runs, and nothing is made up for it. Gradients follow where they are wante
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from llava.integrations.transformers.host import Host, UnsupportedModelError, deep_features
-
-
-class Absent:
-    """Stands for an attribute that an instance does not have; a class, so that copies know it again."""
+from llava.integrations.transformers.replacing import replaced
+from llava.integrations.transformers.visual_memory import VisualMemory
 
 
 class _AtTheDoor(Exception):
@@ -74,7 +72,11 @@ class Capture:
 
 
 def capture_prompt(
-    host: Host, arguments: dict[str, Any], observe_projector: bool = False, watched_layer: nn.Module | None = None
+    host: Host,
+    arguments: dict[str, Any],
+    observe_projector: bool = False,
+    watched_layer: nn.Module | None = None,
+    memory: VisualMemory | None = None,
 ) -> Capture:
     """Run the base model on a prompt, all but the language model.
 
@@ -84,11 +86,13 @@ def capture_prompt(
         arguments: of the base model's ``forward``.
         observe_projector: record what enters ``multi_modal_projector``.
         watched_layer: record what enters and leaves this layer of the vision tower.
+        memory: of the last pictures; where these are the same, and what is to be recorded was, the tower does not run.
     """
     at_the_door: dict[str, Any] = {}
     features: dict[str, Any] = {}
     packings: list[Packing] = []
     projector_inputs: list[Tensor] = []
+    projected: list[Any] = []
     watched: list[tuple[Tensor, Tensor]] = []
 
     def stop(*_: Any, **received: Any) -> None:
@@ -124,8 +128,14 @@ def capture_prompt(
     def remember_input(_: nn.Module, positional: tuple[Tensor, ...]) -> None:
         projector_inputs.append(positional[0])
 
-    base = host.base
+    def remember_output(_: nn.Module, __: tuple, output: Any) -> None:
+        projected.append(output)
+
+    base, observed = host.base, (observe_projector, watched_layer)
+    reuse = memory is not None and memory.holds(host, arguments) and holds_observed(memory, observed)
     with ExitStack() as stack:
+        if memory is not None:
+            stack.enter_context(memory.at_work(host, arguments, reuse))
         stack.enter_context(replaced(host.language_model, "forward", stop))
         for modality in ("image", "video"):
             name = f"get_{modality}_features"
@@ -135,16 +145,27 @@ def capture_prompt(
             stack.enter_context(replaced(base, "pack_image_features", remember_packing(base.pack_image_features)))
         if observe_projector and hasattr(base, "multi_modal_projector"):
             stack.callback(base.multi_modal_projector.register_forward_pre_hook(remember_input).remove)
+        if base is host.model and hasattr(base, "multi_modal_projector"):
+            stack.callback(base.multi_modal_projector.register_forward_hook(remember_output).remove)
         if watched_layer is not None:
             stack.callback(watch(watched_layer, watched).remove)
         stack.enter_context(suppress(_AtTheDoor))
-        base(**arguments)
+        # A base that is the model itself has the pruner's own hooks, which are not for this pass.
+        (base.forward if base is host.model else base)(**arguments)
+    if "image" in features and projected:
+        features["image"] = behind_the_projector(features["image"], projected[-1], at_the_door["inputs_embeds"])
     shown = host.modalities(arguments)
     elsewhere = sorted(shown - features.keys())
     if elsewhere:
         raise UnsupportedModelError(
             host.model, f"it computes {elsewhere[0]} features elsewhere than in get_{elsewhere[0]}_features()"
         )
+    packing, left = packings[-1] if packings else None, watched[-1] if watched else None
+    if reuse:
+        packing = packing or memory.seen["packing"]
+        projector_inputs, left = memory.seen["projector"], memory.seen["layer"]
+    elif memory is not None:
+        memory.seen = {"observed": observed, "packing": packing, "projector": projector_inputs, "layer": left}
     return Capture(
         inputs_embeds=at_the_door["inputs_embeds"],
         position_ids=at_the_door.get("position_ids"),
@@ -153,9 +174,17 @@ def capture_prompt(
         features={modality: value for modality, value in features.items() if modality in shown},
         arguments=arguments,
         projector_inputs=projector_inputs,
-        packing=packings[-1] if packings else None,
-        watched=watched[-1] if watched else None,
+        packing=packing,
+        watched=left,
     )
+
+
+def holds_observed(memory: VisualMemory, observed: tuple[bool, nn.Module | None]) -> bool:
+    """Whether a pass was captured into the memory, with all that is to be observed."""
+    if memory.seen is None:
+        return False
+    projector, layer = memory.seen["observed"]
+    return (projector or not observed[0]) and (observed[1] is None or layer is observed[1])
 
 
 def features_in(output: Any) -> Any:
@@ -166,6 +195,13 @@ def features_in(output: Any) -> Any:
     return output.last_hidden_state if pooled is None else pooled
 
 
+def behind_the_projector(features: Any, projected: Any, inputs_embeds: Tensor) -> Any:
+    """Features (N, n, e) as the language model reads them (N, n, d), where a class projects them only in `forward`."""
+    if not isinstance(features, Tensor) or features.shape[-1] == inputs_embeds.shape[-1]:
+        return features
+    return projected.reshape(*features.shape[:-1], -1)
+
+
 def watch(layer: nn.Module, seen: list[tuple[Tensor, Tensor]]) -> Any:
     """Hook that writes down what enters a layer and what leaves it."""
 
@@ -174,17 +210,3 @@ def watch(layer: nn.Module, seen: list[tuple[Tensor, Tensor]]) -> Any:
         seen.append((entered, output if isinstance(output, Tensor) else output[0]))
 
     return layer.register_forward_hook(remember, with_kwargs=True)
-
-
-@contextmanager
-def replaced(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Give an instance its own attribute for the length of a block; what it had before comes back exactly."""
-    before = owner.__dict__.get(name, Absent)  # accelerate keeps a forward of its own there
-    object.__setattr__(owner, name, value)
-    try:
-        yield
-    finally:
-        if before is Absent:
-            object.__delattr__(owner, name)
-        else:
-            object.__setattr__(owner, name, before)

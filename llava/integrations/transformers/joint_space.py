@@ -41,7 +41,7 @@ def find_joint_space(
     """
     if clip is not None and siglip is not None:
         raise ValueError("name one joint space, clip= or siglip=, not both")
-    reads_one = isinstance(method, QuestionReader) and method.relevance in ("auto", "clip")
+    reads_one = reads_joint_space(method)
     if clip is not None or siglip is not None:
         if not reads_one:
             raise ValueError(
@@ -65,6 +65,11 @@ def find_joint_space(
         return HostJointSpace(host, str(folder), kind, name), None
     except ValueError as error:
         return None, str(error)
+
+
+def reads_joint_space(method: Method) -> bool:
+    """Whether a method with these options looks for the question in a joint space."""
+    return isinstance(method, QuestionReader) and method.relevance in ("auto", "clip")
 
 
 @lru_cache(maxsize=1)  # people attach for each call anew

@@ -26,6 +26,7 @@ BUNDLED = {  # beside the toy, where the repository is at hand
     "chelsea": "audit/chelsea.jpg",
     "coffee": "audit/coffee.jpg",
 }
+QUICK = 32  # requests beside those that wait for the model: pictures that come, options that are changed
 QUESTIONS = ("What color is the star?", "Is there a yellow cup in the image?", "What is written on the green sign?")
 
 
@@ -41,7 +42,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--video-file", nargs="+", default=[], metavar="FILE", help="videos that it offers")
     parser.add_argument("--question", nargs="+", default=list(QUESTIONS), metavar="TEXT", help="examples")
     parser.add_argument("--max-upload-mb", type=at_least_one, default=32, metavar="N", help="of a picture or video")
-    parser.add_argument("--max-waiting", type=at_least_one, default=32, metavar="N", help="requests in the queue")
+    parser.add_argument(
+        "--max-waiting", type=at_least_one, default=32, metavar="N", help="for the model, which answers one"
+    )
     return parser.parse_args(arguments)
 
 
@@ -80,9 +83,12 @@ def serve(options: argparse.Namespace, prevent_thread_lock: bool = False) -> str
     offered = bundled_by(options)
     options.image_file, options.video_file = [], None
     most_bytes = options.max_upload_mb * MIB
-    page = app.Page(Room(options), offered, tuple(options.question), most_bytes)
+    room = Room(options, options.max_waiting)
+    for one in offered.values():  # better now than when somebody chooses it
+        room.desk().show(one.name, [one.picture] if one.picture is not None else [], one.video)
+    page = app.Page(room, offered, tuple(options.question), most_bytes)
     folder = Path(__file__).parent
-    blocks = page.blocks().queue(max_size=options.max_waiting, default_concurrency_limit=4)
+    blocks = page.blocks().queue(default_concurrency_limit=4, max_size=QUICK)
     limits = Middleware(LimitedRequests, most_bytes=most_bytes * 4 // 3 + MIB)  # base64, and the form around it
     _, address, _ = blocks.launch(
         server_name=options.host,
@@ -91,6 +97,7 @@ def serve(options: argparse.Namespace, prevent_thread_lock: bool = False) -> str
         ssr_mode=False,
         quiet=True,
         prevent_thread_lock=True,
+        max_threads=options.max_waiting + QUICK,
         app_kwargs={"middleware": [limits]},
         state_session_capacity=app.MOST_TABS,
         max_file_size=1,

@@ -12,7 +12,8 @@ import gradio as gr
 from llava.pruning import list_pruners
 from llava.serve.flags import DEFAULT_METHOD, FULL
 from llava.serve.page import pieces
-from llava.serve.page.user import Bundled, User, address_of, read_address, told_error
+from llava.serve.page.user import Bundled, Replaced, User, address_of, read_address, told_error
+from llava.serve.status import Stopped
 from llava.serve.viewer.desk import Room
 from llava.serve.viewer.html import document, fragment
 from llava.serve.viewer.look import MOST_LOOKS
@@ -21,7 +22,11 @@ from llava.serve.viewer.setting import Option, Setting, options_of, parse_entry
 COUNT, AUTO, ALL = "a count", "auto", "all"
 METHODS, QUESTIONS, BUDGETS = "methods", "questions", "budgets"
 FORGOTTEN = "this tab was forgotten, as others were opened since: load the page again"
-MOST_UNKNOWN = 2048  # of the slider, where the number of tokens is the processor's matter
+NO_PICTURE = "this address names no picture, as own ones are in none: choose or open one, then ask"
+NOTHING_YET = (
+    "Ask, and what was kept stands here; Compare puts two to six methods, questions or budgets beside each other."
+)
+MOST_UNKNOWN = 576  # of the slider, where there is no picture yet
 MOST_TABS = 64  # whose pictures are held
 SEND = "window.sendPicture = (message) => trigger('input', message);"  # for page.js
 SAVE = """(text) => { if (!text) return; const link = document.createElement("a");
@@ -54,15 +59,17 @@ class Page:
     def begin(self, request: gr.Request) -> tuple[Any, ...]:
         """A tab opens: a desk of its own, with what the address asks for on it."""
         user, message, settings, shown = User(self.room.desk()), "", [], ""
+        first, name = next(iter(self.offered), None), None
         try:
             name, settings = read_address(str(request.query_params))
-            name = name or next(iter(self.offered), None)
-            if name is not None:
+            if settings and name is None:
+                message = pieces.note(NO_PICTURE)
+            elif name is not None:
                 shown = self._preview(user, user.choose(self.offered, name))
-            elif settings:
-                message = pieces.note("the picture of this address was its user's own: open it, then ask again")
         except Exception as error:
-            settings, message = [], pieces.error(told_error(error))
+            settings, name, message = [], None, pieces.error(told_error(error))
+        if first is not None and name is None and not settings:
+            shown = self._preview(user, user.choose(self.offered, first))
         setting = (
             settings[0] if settings else Setting(self.questions[0] if self.questions else "What is this?", keep="16")
         )
@@ -87,7 +94,7 @@ class Page:
         return self._preview(user, picture), pieces.note("ready for a question"), slider
 
     def _preview(self, user: User, picture: Any) -> str:
-        return pieces.preview(picture, user.desk.name, user.desk.session.shown())
+        return pieces.preview(picture, user.desk.name, user.desk.shown)
 
     def ask(
         self, user: User, question: str, method: str, kind: str, count: float, rule: str, options: str
@@ -149,6 +156,11 @@ class Page:
                     shown = len(progress.done)
                     result = self._fragment(user)
                 yield pieces.told(progress), result, gr.skip()
+        except Replaced:
+            return
+        except Stopped:
+            yield pieces.note("stopped"), gr.skip(), gr.skip()
+            return
         except Exception as error:
             yield pieces.error(told_error(error)), gr.skip(), gr.skip()
             return
@@ -189,13 +201,13 @@ class Page:
                     question = gr.Textbox(label="Question", lines=1, max_lines=3, elem_id="question")
                     with gr.Row():
                         examples = [gr.Button(text, size="sm", min_width=80) for text in self.questions]
+                    with gr.Row():
+                        ask = gr.Button("Ask", variant="primary", elem_id="ask")
+                        stop = gr.Button("Stop", variant="stop", elem_id="stop")
                     method = gr.Dropdown(list_pruners(), value=DEFAULT_METHOD, label="Method", elem_id="method")
                     kind = gr.Radio([COUNT, AUTO, ALL], value=COUNT, label="Visual tokens kept of each view")
                     count = gr.Slider(1, 576, value=16, step=1, label="Count", elem_id="count")
                     rule = gr.Textbox("auto", label="Rule of auto, such as auto:0.9", visible=False)
-                    with gr.Row():
-                        ask = gr.Button("Ask", variant="primary", elem_id="ask")
-                        stop = gr.Button("Stop", variant="stop", elem_id="stop")
                     with gr.Accordion("Options of the method", open=False):
                         options = gr.Textbox(label="As on the command line: key=value", elem_id="options")
                         option_form(method, options)
@@ -216,7 +228,7 @@ class Page:
                         compare = gr.Button("Compare", variant="primary", elem_id="compare")
                 with gr.Column(scale=5, min_width=320):
                     live = gr.HTML(elem_id="live", padding=False)
-                    result = gr.HTML(elem_id="result", padding=False)
+                    result = gr.HTML(pieces.note(NOTHING_YET), elem_id="result", padding=False)
                     address = gr.Textbox(
                         label="Link to these settings (own pictures are not in it)",
                         elem_id="address",
@@ -226,19 +238,17 @@ class Page:
                     save = gr.Button("Save as an HTML file", size="sm", elem_id="save")
             setting = [question, method, kind, count, rule, options]
             shown = [live, result, address]
-            model = {"concurrency_limit": 1, "concurrency_id": "model"}
             quick = {"show_progress": "hidden"}
+            run = {**quick, "concurrency_limit": None, "trigger_mode": "multiple"}  # the room has the queue
 
             opened = blocks.load(self.begin, None, [user, pending, preview, live, *setting], **quick)
-            opened.then(self.show, [user, pending], shown, **model, **quick)
-            box.input(self.receive, user, [preview, live, count], **model, **quick)
+            opened.then(self.show, [user, pending], shown, **run)
+            box.input(self.receive, user, [preview, live, count], **quick)
             asked = [
-                ask.click(self.ask, [user, *setting], shown, **model, **quick),
-                question.submit(self.ask, [user, *setting], shown, **model, **quick),
-                count.release(self.ask, [user, *setting], shown, **model, **quick),
-                compare.click(
-                    self.compare, [user, what, methods, questions, budgets, *setting], shown, **model, **quick
-                ),
+                ask.click(self.ask, [user, *setting], shown, **run),
+                question.submit(self.ask, [user, *setting], shown, **run),
+                count.release(self.ask, [user, *setting], shown, **run),
+                compare.click(self.compare, [user, what, methods, questions, budgets, *setting], shown, **run),
             ]
             for event in asked:
                 event.then(None, address, address, js=TO_ADDRESS)

@@ -48,6 +48,8 @@
     if (button.dataset.bundled !== undefined) {
       document.querySelectorAll("button[data-bundled]").forEach((one) => one.setAttribute("aria-pressed", String(one === button)));
       send({ bundled: button.dataset.bundled });
+    } else if (["ask", "compare"].includes(button.id) && innerWidth < 700) {
+      document.querySelector("#live").scrollIntoView(); // below the form on a phone
     } else if (button.id === "open-file") document.querySelector("#file").click();
     else if (button.id === "open-camera") openCamera();
     else if (button.id === "take-photo") takePhoto();

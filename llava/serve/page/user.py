@@ -14,8 +14,8 @@ from urllib.parse import parse_qs, urlencode
 import torch
 from PIL import Image
 
-from llava.serve.status import Stopped, Terminal
-from llava.serve.viewer.desk import Desk, read_upload
+from llava.serve.status import Stopped
+from llava.serve.viewer.desk import Desk, Silent, read_upload
 from llava.serve.viewer.look import MOST_LOOKS, Comparison, Look
 from llava.serve.viewer.paths import without_paths
 from llava.serve.viewer.setting import Setting
@@ -24,6 +24,7 @@ from llava.video import Video
 logger = logging.getLogger(__name__)
 
 DOING = {"vision": "looking at the picture", "selection": "choosing the tokens", "answer": "answering"}
+WAITING = "waiting for the model"
 UNEXPECTED = "something went wrong on the server; its log tells more"
 
 
@@ -55,11 +56,22 @@ class Progress:
     done: tuple[Look, ...] = ()
 
 
-class Relay(Terminal):
+class Replaced(Exception):
+    """A run came to its end after another one had begun in the same tab."""
+
+
+class Relay(Silent):
     """Hands on what a session tells to another thread, and stops the session when asked."""
 
     def __init__(self, told: queue.Queue[tuple[str, str]], stop: threading.Event) -> None:
         self.told, self.stop = told, stop
+        self.before = 0
+
+    def waiting(self, before: int) -> None:
+        self._check()
+        if before != self.before:
+            self.told.put(("stage", f"{WAITING}, {before} before this one"))
+        self.before = before
 
     def stage(self, name: str) -> None:
         self._check()
@@ -69,9 +81,6 @@ class Relay(Terminal):
         if not end:
             self._check()
         self.told.put(("text", piece))
-
-    def line(self, text: str) -> None:
-        pass  # the look has the numbers
 
     def _check(self) -> None:
         if self.stop.is_set():
@@ -85,6 +94,7 @@ class User:
     Args:
         bundled: name of the bundled picture that is on the desk; ``None`` for an own one.
         comparison: what is shown.
+        stop: ends the run that is under way; every run has one of its own.
     """
 
     desk: Desk
@@ -123,37 +133,45 @@ class User:
     def work(self, settings: Sequence[Setting]) -> Iterator[Progress]:
         """Make the looks one after another in a thread of its own, and tell how it goes; `comparison` has them.
 
+        A run that is under way for this tab is stopped, and tells nothing more.
+
         Raises:
             ValueError: no look or too many; and whatever a look raises.
         """
         if not 1 <= len(settings) <= MOST_LOOKS:
             raise ValueError(f"one to {MOST_LOOKS} looks stand beside each other, got {len(settings)}")
-        self.stop.clear()
+        self.stop.set()
+        self.stop = stop = threading.Event()
         looks: list[Look] = []
         try:
             for number, setting in enumerate(settings, start=1):
                 where = f"{number} of {len(settings)}: {setting.label()}, " if len(settings) > 1 else ""
-                yield Progress(f"{where}waiting for the model", done=tuple(looks))
-                yield from self._one(setting, where, looks)
+                yield Progress(where + WAITING, done=tuple(looks))
+                for progress in self._one(setting, where, looks, stop):
+                    if self.stop is stop:
+                        yield progress
+                if self.stop is not stop:
+                    raise Replaced
                 self.comparison = self.desk.comparison(looks)
                 if looks[-1].stopped:
                     return
         finally:
-            self.stop.set()  # whoever reads this has gone: so does the work
+            stop.set()  # whoever reads this has gone: so does the work
 
-    def _one(self, setting: Setting, where: str, looks: list[Look]) -> Iterator[Progress]:
+    def _one(self, setting: Setting, where: str, looks: list[Look], stop: threading.Event) -> Iterator[Progress]:
+        done = tuple(looks)
         told: queue.Queue[tuple[str, str]] = queue.Queue()
         failed: list[BaseException] = []
 
         def run() -> None:
             try:
-                looks.append(self.desk.look(setting, Relay(told, self.stop)))
+                looks.append(self.desk.look(setting, Relay(told, stop)))
             except BaseException as error:  # told to the reader of the queue
                 failed.append(error)
             told.put(("end", ""))
 
         threading.Thread(target=run, daemon=True).start()
-        doing, answer = f"{where}waiting for the model", ""
+        doing, answer = where + WAITING, ""
         while True:
             kind, text = told.get()
             if kind == "end":
@@ -162,9 +180,9 @@ class User:
                 doing = where + text
             else:
                 answer += text
-            yield Progress(doing, answer, tuple(looks))
+            yield Progress(doing, answer, done)
         if failed:
-            raise failed[0]
+            raise failed[0] if self.stop is stop else Replaced
 
 
 def told_error(error: BaseException) -> str:

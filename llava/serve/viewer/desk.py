@@ -17,11 +17,12 @@ from llava.serve.cli import Session
 from llava.serve.options import check_options
 from llava.serve.status import Terminal
 from llava.serve.transformers_session import TransformersSession
-from llava.serve.viewer.hosted import look_of_hosted
+from llava.serve.viewer.hosted import look_of_hosted, tokens_of_view
 from llava.serve.viewer.look import Comparison, Look
 from llava.serve.viewer.own import look_of_session
 from llava.serve.viewer.paths import without_paths
 from llava.serve.viewer.setting import Setting
+from llava.serve.viewer.turns import Turns
 from llava.video import Video, load_video
 
 MIB = 2**20
@@ -30,6 +31,9 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpe
 
 class Silent(Terminal):
     """A listener that needs nothing but the look."""
+
+    def waiting(self, before: int) -> None:
+        """The model works for others, so many of them. Raises `Stopped` if the look is not wanted any more."""
 
     def text(self, piece: str, end: bool) -> None:
         pass
@@ -43,21 +47,21 @@ class Room:
 
     Args:
         options: what `llava.serve.options.add_session` reads.
+        most_waiting: looks that may wait for the model; ``None`` for any number.
 
     Raises:
         ValueError, OSError, ImportError: the options do not fit, or there is no such checkpoint.
     """
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, most_waiting: int | None = None) -> None:
         check_options(options)
         self.options = options
-        self.session = TransformersSession(options, None) if options.hf else Session(options, None)
-        self.lock = threading.Lock()
+        self.session = TransformersSession(options, None, keep_features=True) if options.hf else Session(options, None)
+        self.turns = Turns(most_waiting)
 
     def desk(self) -> Desk:
         """A place for one user."""
-        with self.lock:
-            return Desk(self)
+        return Desk(self)
 
 
 class Desk:
@@ -65,38 +69,44 @@ class Desk:
 
     Attributes:
         name: what the picture is called; "" where there is none.
+        shown: how the model reads it, in words.
     """
 
     def __init__(self, room: Room) -> None:
         self.room = room
         self.session = room.session.another(Silent())
-        self.name = ""
+        self.lock = threading.Lock()  # between a picture that comes and a look at the one before
+        self.name = self.shown = ""
 
     def show(self, name: str, pictures: Sequence[Image.Image] = (), video: Video | None = None) -> None:
         """Put pictures or a video on the desk. Raises ValueError if the model cannot read it."""
-        self.name = ""
-        with self.room.lock:
+        with self.lock:
+            self.name = ""
             self.session.show(list(pictures), video)
-        self.name = name
+            self.shown = self.session.shown()
+            self.name = name
 
     def tokens_of_view(self) -> int | None:
-        """The most visual tokens that a view of what is here has; ``None`` where only the processor tells."""
-        if self.room.options.hf or not self.name:
+        """The most visual tokens that a view of what is here has; ``None`` where there is no picture."""
+        if not self.name:
             return None
+        if self.room.options.hf:
+            return tokens_of_view(self.session)
         layouts = self.session.model.vision.layouts(self.session.visuals)
         return max(layout.eligible.shape[1] for layout, _ in layouts)
 
-    def look(self, setting: Setting, listener: Terminal | None = None) -> Look:
+    def look(self, setting: Setting, listener: Silent | None = None) -> Look:
         """Ask the question and say what was kept for it.
 
         Raises:
-            ValueError: there is no picture, or the method does not fit the model.
+            ValueError: there is no picture, the method does not fit the model, or too many wait for it.
             Stopped: the listener had enough before the answer began.
         """
         if not self.name:
             raise ValueError("no picture: choose one, upload or paste one")
-        with self.room.lock:
-            self.session.listener = listener or Silent()
+        listener = listener or Silent()
+        with self.room.turns.turn(listener.waiting), self.lock:
+            self.session.listener = listener
             self.session.clear()
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always", UserWarning)
@@ -107,7 +117,7 @@ class Desk:
             seen = look(self.session, setting)
             return replace(seen, reads=without_paths(seen.reads), notes=tuple(map(without_paths, notes)))
 
-    def compare(self, settings: Sequence[Setting], listener: Callable[[int], Terminal] | None = None) -> Comparison:
+    def compare(self, settings: Sequence[Setting], listener: Callable[[int], Silent] | None = None) -> Comparison:
         """Looks with each of the settings beside each other; see `look`.
 
         Args:

@@ -131,8 +131,10 @@ def _column(comparison: Comparison, number: int, name: str) -> str:
 def _picture(picture: Picture, name: str, look: Look) -> str:
     views = [_view(view, f"{name}-{number}", look) for number, view in enumerate(picture.views)]
     if picture.grid is not None:
+        counts = ", ".join(str(int(view.kept.sum())) for view in picture.views[1:])
         tiles = f'<div class="sv-tiles" style="--columns:{picture.grid[0]}">{"".join(views[1:])}</div>'
-        return f'<div class="sv-anyres">{views[0]}{tiles}</div>'
+        caption = f'<p class="sv-caption" aria-hidden="true">tiles: {counts} tokens kept</p>'
+        return f'<div class="sv-anyres">{views[0]}<div>{tiles}{caption}</div></div>'
     if len(views) > 1:
         return f'<div class="sv-strip" tabindex="0" role="group" aria-label="frames">{"".join(views)}</div>'
     return f'<div class="sv-single">{views[0]}</div>'

@@ -35,6 +35,7 @@ class View:
         closest: (rows, columns) int64, the kept cell of the picture whose token has the largest cosine with this one,
             among those that competed with it; -1 where none did. ``None`` where the host does not tell.
         cosine: (rows, columns) float32, that cosine.
+        outside: (rows, columns) bool, cells that take no part: padding, or their token is not read; ``None`` for none.
         covered: share of the view's height and width that its cells cover; pooling leaves a rest.
     """
 
@@ -45,6 +46,7 @@ class View:
     order: Tensor | None = None
     closest: Tensor | None = None
     cosine: Tensor | None = None
+    outside: Tensor | None = None
     covered: float = 1.0
 
 
@@ -146,7 +148,8 @@ def as_dict(comparison: Comparison) -> dict[str, Any]:
     """All that a comparison says, pictures apart, as JSON takes it.
 
     "kept" of a view are the numbers of its kept cells, "order" the step at which each of them was chosen, "scores" and
-    "cosine" have a number for each cell, "closest" a cell of the picture, counted over its views.
+    "cosine" have a number for each cell, "closest" a cell of the picture, counted over its views; "outside" are the
+    cells that take no part.
     """
     return {
         "picture": comparison.picture,
@@ -181,6 +184,8 @@ def _picture_dict(picture: Picture) -> dict[str, Any]:
         if view.order is not None:
             one["order"] = view.order[view.kept].tolist()
         one["scores"] = {name: rounded(values.flatten().tolist()) for name, values in view.scores.items()}
+        if view.outside is not None:
+            one["outside"] = view.outside.flatten().nonzero().flatten().tolist()
         if view.closest is not None:
             one["closest"] = view.closest.flatten().tolist()
             one["cosine"] = rounded(view.cosine.flatten().tolist())

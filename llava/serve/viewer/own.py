@@ -59,6 +59,9 @@ def _picture(session: Session, number: int, tokens: KeptTokens, features: Tensor
     tower = session.model.get_vision_tower()
     covered = min(side * drawn_cell(tower, session.pictures.pool_mode) / pixels.shape[-1], 1.0)
     mask, details = tokens.mask(), details_of(tokens)
+    outside = None
+    if session.pruner is not None and session.pruner.exclude_padding and not bool(tokens.layout.eligible.all()):
+        outside = ~tokens.layout.eligible & ~mask
     joined = _joined(tokens)
     rank = details.pop("order", None)
     order = closest = cosine = None
@@ -72,6 +75,10 @@ def _picture(session: Session, number: int, tokens: KeptTokens, features: Tensor
             [torch.where(near >= 0, near + o, near) for (near, _), o in zip(found, offsets, strict=True)]
         )
         closest, cosine = closest.view(views, cells), torch.cat([c for _, c in found]).view(views, cells)
+    if outside is not None:
+        details = {name: values.float().masked_fill(outside, torch.nan) for name, values in details.items()}
+        if closest is not None:
+            closest, cosine = closest.masked_fill(outside, -1), cosine.masked_fill(outside, torch.nan)
 
     def square(values: Tensor | None, view: int) -> Tensor | None:
         return None if values is None else values[view].reshape(side, side)
@@ -85,6 +92,7 @@ def _picture(session: Session, number: int, tokens: KeptTokens, features: Tensor
             square(order, view),
             square(closest, view),
             square(cosine, view),
+            square(outside, view),
             covered,
         )
         for view in range(views)

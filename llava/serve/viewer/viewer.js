@@ -26,6 +26,7 @@
       this.columns = view.columns;
       this.count = view.rows * view.columns;
       this.kept = new Set(view.kept);
+      this.outside = new Set(view.outside || []);
       this.step = new Map((view.order || []).map((step, i) => [view.kept[i], step]));
       this.dim = element.querySelector(".sv-dim path");
       this.canvas = make("canvas", { width: view.columns, height: view.rows, hidden: true });
@@ -85,6 +86,7 @@
     }
     describe(cell) {
       const parts = [`${this.view.title}, row ${Math.floor(cell / this.columns) + 1}, column ${(cell % this.columns) + 1}`];
+      if (this.outside.has(cell)) return `${parts[0]}; takes no part: padding`;
       if (!this.kept.has(cell)) parts.push("dropped");
       else if (this.step.has(cell)) parts.push(`kept, chosen as number ${this.step.get(cell) + 1}`);
       else parts.push("kept");
@@ -185,8 +187,14 @@
       ...Object.keys(stage.view.scores), ...(stage.view.order ? ["order of choice"] : [])]))];
     const select = make("select", {}, make("option", { value: "", textContent: "none" }),
       ...overlays.map((name) => make("option", { value: name, textContent: named(name) })));
-    select.onchange = () => stages.forEach((stage) => stage.showOverlay(select.value));
-    if (overlays.length) bar.append(make("label", {}, "Overlay ", select));
+    const scale = make("span", { className: "sv-scale", hidden: true }, "", make("i"), "");
+    select.onchange = () => {
+      stages.forEach((stage) => stage.showOverlay(select.value));
+      scale.hidden = !select.value;
+      scale.lastChild.textContent = select.value === "order of choice" ? " first" : " highest of the picture";
+      scale.firstChild.textContent = select.value === "order of choice" ? "last " : "lowest ";
+    };
+    if (overlays.length) bar.append(make("label", {}, "Overlay ", select), scale);
 
     const most = Math.max(0, ...stages.flatMap((stage) => (stage.view.order || []).map((step) => step + 1)));
     if (most > 1) {
