@@ -67,7 +67,8 @@ def score(
             result[category] |= {"samples": len(own), "yes_ratio": said_yes / len(own)}
         items |= {name: float(no == truth) for name, no, truth in pairs}
         kinds[category] = {name: _kind(no, truth) for name, no, truth in pairs}
-    mean_f1 = sum(part["f1"] for part in result.values()) / len(result)
+    asked = [part["f1"] for part in result.values() if part["samples"]]  # --limit may leave a category out
+    mean_f1 = _ratio(sum(asked), len(asked))
     right = sum(part["TP"] + part["TN"] for part in result.values())
     wrong = sum(part["FP"] + part["FN"] for part in result.values())
     return {

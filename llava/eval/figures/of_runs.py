@@ -53,6 +53,7 @@ def bars(options: argparse.Namespace) -> Drawn:
         panel.invert_yaxis()
         panel.set_title(heads[column], fontsize=9)
         panel.tick_params(labelsize=7)
+        panel.locator_params(axis="x", nbins=4)
     return figure, heads, rows
 
 

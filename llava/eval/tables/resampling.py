@@ -36,9 +36,9 @@ class Resampled:
         if benchmark == "pope":
             if "kinds" not in score:
                 raise ValueError("this POPE run was scored by an older version: score it again")
-            self.parts = {part: sorted(map(str, kinds)) for part, kinds in score["kinds"].items()}
+            self.parts = {part: sorted(map(str, kinds)) for part, kinds in score["kinds"].items() if kinds}
             by_name = {
-                part: {str(name): kind for name, kind in kinds.items()} for part, kinds in score["kinds"].items()
+                part: {str(name): score["kinds"][part][name] for name in score["kinds"][part]} for part in self.parts
             }
             self.values = {
                 part: np.array([[by_name[part][name] == kind for kind in COUNTED] for name in names], float).reshape(

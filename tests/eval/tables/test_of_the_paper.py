@@ -49,6 +49,19 @@ def test_pope_resampled_is_pope_scored_again():
     assert found.scores({part: 2 * w for part, w in weights.items()})[0] == pytest.approx(fewer["score"])
 
 
+def test_a_category_of_pope_that_was_not_asked_does_not_count():
+    score, answers, questions, labels = pope_score(0)
+    first = pope.CATEGORIES[0]
+    own = [question for question in questions if question["category"] == first]
+    ids = {question["question_id"] for question in own}
+    limited = pope.score([answer for answer in answers if answer["question_id"] in ids], own, labels)
+    assert limited["score"] == pytest.approx(100 * score["categories"][first]["f1"])
+    found = Resampled("pope", limited)
+    assert list(found.parts) == [first]
+    low, high = found.interval()
+    assert low < limited["score"] < high
+
+
 def test_mme_resampled_keeps_an_images_two_questions_together():
     rows = {
         "color": [
