@@ -2,9 +2,9 @@
 
     python scripts/convert_to_transformers.py playground/toy/llava-toy-v1.5 converted/llava-toy-v1.5
 
-LLaVA-1.5 becomes `LlavaForConditionalGeneration`, LLaVA-NeXT `LlavaNextForConditionalGeneration`, with weights
-named as on the hub, a processor, a chat template that writes the checkpoint's own prompts, and a tokenizer that
-knows ``<image>``. Unpruned logits are those of the original.
+LLaVA-1.5 becomes `LlavaForConditionalGeneration`, LLaVA-NeXT on Vicuna, Llama 3, Yi or Mistral
+`LlavaNextForConditionalGeneration`, with weights named as on the hub, a processor, a chat template that writes the
+checkpoint's own prompts, and a tokenizer that knows ``<image>``. Unpruned logits are those of the original.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextProcessor,
     LlavaProcessor,
+    MistralConfig,
     PreTrainedTokenizerFast,
     models,
 )
@@ -46,6 +47,7 @@ LANGUAGE_KEYS = (  # of config.json that describe the language model
     *("num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps"),
     *("rope_theta", "rope_scaling", "attention_bias", "bos_token_id", "eos_token_id", "pad_token_id"),
 )
+LANGUAGES = {"llava_llama": LlamaConfig, "llava_mistral": MistralConfig}  # by our name of the family
 
 
 def convert(source: str, target: Path) -> None:
@@ -73,18 +75,21 @@ def convert(source: str, target: Path) -> None:
     config.save_pretrained(target)
     make_processor(values, config, tower_folder, tokenizer, chat_template).save_pretrained(target)
     write_weights(folder, tower_folder, target, rows)
-    if (folder / "generation_config.json").is_file():
-        generation = read_json(folder / "generation_config.json")
-        kept = {key: generation[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in generation}
-        (target / "generation_config.json").write_text(json.dumps(kept, indent=2) + "\n")
+    generation = generation_tokens(folder, tokenizer, template)
+    (target / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     for file in target.iterdir():  # safetensors makes files that only their owner can read
         file.chmod(0o644)
 
 
 def check_convertible(folder: Path, values: Any) -> None:
     """Raise ValueError for a checkpoint that the library's two classes cannot express."""
+    if values.model_type not in LANGUAGES:
+        raise ValueError(
+            f"{folder} is a {values.model_type}: this converts {', '.join(LANGUAGES)}. LLaVA-OneVision and LLaVA-NeXT "
+            "on Qwen are on the hub in the library's format already (llava-hf/llava-onevision-qwen2-7b-ov-hf, "
+            "llava-hf/llava-next-72b-hf)"
+        )
     expected = {
-        "model_type": ("llava_llama",),
         "mm_projector_type": ("mlp2x_gelu",),
         "mm_use_im_start_end": (False, None),
         "mm_use_im_patch_token": (False, None),
@@ -110,9 +115,12 @@ def convert_config(
     A tower in a folder is named from the folder ``target``, so that both can be moved together.
     """
     stored = read_json(folder / "config.json")
-    language = LlamaConfig(**{key: stored[key] for key in LANGUAGE_KEYS if stored.get(key) is not None})
+    given = {key: stored[key] for key in LANGUAGE_KEYS if stored.get(key) is not None}
+    if values.model_type == "llava_mistral" and "sliding_window" in stored:
+        given["sliding_window"] = stored["sliding_window"]  # null is none, and Mistral's default is one of 4096
+    language = LANGUAGES[values.model_type](**given)
     language.vocab_size = rows
-    language.architectures = ["LlamaForCausalLM"]
+    language.architectures = [f"{language.model_type.capitalize()}ForCausalLM"]
     vision = CLIPVisionConfig.from_pretrained(tower_folder)
     is_local = tower_folder.as_posix().endswith(values.mm_vision_tower)  # otherwise it is a name on the hub
     shared = {
@@ -149,33 +157,52 @@ def convert_tokenizer(folder: Path, values: Any) -> PreTrainedTokenizerFast:
 
     LLaVA cuts the prompt at its pictures and gives the pieces to SentencePiece, which puts a space before each, but
     none after an end token within one. Here the prompt is one text that is cut at special tokens: the normaliser puts
-    the space before every piece, and the end token is cut out only after that (``normalized``).
+    the space before every piece, and the end token is cut out only after that (``normalized``). A tokenizer of bytes
+    (Llama 3's) puts no space anywhere, and stays as it is.
     """
     original = AutoTokenizer.from_pretrained(folder, config=values)
     end = original.eos_token
     original.add_tokens([AddedToken(DEFAULT_IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
     backend = original.backend_tokenizer
-    backend.normalizer = normalizers.Sequence(
-        [
-            normalizers.Prepend("▁"),
-            normalizers.Replace(Regex(rf"\A▁{re.escape(end)}"), end),
-            normalizers.Replace(" ", "▁"),
-        ]
-    )
-    backend.pre_tokenizer = None
+    pieces = "ByteLevel" not in json.dumps(json.loads(backend.to_str())["pre_tokenizer"])
+    if pieces:
+        backend.normalizer = normalizers.Sequence(
+            [
+                normalizers.Prepend("▁"),
+                normalizers.Replace(Regex(rf"\A▁{re.escape(end)}"), end),
+                normalizers.Replace(" ", "▁"),
+            ]
+        )
+        backend.pre_tokenizer = None
     description = json.loads(backend.to_str())
     for token in description["added_tokens"]:
-        token["normalized"] = token["content"] == end
+        token["normalized"] = pieces and token["content"] == end
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(description)),
         bos_token=original.bos_token,
-        eos_token=AddedToken(end, special=True, normalized=True),
+        eos_token=AddedToken(end, special=True, normalized=pieces),
         unk_token=original.unk_token,
-        pad_token=original.pad_token or original.unk_token,
+        pad_token=original.pad_token or original.unk_token or end,
         padding_side="left",
         model_max_length=getattr(values, "tokenizer_model_max_length", None) or original.model_max_length,
         clean_up_tokenization_spaces=False,
     )
+
+
+def generation_tokens(folder: Path, tokenizer: Any, template: Conversation) -> dict[str, Any]:
+    """Tokens of ``generation_config.json``: the checkpoint's, and all that ends an answer.
+
+    That is the tokenizer's end token, and what the template ends a turn with where that is another (ChatML, some of
+    Llama 3's).
+    """
+    stored = read_json(folder / "config.json")
+    if (folder / "generation_config.json").is_file():
+        stored |= read_json(folder / "generation_config.json")
+    kept = {key: stored[key] for key in ("bos_token_id", "pad_token_id") if stored.get(key) is not None}
+    ends = stored.get("eos_token_id")
+    ends = list(ends) if isinstance(ends, list) else [ends]
+    ends += [tokenizer.eos_token_id, tokenizer.get_vocab().get(template.stop_string)]
+    return kept | {"eos_token_id": [end for end in dict.fromkeys(ends) if end is not None]}
 
 
 def chat_template_of(template: Conversation) -> str:
@@ -221,6 +248,14 @@ def chat_template_of(template: Conversation) -> str:
             "{%- if loop.first and system -%}{{ '<<SYS>>\n' + system + '\n<</SYS>>\n\n' }}{%- endif -%}"
             "{{ words(message['content']) + ' [/INST]' }}{%- else -%}"
             "{{ ' ' + words(message['content']) + ' ' + " + sep2 + " }}{%- endif -%}{%- endfor -%}"
+        )
+    elif template.sep_style is SeparatorStyle.LLAMA_3:
+        body = (
+            "{%- macro headed(role) -%}{{ '<|start_header_id|>' + role + '<|end_header_id|>\n\n' }}{%- endmacro -%}"
+            "{%- if system -%}{{ headed('system') + (system | trim) + " + sep + " }}{%- endif -%}"
+            "{%- for message in messages -%}{{ headed(message['role']) + (words(message['content']) | trim) + "
+            + sep
+            + " }}{%- endfor -%}{%- if add_generation_prompt -%}{{ headed('assistant') }}{%- endif -%}"
         )
     else:
         raise ValueError(f"no chat template for conversations with {template.sep_style.value}")

@@ -303,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    for ending in (signal.SIGTERM, signal.SIGHUP):  # of a batch system, of a lost connection: as Ctrl-C
-        if signal.getsignal(ending) is not signal.SIG_IGN:
+    for ending in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the last two: of a batch system, a lost connection
+        if ending != signal.SIGHUP or signal.getsignal(ending) is not signal.SIG_IGN:  # nohup
             signal.signal(ending, signal.default_int_handler)
     sys.exit(main())

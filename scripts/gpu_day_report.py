@@ -25,6 +25,8 @@ TAIL = 40  # lines of a log that the report shows
 def duration(seconds: float | None) -> str:
     if seconds is None:
         return "unknown"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
     return f"{seconds / 3600:.1f} h" if seconds >= 5400 else f"{seconds / 60:.1f} min"
 
 

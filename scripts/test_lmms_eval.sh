@@ -6,9 +6,7 @@ cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv-lmms-eval}
 if [ ! -d "$VENV" ]; then
     python3 -m venv "$VENV"
-    # The harness asks for torchvision, whose newest release would bring another torch: name ours again beside it.
-    "$VENV/bin/pip" install --quiet torch==2.13.0
-    "$VENV/bin/pip" install --quiet torch==2.13.0 transformers==5.23.0 -e ".[lmms-eval]" pytest
-    "$VENV/bin/pip" uninstall --quiet --yes torchvision # its wheel needs CUDA; the evaluator and the tasks do not need it
+    # Torch and torchvision of one release: the library's processors of videos need both. openai is the harness's client.
+    "$VENV/bin/pip" install --quiet torch==2.14.1 torchvision==0.29.1 transformers==5.23.0 -e ".[lmms-eval]" openai pytest
 fi
 HF_HUB_OFFLINE=1 "$VENV/bin/python" -m pytest -q tests/eval/lmms_eval "$@"

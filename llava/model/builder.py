@@ -130,6 +130,7 @@ def load_pretrained_model(
     if compile_tower:
         tower.compile_layers()
     _greedy_by_default(model)
+    _end_where_the_tokenizer_does(model, tokenizer)
     model.tokenizer = tokenizer
     model.model_name = model_name or get_model_name_from_path(str(model_path))
     model.eval()
@@ -222,6 +223,15 @@ def _add_image_tokens(tokenizer: PreTrainedTokenizerBase, model: LlavaCausalLM) 
             )
     if len(tokenizer) > rows:
         model.resize_token_embeddings(len(tokenizer))
+
+
+def _end_where_the_tokenizer_does(model: LlavaCausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
+    """An answer also ends with the tokenizer's end token, which configurations of Llama 3 do not all name."""
+    ends = model.generation_config.eos_token_id
+    ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+    own = tokenizer.eos_token_id
+    if own is not None and own not in ends:
+        model.generation_config.eos_token_id = [end for end in ends if end is not None] + [own]
 
 
 def _greedy_by_default(model: LlavaCausalLM) -> None:

@@ -51,6 +51,7 @@ class Method(ABC):
     name: ClassVar[str]
     place: ClassVar[Place]  # what the method acts on
     makes_tokens: ClassVar[bool] = False  # does it give tokens that no patch has?
+    makes_means: ClassVar[bool] = False  # are these weighted means of the view's tokens, with `Selection.weights`?
     finds_budget: ClassVar[bool] = False  # may keep_tokens be "auto"?
 
     def __post_init__(self):

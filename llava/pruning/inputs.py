@@ -145,6 +145,8 @@ class Selection:
         made: (B, k, c) tokens that stand after the kept ones of their view, in the space that the method acts on:
             encoder features for a method whose place is "encoder", projected ones otherwise. `Pruner.kept_and_made`
             says how many of them, from the first, a view with padding has. The budget counts m + k. ``None``: none.
+        weights: (B, k, n) of the view's tokens in each made one, for a method that ``makes_means``: a host whose
+            decoder reads features in deeper layers, too, mixes these by the same weights. ``None`` for all others.
         leading: so many of ``made`` stand before the kept tokens of a view that is read on its own, and before all
             other made tokens of views that are read as one grid.
     """
@@ -155,6 +157,7 @@ class Selection:
     details: Mapping[str, Tensor] = field(default_factory=dict)
     made: Tensor | None = None
     leading: int = 0
+    weights: Tensor | None = None
 
     @property
     def is_identity(self) -> bool:
@@ -178,5 +181,11 @@ class Selection:
         def pick(value: Tensor | None) -> Tensor | None:
             return None if value is None else value[views]
 
-        details = {name: value[views] for name, value in self.details.items()}
-        return Selection(self.indices[views], self.tokens, pick(self.eligible), details, pick(self.made), self.leading)
+        return dataclasses.replace(
+            self,
+            indices=self.indices[views],
+            eligible=pick(self.eligible),
+            details={name: value[views] for name, value in self.details.items()},
+            made=pick(self.made),
+            weights=pick(self.weights),
+        )

@@ -29,6 +29,7 @@ class Pool(TokenMaker):
     """
 
     name: ClassVar[str] = "pool"
+    makes_means: ClassVar[bool] = True
 
     def count(self, tokens: int) -> int:
         asked = super().count(tokens)
@@ -53,7 +54,8 @@ class Pool(TokenMaker):
         down = cell_weights(valid.any(2), rows).to(plane.dtype)
         across = cell_weights(valid.any(1), columns).to(plane.dtype)
         pooled = torch.einsum("bry,byxd,bcx->brcd", down, plane, across)
-        return dataclasses.replace(kept, made=pooled.flatten(1, 2).to(inputs.features.dtype))
+        weights = torch.einsum("bry,bcx->brcyx", down, across).flatten(3, 4).flatten(1, 2)
+        return dataclasses.replace(kept, made=pooled.flatten(1, 2).to(inputs.features.dtype), weights=weights)
 
 
 def square_side(name: str, tokens: int) -> int:

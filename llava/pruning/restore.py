@@ -63,6 +63,7 @@ class Restore(QuestionReader, TokenMaker):
     """
 
     name: ClassVar[str] = "restore"
+    makes_means: ClassVar[bool] = True
 
     method: str = "script"
     options: str = ""
@@ -134,7 +135,10 @@ class Restore(QuestionReader, TokenMaker):
         members = torch.where(rest[:, :, None], inputs.features.to(dtype), 0.0)
         merged = (joins.to(dtype) @ members) / size.clamp_min(1)[:, :, None]
         details = {"anchors": anchors, "sizes": size, "positions": median_index(joins)}
-        return dataclasses.replace(kept, made=merged.to(inputs.features.dtype), details={**kept.details, **details})
+        weights = joins.to(dtype) / size.clamp_min(1)[:, :, None]
+        return dataclasses.replace(
+            kept, made=merged.to(inputs.features.dtype), details={**kept.details, **details}, weights=weights
+        )
 
 
 def anchor_tokens(similarity: Tensor, rest: Tensor, count: int) -> tuple[Tensor, Tensor]:

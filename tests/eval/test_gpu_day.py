@@ -87,7 +87,7 @@ def test_the_day_goes_on_and_reports(day, tmp_path, capsys):
     assert "failed with exit code 2: efficiency-toy" in capsys.readouterr().out
     assert len(done) == 1 + 1 + 1 + 1 + 5
     report = (tmp_path / "out" / "report.md").read_text()
-    assert "| efficiency-toy | 2 | 1.0 min |" in report
+    assert "| efficiency-toy | 2 | 60 s |" in report
     assert "* left out: gqa" in report
     assert (tmp_path / "out" / "gpu_day.tar.gz").is_file()
     done.clear()
@@ -103,7 +103,7 @@ def test_an_interrupted_day_says_what_is_missing_and_goes_on(day, tmp_path, caps
     assert "stopped: the same command goes on" in capsys.readouterr().out
     report = (tmp_path / "out" / "report.md").read_text()
     assert "* not done, but begun: kernels\n* not done: selection-speed\n" in report
-    assert "| audit-llava-v1.5-tiny | 0 | 1.0 min |" in report
+    assert "| audit-llava-v1.5-tiny | 0 | 60 s |" in report
     codes.clear()
     assert command() == 0
     assert done[:2] == ["audit-llava-v1.5-tiny", "kernels"]

@@ -12,11 +12,9 @@ from packaging.version import Version
 from llava.eval.hosts import command, table
 from llava.eval.hosts.checks import Outcome, check_class
 from llava.eval.hosts.command import check_within, image_text_classes, main
-from llava.integrations.transformers import TESTED_CLASSES
+from llava.integrations.transformers import TESTED_CLASSES, short_prompt
 from llava.integrations.transformers.boundary import Plan
 from llava.integrations.transformers.host import SUFFIX, Host
-from llava.pruning import get_pruner
-from transformers_families import family
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "hosts.md"
 CLASSES = image_text_classes()
@@ -62,14 +60,6 @@ def test_a_class_is_refused_with_a_sentence(model_type):
     assert outcome.name not in TESTED_CLASSES
 
 
-@pytest.mark.parametrize("method", ["pool", "visionzip"])
-def test_made_tokens_are_refused_where_features_enter_the_layers_too(method):
-    with pytest.raises(
-        ValueError, match=r"makes tokens, and Qwen3VL.* reads features of each visual token in the first"
-    ):
-        get_pruner(method, keep_tokens=4).attach(family("qwen3_vl").model)
-
-
 # --- the checks notice ---------------------------------------------------------------------------------------------
 
 
@@ -89,6 +79,13 @@ def test_deep_features_of_other_tokens_are_noticed(monkeypatch):
     assert "deepstack_visual_embeds is not that of the kept tokens" in broken_by(
         monkeypatch, Plan, "_give_deepstack", shifted, "qwen3_vl"
     )
+
+
+def test_means_that_are_not_made_of_deep_features_are_noticed(monkeypatch):
+    monkeypatch.setattr(short_prompt, "with_made_features", lambda plane, _: plane)
+    outcome = outcome_of("qwen3_vl")
+    assert outcome.status == "broken"
+    assert "deep features are not the means" in " ".join(outcome.failed)
 
 
 def test_a_class_that_is_never_pruned_is_noticed(monkeypatch):

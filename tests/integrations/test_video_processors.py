@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 pytest.importorskip("torchvision", reason="the library's video processors need torchvision", exc_type=Exception)
 pytest.importorskip("av", reason="video files are read with PyAV")
@@ -16,47 +15,15 @@ import av
 from llava.pruning import get_pruner
 from llava.serve import cli
 from llava.video import load_video, video_inputs
-from transformers_families import IMAGE, VIDEO, VOCABULARY, family
+from video_processors import AROUND, MARKS, video_mark, write_checkpoint
 
-MARKS = {
-    "qwen3_vl": {IMAGE: "<|image_pad|>", VIDEO: "<|video_pad|>", 9: "<|vision_start|>", 10: "<|vision_end|>"},
-    "llava_onevision": {IMAGE: "<image>", VIDEO: "<video>"},
-}
-AROUND = {"qwen3_vl": "<|vision_start|>{}<|vision_end|>", "llava_onevision": "{}"}
-FRAME = {"qwen3_vl": (32, 48), "llava_onevision": (28, 28)}
-
-
-def processor_of(name):
-    marks = MARKS[name]
-    words = {marks.get(number, f"w{number}"): number for number in range(VOCABULARY)}
-    tokens = Tokenizer(models.WordLevel(words, unk_token="w3"))
-    tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = hf.PreTrainedTokenizerFast(
-        tokenizer_object=tokens,
-        unk_token="w3",
-        pad_token="w0",
-        eos_token="w2",
-        extra_special_tokens=list(marks.values()),
-    )
-    template = (
-        "{% for message in messages %}{% for part in message.content %}{% if part.type == 'text' %} {{ part.text }} "
-        f"{{% else %}}{AROUND[name].format(marks[VIDEO])}{{% endif %}}{{% endfor %}}{{% endfor %}}"
-    )
-    if name == "qwen3_vl":
-        sizes = {"patch_size": 4, "merge_size": 2, "size": {"shortest_edge": 64, "longest_edge": 8192}}
-        pictures, videos = hf.Qwen2VLImageProcessor(**sizes), hf.Qwen3VLVideoProcessor(**sizes)
-        return hf.Qwen3VLProcessor(pictures, tokenizer, videos, chat_template=template)
-    sizes = {"size": {"height": 28, "width": 28}}
-    pictures, videos = hf.LlavaOnevisionImageProcessor(**sizes), hf.LlavaOnevisionVideoProcessor(**sizes)
-    options = {"num_image_tokens": 16, "vision_feature_select_strategy": "full", "chat_template": template}
-    return hf.LlavaOnevisionProcessor(pictures, tokenizer, videos, **options)
+FRAME = {"qwen3_vl": (32, 48), "llava_onevision": (28, 28), "onevision_1_5": (16, 24)}
 
 
 @pytest.fixture(params=sorted(MARKS))
 def checkpoint(request, tmp_path):
     """A tiny random model with its processor in a folder, and a file of two seconds."""
-    family(request.param).model.save_pretrained(tmp_path / "model")
-    processor_of(request.param).save_pretrained(tmp_path / "model")
+    write_checkpoint(request.param, tmp_path / "model")
     height, width = FRAME[request.param]
     with av.open(str(tmp_path / "clip.mp4"), "w") as container:
         stream = container.add_stream("mpeg4", rate=4)
@@ -74,14 +41,17 @@ def test_the_processor_sees_the_chosen_frames_and_their_times(checkpoint):
     processor = hf.AutoProcessor.from_pretrained(folder)
     video = load_video(clip, 4)
     assert len(video.frames) == 4
-    text = AROUND[name].format(MARKS[name][VIDEO]) + " w7"
+    text = AROUND[name].format(video_mark(name)) + " w7"
     inputs = processor(text=[text], return_tensors="pt", **video_inputs([video]))
-    tokens = int((inputs["input_ids"] == VIDEO).sum())
+    tokens = int((inputs["input_ids"] == list(MARKS[name])[1]).sum())
     if name == "qwen3_vl":
         assert tokens == 2 * 4 * 6  # pairs of frames, 8 x 12 patches in groups of four
         given = video_inputs([video])["video_metadata"][0]
         times = [index / given["fps"] for index in given["frames_indices"]]
         assert times == pytest.approx([t - video.times[0] + times[0] for t in video.times])
+    elif name == "onevision_1_5":
+        assert tokens == 4 * 4 * 6  # each frame apart, 8 x 12 patches in groups of four
+        assert inputs["video_grid_thw"].tolist() == [[4, 8, 12]]
     else:
         assert tokens == 4 * 4 + 1  # pooled 2 x 2, and a newline
 

@@ -1,13 +1,21 @@
 """Mistral, Llama 3 and Yi behind LLaVA-NeXT: they load, and are asked as they were trained."""
 
-import json
 import shutil
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from checkpoint_copies import copy_checkpoint, edit, load_cpu
+from checkpoint_copies import (
+    LLAMA_3_MARKS,
+    NEXT,
+    copy_checkpoint,
+    copy_llama_3,
+    copy_mistral,
+    copy_yi,
+    edit,
+    load_cpu,
+)
+from llava.constants import IMAGE_TOKEN_INDEX
 from llava.conversation import conv_templates, template_for
 from llava.mm_utils import get_model_name_from_path, tokenizer_image_token
 from llava.model.builder import find_template
@@ -16,50 +24,22 @@ from llava.pruning import get_pruner
 from llava.serve import cli
 from records import GOLDEN
 
-V16 = "llava-v1.6-vicuna-tiny-wide"
 PICTURE = str(GOLDEN / "images/land640x480.png")
-LLAMA_3_MARKS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-
-
-def write_llama_3_tokenizer(folder):
-    """Bytes and Llama 3's marks in the place of the tokenizer in ``folder``: a start token before, no end."""
-    for file in ("tokenizer.model", "special_tokens_map.json"):
-        (folder / file).unlink()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in LLAMA_3_MARKS])
-    start = LLAMA_3_MARKS[0]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{start} $A", special_tokens=[(start, tokenizer.token_to_id(start))]
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": start, "eos_token": "<|eot_id|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 @pytest.fixture
 def mistral(tmp_path):
-    folder = copy_checkpoint(V16, tmp_path, "0123456789abcdef")  # a folder whose name tells nothing
-    edit(folder, model_type="llava_mistral", architectures=["LlavaMistralForCausalLM"], sliding_window=None)
-    return folder
+    return copy_mistral(tmp_path)
 
 
 @pytest.fixture
 def llama_3(tmp_path):
-    folder = copy_checkpoint(V16, tmp_path, "0123456789abcdef")
-    write_llama_3_tokenizer(folder)
-    return folder
+    return copy_llama_3(tmp_path)
 
 
 @pytest.fixture
 def yi(tmp_path):
-    """Yi-34B's kind: a Llama that speaks ChatML, and whose tokenizer adds no start token."""
-    folder = copy_checkpoint(V16, tmp_path, "0123456789abcdef")
-    edit(folder, "tokenizer_config.json", add_bos_token=False)
-    (folder / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 380, "<|im_end|>": 381}))
-    return folder
+    return copy_yi(tmp_path)
 
 
 @pytest.mark.parametrize("method", [None, "script", "fastv"])
@@ -67,11 +47,11 @@ def test_mistral_computes_what_llama_does_with_the_same_weights(mistral, load, p
     """Without its sliding window, the two are one architecture."""
     model = load_cpu(mistral)[1]
     assert isinstance(model, LlavaMistralForCausalLM)
-    pixels, sizes = pixels_of(V16, "land640x480")
+    pixels, sizes = pixels_of(NEXT, "land640x480")
     pruner = None if method is None else get_pruner(method, keep_tokens=64)
     options = {"images": pixels, "image_sizes": sizes, "pruner": pruner, "query": "a", "max_new_tokens": 5}
     ids = torch.tensor([[1, -200, 300, 301]])
-    assert torch.equal(model.generate(ids, **options), load(V16)[1].generate(ids, **options))
+    assert torch.equal(model.generate(ids, **options), load(NEXT)[1].generate(ids, **options))
 
 
 def test_a_saved_mistral_is_loaded_again(mistral, tmp_path):
@@ -122,6 +102,46 @@ def test_llama_3_is_asked_with_its_headers_and_one_start_token(llama_3, capsys):
     arguments = ["--model-path", str(llama_3), "--image-file", PICTURE, "--query", "What?", "--keep-tokens", "32"]
     assert cli.main([*arguments, "--device", "cpu", "--max-new-tokens", "3"]) == 0
     assert "160 of 2880 visual tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("copy", [copy_mistral, copy_llama_3])
+@pytest.mark.parametrize(
+    "picture, tokens",  # overview and grid without its padding, a newline after each of its rows
+    [("land640x480", 576 + 36 * 49), ("tall300x900", 576 + 72 * 25), ("wide1000x400", 576 + 24 * 61)],
+)
+def test_keeping_all_of_an_unpadded_grid_is_the_unpruned_model(copy, picture, tokens, tmp_path, pixels_of):
+    tokenizer, model, _, _ = load_cpu(copy(tmp_path))
+    pixels, sizes = pixels_of(NEXT, picture)
+    ids = tokenizer_image_token("a <image>\nb", tokenizer, return_tensors="pt")[None]
+    assert ids[0].tolist().count(tokenizer.bos_token_id) == 1
+    assert ids[0].tolist().count(IMAGE_TOKEN_INDEX) == 1
+    shown = {"images": pixels, "image_sizes": sizes}
+    with torch.no_grad():
+        expected = model(ids, **shown).logits
+        assert expected.shape[1] == tokens + ids.shape[1] - 1
+        for newlines in ("drop", "keep"):
+            everything = get_pruner("divprune", keep_tokens=576, newlines=newlines)
+            assert torch.equal(model(ids, **shown, pruner=everything).logits, expected)
+        few = get_pruner("divprune", keep_tokens=4)
+        assert model.embed_prompts(ids, **shown, pruner=few).kept[0].per_view() == [4] * pixels.shape[1]
+
+
+@pytest.mark.parametrize("end", ["<|eot_id|>", "<|end_of_text|>"])
+def test_an_answer_of_llama_3_ends_with_its_turn(end, tmp_path, pixels_of):
+    """Meta's first files say <|end_of_text|>; a turn ends with <|eot_id|>. The configuration names neither here."""
+    tokenizer, model, _, _ = load_cpu(copy_llama_3(tmp_path, end))
+    stop = conv_templates["llava_llama_3"].stop_string
+    assert model.config.eos_token_id not in tokenizer.convert_tokens_to_ids([stop, end])
+    ids = tokenizer_image_token("a <image>\nb", tokenizer, return_tensors="pt")[None]
+    pixels, sizes = pixels_of(NEXT, "square336")
+    states = []
+    model.lm_head.register_forward_pre_hook(lambda _, positional: states.append(positional[0]))
+    with torch.no_grad():
+        model(ids, images=pixels, image_sizes=sizes)
+        model.lm_head.weight.zero_()[tokenizer.convert_tokens_to_ids(stop)] = states[0][0, -1]
+    options = {"images": pixels, "image_sizes": sizes, "max_new_tokens": 4}
+    text = {} if stop == tokenizer.eos_token else {"stop_strings": [stop], "tokenizer": tokenizer}
+    assert model.generate(ids, **options, **text).shape == (1, 1)
 
 
 def test_yi_is_asked_in_chatml_without_a_start_token(yi):

@@ -66,11 +66,17 @@ def keeps_count_order_and_text(subject: Subject, method: Method, pictures: Seque
         f"prompt {text}, kept {kept} of {total}, made {pruned.made}",
         {"cache": list(pruned.cache), "kept": kept, "made": pruned.made, "tokens": total},
     )
+    promise = pruned.promised
+    count = Finding(
+        "count = promised",
+        None if promise is None else (kept, pruned.made) == promise,
+        f"kept {kept}, made {pruned.made}"
+        + ("; only the data tell how many" if promise is None else f"; promised {promise[0]} and {promise[1]}"),
+        {"kept": kept, "made": pruned.made, "promised": promise},
+    )
     places = matched(plain.embeds, pruned.embeds)
     unknown = len(pruned.embeds) - len(places)
-    made = pruned.made
-    if method.makes_tokens and not made:
-        made = min(unknown, kept)  # a host that does not tell made tokens apart counts them as kept
+    made = pruned.made if promise is None else promise[1]  # by the method's word, not by the host's
     order = Finding(
         "order of reading",
         unknown == made,
@@ -78,7 +84,7 @@ def keeps_count_order_and_text(subject: Subject, method: Method, pictures: Seque
         f"{unknown} others, {made} of them made by the method",
         {"matched": len(places), "others": unknown},
     )
-    return [cache, order, positions_as_promised(plain, pruned, places), *deep_planes(plain, pruned)]
+    return [cache, count, order, positions_as_promised(plain, pruned, places), *deep_planes(plain, pruned)]
 
 
 def matched(whole: Tensor, part: Tensor) -> list[int]:
@@ -112,7 +118,13 @@ def deep_planes(plain: Trace, pruned: Trace) -> list[Finding]:
     if not plain.planes or not pruned.kept:
         return []
     kept = pruned.kept[0]
-    same = [torch.equal(whole[kept], part) for whole, part in zip(plain.planes, pruned.planes, strict=True)]
+
+    def is_gathered(whole: Tensor, part: Tensor) -> bool:
+        if not pruned.made:
+            return torch.equal(whole[kept], part)
+        return len(part) == int(kept.sum()) + pruned.made and matched(whole, part) == kept.nonzero().flatten().tolist()
+
+    same = [is_gathered(whole, part) for whole, part in zip(plain.planes, pruned.planes, strict=True)]
     return [Finding("deep features", all(same), f"{sum(same)} of {len(same)} planes are gathered by the same list")]
 
 

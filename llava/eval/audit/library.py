@@ -69,8 +69,11 @@ class LibrarySubject(Subject):
 
     def of_kept(self, kept: Any) -> tuple[Tensor, Tensor | None, int]:
         shows = kept.picture.views != SEPARATOR
-        made = 0 if kept.made is None else len(kept.made[0]) - int(kept.kept[shows].sum())
-        return kept.kept[shows].cpu(), None if kept.scores is None else kept.scores[shows], max(made, 0)
+        return kept.as_they_are[shows], None if kept.scores is None else kept.scores[shows], kept.count_made
+
+    def choosable(self, kept: Any) -> list[Tensor]:
+        picture = kept.picture
+        return [picture.attended[picture.views == view] for view in range(picture.count)]
 
     def coverage(self, image: Image.Image, canvas: Image.Image) -> Tensor:
         white, black = (self.inputs([one], ["?"]) for one in (canvas, Image.new("RGB", image.size)))

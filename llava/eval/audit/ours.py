@@ -85,8 +85,11 @@ class OurSubject(Subject):
 
     def of_kept(self, kept: Any) -> tuple[Tensor, Tensor | None, int]:
         parts = [one.details["relevance"].flatten() for one in kept.selections if "relevance" in one.details]
-        made = 0 if kept.made is None else kept.made.shape[0] * kept.made.shape[1]
+        made = 0 if kept.made is None else int((kept.sequence >= kept.layout.eligible.numel()).sum())
         return kept.mask().flatten(), torch.cat(parts).float().cpu() if parts else None, made
+
+    def choosable(self, kept: Any) -> list[Tensor]:
+        return list(kept.layout.eligible.cpu())
 
     def coverage(self, image: Image.Image, canvas: Image.Image) -> Tensor:
         white, black = (self.pixels([one])[0].float().cpu() for one in (canvas, Image.new("RGB", image.size)))

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from llava.eval.audit.pictures import Box, painted
+from llava.layout.candidates import candidates_of
 from llava.pruning import Method
 
 COVERED = 0.5  # share of a token's area from which it shows a box
@@ -31,8 +32,10 @@ class Trace:
         planes: deep features that later layers add at the visual tokens, each (v, d); none in most families.
         logits: (vocabulary,) after the prompt.
         cache: tokens that each layer holds after the prompt.
-        kept: per picture (t,) bool, which of its tokens were kept, in the subject's own order; separators left out.
+        kept: per picture (t,) bool, which of its tokens were kept as they are, in the subject's own order; separators
+            left out.
         made: tokens that the method made itself.
+        promised: how many tokens the method gives, kept and made, by its own word; ``None`` where only data tell.
         relevance: per picture (t,) what the method made of the question, scaled; ``None`` where it reads none.
         source: which source of relevance was taken, and why; ``None`` where none was.
     """
@@ -44,6 +47,7 @@ class Trace:
     cache: tuple[int, ...]
     kept: tuple[Tensor, ...] = ()
     made: int = 0
+    promised: tuple[int, int] | None = None
     relevance: tuple[Tensor | None, ...] = ()
     source: str | None = None
 
@@ -75,6 +79,10 @@ class Subject(ABC):
     @abstractmethod
     def of_kept(self, kept: Any) -> tuple[Tensor, Tensor | None, int]:
         """(t,) kept, (t,) scaled relevance, and the number of made tokens, of one entry of ``handle.kept``."""
+
+    @abstractmethod
+    def choosable(self, kept: Any) -> list[Tensor]:
+        """(n,) bool of each view, which of its tokens may be chosen, of one entry of ``handle.kept``."""
 
     @abstractmethod
     def coverage(self, image: Image.Image, canvas: Image.Image) -> Tensor:
@@ -124,6 +132,7 @@ class Subject(ABC):
             if isinstance(mask, Tensor) and mask.ndim == 2:
                 real = mask[row].bool().to(embeds.device)
             parts = [self.of_kept(kept[row])] if kept else []
+            promise = promised(method, self.choosable(kept[row])) if kept else None
             positions = seen.get("position_ids")
             if positions is not None:
                 positions = positions[..., min(row, positions.shape[-2] - 1), :][..., real.to(positions.device)].cpu()
@@ -137,6 +146,7 @@ class Subject(ABC):
                     layers,
                     tuple(part[0] for part in parts),
                     sum(part[2] for part in parts),
+                    promise,
                     tuple(part[1] for part in parts),
                     None if handle is None or getattr(handle, "relevance", None) is None else str(handle.relevance),
                 )
@@ -154,6 +164,32 @@ class Subject(ABC):
         with self.attached(method) if method is not None and picture is not None else nullcontext():
             output = self.model.generate(**inputs, max_new_tokens=16, do_sample=False)
         return self.decoded(output[0], inputs)
+
+
+def promised(method: Method, choosable: Sequence[Tensor]) -> tuple[int, int] | None:
+    """How many tokens of a picture a method gives, kept and made, before it has seen anything but their number.
+
+    Args:
+        choosable: (n,) bool of each view.
+
+    Returns:
+        ``None`` for methods whose count depends on data, and for those that do not choose among the tokens of views.
+    """
+    if method.place in ("pixels", "decoder") or not method.count_is_exact:
+        return None
+    if not method.exclude_padding:
+        choosable = [torch.ones_like(view) for view in choosable]
+    found = candidates_of(method, [len(view) for view in choosable], None, [int(view.sum()) for view in choosable])
+    if any(one.sequence for one in found):
+        return None
+    kept = made = 0
+    for one in found:
+        if one.is_whole:
+            kept += one.tokens
+            continue
+        counts = method.kept_and_made(one.keep, torch.cat([choosable[view] for view in one.views])[None])
+        kept, made = kept + int(counts[0]), made + int(counts[1])
+    return kept, made
 
 
 def pooled(planes: Tensor, tokens: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llava.eval.hosts.pictures import Prompts, prompts_for
 from llava.eval.hosts.tiny import IMAGE, VOCABULARY, build, small_config
+from llava.integrations import onevision_1_5
 from llava.integrations.transformers import UnsupportedModelError
 from llava.integrations.transformers.host import find_host
 from llava.integrations.transformers.joint_space import TOWERS
@@ -65,10 +66,8 @@ def word_tokenizer() -> Any:
 
 def check_class(model_type: str, name: str) -> Outcome:
     """Build a tiny instance of a class, attach pruners to it, and check what comes of it."""
-    import transformers
-
     try:
-        model = build(getattr(transformers, name), small_config(model_type))
+        model = build(class_called(name), small_config(model_type))
     except Exception as error:
         return Outcome(model_type, name, "unbuilt", f"no tiny instance: {told(error)}")
     try:
@@ -82,6 +81,13 @@ def check_class(model_type: str, name: str) -> Outcome:
     except Exception as error:
         return Outcome(model_type, name, "unbuilt", f"unpruned, it does not run here: {told(error)}")
     return Checks(model_type, name, model, prompts).outcome()
+
+
+def class_called(name: str) -> type[nn.Module]:
+    """A class of the library, or one of ours of its kind."""
+    import transformers
+
+    return getattr(onevision_1_5 if hasattr(onevision_1_5, name) else transformers, name)
 
 
 def told(error: BaseException) -> str:
@@ -107,7 +113,7 @@ class Checks:
             ("a row alone is the row in its batch", self.check_alone),
             ("all planes are gathered by one list", self.check_planes),
             ("the question is read", self.check_relevance),
-            ("made tokens are made on all planes, or refused", self.check_made),
+            ("means are made on all planes, other made tokens refused", self.check_made),
             ("a loss reaches as far as unpruned", self.check_gradients),
         )
         for title, check in checks:
@@ -277,15 +283,35 @@ class Checks:
         return tower in TOWERS.values() and one_layer and has_projector and self.result.token == "a patch"
 
     def check_made(self) -> str | None:
-        """A token that a method makes stands among the embeddings alone: classes with deeper features refuse it."""
+        """A mean of tokens is the same mean in deeper features; a token of another kind has none, and is refused."""
         if "deepstack" not in self.result.deep:
             return None
         try:
-            handle = get_pruner("pool", keep_tokens=KEEP).attach(self.model)
+            get_pruner("visionzip", keep_tokens=KEEP).attach(self.model).remove()
         except ValueError as error:
-            return None if "makes tokens" in str(error) else told(error)
-        handle.remove()
-        return "a method that makes tokens attaches, and makes them of the embeddings alone"
+            if "makes tokens" not in str(error):
+                return told(error)
+        else:
+            return "a method whose tokens are no means attaches"
+        with self._door() as whole:
+            self._logits(self.prompts.single(1))
+        method = get_pruner("restore", keep_tokens=KEEP, method="divprune")
+        with method(self.model) as handle, self._door() as short:
+            self._logits(self.prompts.single(1))
+        stays = whole["visual_pos_masks"].new_zeros(whole["visual_pos_masks"].shape[1:])
+        for one in handle.kept:
+            stays[one.picture.columns] = one.kept
+        for plane, found in zip(whole["deepstack_visual_embeds"], short["deepstack_visual_embeds"], strict=True):
+            dense = plane.new_zeros(len(stays), plane.shape[-1])
+            dense[whole["visual_pos_masks"][0]] = plane
+            expected = dense.clone()
+            for made in (made for one in handle.kept for made in one.made):
+                groups = [(row > 0).nonzero().flatten() for row in made.weights]
+                means = [dense[made.among[group]].mean(0) for group in groups]
+                expected[made.columns] = torch.stack([*dense[made.kept], *means])
+            if not torch.allclose(found, expected[stays], rtol=1e-5, atol=1e-5):
+                return f"deep features are not the means, by up to {float((found - expected[stays]).abs().max()):.1e}"
+        return None
 
     def check_gradients(self) -> str | None:
         self.model.requires_grad_(True)

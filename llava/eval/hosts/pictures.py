@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llava.eval.hosts.tiny import END, IMAGE, START
 from llava.integrations.transformers.capture import features_in
+from llava.integrations.transformers.host import parts_of
 
 Visual = dict[str, Tensor]
 TILED_SIZES = torch.tensor([(28, 50), (56, 40), (56, 56)])  # (height, width)
@@ -86,6 +87,19 @@ def in_grids(config: Any) -> Iterator[Pictures]:
         }
 
     yield Pictures(take_cells, sizes, "grid")
+
+
+def in_areas(config: Any) -> Iterator[Pictures]:
+    """Nemotron's: patches of all pictures in one row, and rows and columns of each."""
+    patch = setting(config.vision_config, "patch_size")
+    grids = torch.tensor([(8, 6), (4, 8), (8, 8)])
+    sizes = grids.prod(-1).tolist()
+    pieces = noise(sum(sizes), 3 * patch * patch).split(sizes)
+
+    def take(shown: Sequence[int], _: Sequence[int]) -> Visual:
+        return {"pixel_values": torch.cat([pieces[i] for i in shown]), "image_grid_hw": grids[list(shown)]}
+
+    yield Pictures(take, sizes, "areas")
 
 
 def in_tiles(config: Any) -> Iterator[Pictures]:
@@ -232,6 +246,8 @@ def forms(model: nn.Module) -> Iterator[Pictures]:
     names, config = set(inspect.signature(type(model).forward).parameters), model.config
     if "image_grid_thw" in names:
         yield from in_grids(config)
+    elif "image_grid_hw" in names:
+        yield from in_areas(config)
     elif "target_sizes" in names:
         yield from in_strips(config)
     elif "image_token_pooling" in names:
@@ -242,7 +258,7 @@ def forms(model: nn.Module) -> Iterator[Pictures]:
         yield from in_patches(config)
     elif "image_position_ids" in names:
         yield from in_places(config)
-    elif hasattr(model.model, "pack_image_features") and "image_sizes" in names:
+    elif hasattr(parts_of(model)[0], "pack_image_features") and "image_sizes" in names:
         yield from in_tiles(config)
     elif "pixel_attention_mask" in names:
         yield from in_rows(config)
@@ -261,8 +277,8 @@ class Prompts:
 
     def __post_init__(self) -> None:
         self.names = set(inspect.signature(type(self.model).forward).parameters)
-        base = self.model.model
-        self.feature_names = set(inspect.signature(type(base).get_image_features).parameters)
+        self.base, _ = parts_of(self.model)
+        self.feature_names = set(inspect.signature(type(self.base).get_image_features).parameters)
         self.counts = self._counts()
 
     def visual(self, shown: Sequence[int], per_row: Sequence[int]) -> Visual:
@@ -276,7 +292,7 @@ class Prompts:
         taken = self.pictures.take(shown, per_row)
         named = {name: value for name, value in taken.items() if name in self.feature_names}
         with torch.no_grad():
-            return features_in(self.model.model.get_image_features(**named))
+            return features_in(self.base.get_image_features(**named))
 
     def _counts(self) -> list[int]:
         """Tokens of each picture."""

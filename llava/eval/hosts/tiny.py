@@ -199,6 +199,15 @@ HINTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "janus": {"vision_config": {"num_image_tokens": 16, "projection_dim": 32}},
     "kimi_k25": {"": {"projection_hidden_size": 24}, "text_config": {"num_key_value_heads": 4, "head_dim": 4}},
+    "llama4": {
+        "vision_config": {
+            "intermediate_size": 96,
+            "projector_input_dim": 24,
+            "projector_output_dim": 24,
+            "vision_output_dim": 24,
+        }
+    },
+    "llavaonevision1_5": {"vision_config": {"text_hidden_size": 32}},
     "mistral_large4": {"text_config": {"num_key_value_heads": 4, "head_dim": 4}},
     "molmo2": {
         "": {"video_token_id": IMAGE},
@@ -210,7 +219,10 @@ HINTS: dict[str, dict[str, dict[str, Any]]] = {
         "": {"out_hidden_size": 96, "projector_hidden_size": 32},
         "audio_config": {"num_hidden_layers": 4, "hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]},
     },
-    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},
+    "nemotron_h_omni": {
+        "": {"vision_hidden_size": 24, "projector_hidden_size": 24},
+        "vision_config": {"video_temporal_patch_size": 2},
+    },
     "ovis2": {"": {"hidden_size": 32, "vocab_size": VOCABULARY}},
     "paddleocr_vl": {"text_config": MROPE},
     "paligemma": {"": {"projection_dim": 32}},

@@ -85,7 +85,8 @@ def report(
         f"{low:.0f} to {high:.0f} in nine of ten"
     ]
     if len(pictures) > 1:
-        halves = [[curves for pair in pictures[start::2] for curves in pair] for start in (0, 1)]
+        drawn = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0)).tolist()
+        halves = [[curves for number in drawn[start::2] for curves in pictures[number]] for start in (0, 1)]
         held_out = [float(counts_of(halves[1 - own], find(halves[own], mean)).mean()) for own in (0, 1)]
         lines.append(f"set on one half of them, the rule keeps {held_out[0]:.1f} and {held_out[1]:.1f} of the other")
     return "\n".join([*lines, str(rule)])

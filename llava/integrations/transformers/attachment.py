@@ -112,11 +112,11 @@ class AttachedPruner:
         self.host: Host = find_host(model)
         if method.makes_tokens and positions == "original":
             raise ValueError(f"pruner '{method.name}' makes tokens, which have no position in the whole prompt")
-        if method.makes_tokens and self.host.deep:
+        if method.makes_tokens and not method.makes_means and self.host.deep:
             raise ValueError(
                 f"pruner '{method.name}' makes tokens, and {type(model).__name__} reads features of each visual token "
-                "in the first layers of its language model, too, which a made token does not have: take a method that "
-                "keeps tokens as they are"
+                "in the first layers of its language model, too, which such a token does not have: take a method that "
+                "keeps tokens as they are, or one whose tokens are means of others (pool, restore)"
             )
         if find_attached(model) is not None:
             raise RuntimeError("a pruner is attached to this model already: remove it first (its handle's remove())")

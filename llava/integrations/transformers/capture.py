@@ -92,6 +92,7 @@ def capture_prompt(
     features: dict[str, Any] = {}
     packings: list[Packing] = []
     projector_inputs: list[Tensor] = []
+    projected: list[Any] = []
     watched: list[tuple[Tensor, Tensor]] = []
 
     def stop(*_: Any, **received: Any) -> None:
@@ -127,6 +128,9 @@ def capture_prompt(
     def remember_input(_: nn.Module, positional: tuple[Tensor, ...]) -> None:
         projector_inputs.append(positional[0])
 
+    def remember_output(_: nn.Module, __: tuple, output: Any) -> None:
+        projected.append(output)
+
     base, observed = host.base, (observe_projector, watched_layer)
     reuse = memory is not None and memory.holds(host, arguments) and holds_observed(memory, observed)
     with ExitStack() as stack:
@@ -141,10 +145,15 @@ def capture_prompt(
             stack.enter_context(replaced(base, "pack_image_features", remember_packing(base.pack_image_features)))
         if observe_projector and hasattr(base, "multi_modal_projector"):
             stack.callback(base.multi_modal_projector.register_forward_pre_hook(remember_input).remove)
+        if base is host.model and hasattr(base, "multi_modal_projector"):
+            stack.callback(base.multi_modal_projector.register_forward_hook(remember_output).remove)
         if watched_layer is not None:
             stack.callback(watch(watched_layer, watched).remove)
         stack.enter_context(suppress(_AtTheDoor))
-        base(**arguments)
+        # A base that is the model itself has the pruner's own hooks, which are not for this pass.
+        (base.forward if base is host.model else base)(**arguments)
+    if "image" in features and projected:
+        features["image"] = behind_the_projector(features["image"], projected[-1], at_the_door["inputs_embeds"])
     shown = host.modalities(arguments)
     elsewhere = sorted(shown - features.keys())
     if elsewhere:
@@ -184,6 +193,13 @@ def features_in(output: Any) -> Any:
         return output
     pooled = getattr(output, "pooler_output", None)
     return output.last_hidden_state if pooled is None else pooled
+
+
+def behind_the_projector(features: Any, projected: Any, inputs_embeds: Tensor) -> Any:
+    """Features (N, n, e) as the language model reads them (N, n, d), where a class projects them only in `forward`."""
+    if not isinstance(features, Tensor) or features.shape[-1] == inputs_embeds.shape[-1]:
+        return features
+    return projected.reshape(*features.shape[:-1], -1)
 
 
 def watch(layer: nn.Module, seen: list[tuple[Tensor, Tensor]]) -> Any:

@@ -54,7 +54,9 @@ TESTED_CLASSES = (  # those that work in docs/hosts.md
     "Kimi_K25ForConditionalGeneration",
     "Lfm2VlForConditionalGeneration",
     "Lfm3VlForConditionalGeneration",
+    "LLaVAOneVision1_5_ForConditionalGeneration",
     "LightOnOcrForConditionalGeneration",
+    "Llama4ForConditionalGeneration",
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
     "LlavaNextVideoForConditionalGeneration",
@@ -68,6 +70,7 @@ TESTED_CLASSES = (  # those that work in docs/hosts.md
     "Molmo2ForConditionalGeneration",
     "MuseGlimmerForConditionalGeneration",
     "MuseSparkForConditionalGeneration",
+    "NemotronH_Omni_Reasoning_V3",
     "Ovis2ForConditionalGeneration",
     "PaddleOCRVLForConditionalGeneration",
     "PaliGemmaForConditionalGeneration",
@@ -142,8 +145,8 @@ class Host:
 
     Args:
         model: the class with a head, on which `generate` is called.
-        base: ``model.model``, which merges features into the prompt.
-        language_model: what ``base`` calls with ``inputs_embeds=``.
+        base: ``model.model`` or the model itself, which merges features into the prompt.
+        language_model: what ``base`` calls with ``inputs_embeds=``, without a head.
         placeholders: token ids that stand for visual tokens, by modality, "image" and "video".
         visual_arguments: names of the arguments of ``forward`` that are about pictures.
         deep: whether the language model can get visual features in its layers, too.
@@ -195,10 +198,7 @@ def find_host(model: nn.Module) -> Host:
         raise UnsupportedModelError(model, "it has no config or no generate(); attach to the inner Transformers model")
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(model, "it is an encoder-decoder model")
-    base = getattr(model, "model", None)
-    language_model = next(
-        (getattr(base, name) for name in ("language_model", "text_model") if hasattr(base, name)), None
-    )
+    base, language_model = parts_of(model)
     if language_model is None:
         raise UnsupportedModelError(
             model,
@@ -226,6 +226,21 @@ def find_host(model: nn.Module) -> Host:
     if not any(name.startswith(PICTURES) for name in arguments):
         raise UnsupportedModelError(model, f"its forward takes none of {', '.join(PICTURES)}")
     return Host(model, base, language_model, placeholders, frozenset(arguments), bool(DEEP_FEATURES & set(taken)))
+
+
+def parts_of(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """What merges features into the prompt, and the language model that it calls; ``None`` where there is none.
+
+    The first is ``model.model``, or the model itself, whose language model has a head of its own then (Llama 4).
+    """
+    base = getattr(model, "model", None)
+    for name in ("language_model", "text_model"):
+        if hasattr(base, name):
+            return base, getattr(base, name)
+    inner = getattr(getattr(model, "language_model", None), "model", None)
+    if hasattr(model, "get_image_features") and hasattr(inner, "layers"):
+        return model, inner
+    return base, None
 
 
 def deep_features(names: Iterable[str]) -> list[str]:

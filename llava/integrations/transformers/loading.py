@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from llava.checkpoint import CheckpointError, check_sizes, read_json
+from llava.integrations import onevision_1_5
 from llava.integrations.transformers.host import find_host
 
 TESTED_WITHOUT_TORCHVISION = "LLaVA and LLaVA-NeXT need none"
@@ -43,7 +44,8 @@ def load_transformers_model(
     try:
         config = AutoConfig.from_pretrained(name)
         architecture = (config.architectures or [config.model_type])[0]
-        if type(config) not in AutoModelForImageTextToText._model_mapping or not hasattr(transformers, architecture):
+        known = any(hasattr(module, architecture) for module in (transformers, onevision_1_5))
+        if type(config) not in AutoModelForImageTextToText._model_mapping or not known:
             raise ValueError(
                 f"{name} is a {architecture}, which is none of the library's models of pictures and text (a "
                 "checkpoint in LLaVA's original format: leave --hf out)"

@@ -18,14 +18,56 @@ from llava.relevance.policy import Choice
 
 
 @dataclass(frozen=True)
+class MadeTokens:
+    """What the language model reads of one selection of a method that makes tokens: leading ones, kept ones, others.
+
+    Args:
+        columns: (m + k,) of the prompt, ascending, where these stand.
+        tokens: (m + k, d).
+        kept: (m,) columns of the whole prompt of those that are kept as they are.
+        leading: how many made ones stand before these.
+        weights: (k, n) of the selection's tokens in each made one, for a method that makes means; else ``None``.
+        among: (n,) columns of the selection's tokens.
+    """
+
+    columns: Tensor
+    tokens: Tensor
+    kept: Tensor
+    leading: int
+    weights: Tensor | None
+    among: Tensor
+
+    @property
+    def count(self) -> int:
+        """k"""
+        return len(self.columns) - len(self.kept)
+
+    @property
+    def stood(self) -> Tensor:
+        """(m + k,) columns whose positions in the whole prompt they take: kept ones their own, made ones free ones."""
+        free = self.columns[~torch.isin(self.columns, self.kept)]
+        lead, follow = free.tensor_split([self.leading])
+        return torch.cat([lead, self.kept, follow])
+
+    def of(self, plane: Tensor) -> Tensor:
+        """What stands in the places in another plane of features: (L, e) of the whole prompt -> (m + k, e).
+
+        Made tokens have the same weights there, in float32 at least; kept ones are as they are.
+        """
+        weights = self.weights.to(plane.device)
+        mixed = (weights @ plane[self.among.to(plane.device)].to(weights.dtype)).to(plane.dtype)
+        lead, follow = mixed.tensor_split([self.leading])
+        return torch.cat([lead, plane[self.kept.to(plane.device)], follow])
+
+
+@dataclass(frozen=True)
 class KeptPicture:
     """What was kept of an image or a video.
 
     Args:
         picture: as it stood in the prompt.
         kept: (t,) bool, True at the tokens, separators among them, in whose places the language model reads something.
-        made: columns (m + k,) and what stands there (m + k, d), where a method makes k tokens beside the m that it
-            keeps: leading ones, kept ones, the other made ones. ``None`` if it makes none.
+        made: of each selection in which the method made tokens, what is read in the places.
         per_layer: tokens that enter each layer of the decoder, separators among them, where a method inside it drops
             some; ``None`` where all layers see the same.
         relevance: where the question was read, and why; ``None`` for a method that reads none.
@@ -36,7 +78,7 @@ class KeptPicture:
 
     picture: Picture
     kept: Tensor
-    made: tuple[Tensor, Tensor] | None = None
+    made: tuple[MadeTokens, ...] = ()
     per_layer: tuple[int, ...] | None = None
     relevance: Choice | None = None
     told: tuple[tuple[Tensor, Mapping[str, Tensor]], ...] = ()
@@ -56,6 +98,19 @@ class KeptPicture:
     def scores(self) -> Tensor | None:
         """(t,) what the method made of the question, scaled within each selection; ``None`` if it computes none."""
         return self.details.get("relevance")
+
+    @property
+    def as_they_are(self) -> Tensor:
+        """(t,) bool, True at the tokens that the language model reads unchanged; not where a made one stands."""
+        unchanged = self.kept.clone()
+        for one in self.made:
+            unchanged &= ~torch.isin(self.picture.columns, one.columns)
+        return unchanged | torch.isin(self.picture.columns, concatenated([one.kept for one in self.made]))
+
+    @property
+    def count_made(self) -> int:
+        """How many of the tokens that are read the method made."""
+        return sum(one.count for one in self.made)
 
     @property
     def tokens(self) -> int:
@@ -146,7 +201,7 @@ def select_tokens(
     for one in contests:
         groups.setdefault((len(one.columns), one.keep), []).append(one)
     kept_columns: dict[int, list[Tensor]] = {index: [] for index in range(len(pictures))}
-    made: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    made: dict[int, list[MadeTokens]] = {}
     told: dict[int, list[tuple[Tensor, Mapping[str, Tensor]]]] = {}
     whole = dict.fromkeys(range(len(pictures)), True)
     for (tokens, keep), group in groups.items():
@@ -192,7 +247,11 @@ def select_tokens(
                 kept_columns[one.picture].append(places)
                 lead, follow = made_tokens[number][: len(places)].tensor_split([selection.leading])
                 read = torch.cat([lead, features[number][own].to(lead), follow])
-                made.setdefault(one.picture, []).append((torch.cat([own_columns, places]).sort().values, read))
+                weights = None if selection.weights is None else selection.weights[number][: len(places)]
+                carriers = torch.cat([own_columns, places]).sort().values
+                made.setdefault(one.picture, []).append(
+                    MadeTokens(carriers, read, own_columns, len(lead), weights, one.columns)
+                )
     answers = []
     for index, picture in enumerate(pictures):
         kept = torch.isin(picture.columns, concatenated(kept_columns[index]))
@@ -200,11 +259,10 @@ def select_tokens(
             kept = torch.ones_like(kept)
         elif method.newlines == "keep":
             kept = kept | picture.separators_to_keep(kept & picture.attended)
-        parts = made.get(index)
-        joined = None if parts is None else tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        parts = tuple(made.get(index, ()))
         features = inputs_embeds[picture.row, picture.columns.to(inputs_embeds.device)] if keep_features else None
         answers.append(
-            KeptPicture(picture, kept & picture.attended, joined, told=tuple(told.get(index, ())), features=features)
+            KeptPicture(picture, kept & picture.attended, parts, told=tuple(told.get(index, ())), features=features)
         )
     return answers
 
@@ -216,11 +274,29 @@ def evenly_spaced(columns: Tensor, count: int) -> Tensor:
 
 def with_made_tokens(inputs_embeds: Tensor, kept: Sequence[KeptPicture]) -> Tensor:
     """The prompts (B, L, d) with made tokens in the places that carry them."""
-    if all(picture.made is None for picture in kept):
+    if not any(picture.made for picture in kept):
         return inputs_embeds
     inputs_embeds = inputs_embeds.clone()
-    for one in kept:
-        if one.made is not None:
-            places, tokens = one.made
-            inputs_embeds[one.picture.row, places.to(inputs_embeds.device)] = tokens.to(inputs_embeds)
+    for picture in kept:
+        for one in picture.made:
+            inputs_embeds[picture.picture.row, one.columns.to(inputs_embeds.device)] = one.tokens.to(inputs_embeds)
     return inputs_embeds
+
+
+def with_made_positions(positions: Tensor, kept: Sequence[KeptPicture]) -> Tensor:
+    """Positions of the prompts (..., B, L), at the places of made tokens as `MadeTokens.stood` says."""
+    moved = positions.clone()
+    for picture in kept:
+        row = picture.picture.row
+        for one in picture.made:
+            moved[..., row, one.columns] = positions[..., row, one.stood]
+    return moved
+
+
+def with_made_features(plane: Tensor, kept: Sequence[KeptPicture]) -> Tensor:
+    """Another plane of features of the prompts (B, L, e), made tokens as `MadeTokens.of` mixes them there."""
+    mixed = plane.clone()
+    for picture in kept:
+        for one in picture.made:
+            mixed[picture.picture.row, one.columns.to(plane.device)] = one.of(plane[picture.picture.row])
+    return mixed

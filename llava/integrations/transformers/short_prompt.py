@@ -10,7 +10,12 @@ from torch import Tensor
 
 from llava.integrations.transformers.boundary import Plan
 from llava.integrations.transformers.capture import Capture
-from llava.integrations.transformers.selection import KeptPicture, with_made_tokens
+from llava.integrations.transformers.selection import (
+    KeptPicture,
+    with_made_features,
+    with_made_positions,
+    with_made_tokens,
+)
 from llava.integrations.transformers.shortening import (
     Shortening,
     counted_positions,
@@ -56,8 +61,11 @@ def plan_short_prompt(
     several_axes = long.ndim == 3
     original = positions == "original" or (positions == "auto" and several_axes)
     gapped = original and (shortening.length < length or shortening.drops)
-    short = original_positions(long, shortening) if original else packed_positions(long, attention_mask, shortening)
-    visual_mask, deepstack = short_deepstack(capture, shortening)
+    if original:
+        short = original_positions(with_made_positions(long, kept), shortening)
+    else:
+        short = packed_positions(long, attention_mask, shortening)
+    visual_mask, deepstack = short_deepstack(capture, shortening, kept)
     return Plan(
         embeds=shortening.embeddings(with_made_tokens(capture.inputs_embeds, kept)),
         positions=short,
@@ -68,8 +76,13 @@ def plan_short_prompt(
     )
 
 
-def short_deepstack(capture: Capture, shortening: Shortening) -> tuple[Tensor | None, list[Tensor] | None]:
-    """Visual mask (B, L') and features (B, L', d) of each of the first layers; ``None`` for models without them."""
+def short_deepstack(
+    capture: Capture, shortening: Shortening, kept: Sequence[KeptPicture]
+) -> tuple[Tensor | None, list[Tensor] | None]:
+    """Visual mask (B, L') and features (B, L', d) of each of the first layers; ``None`` for models without them.
+
+    A token that is made of others by weights is so in every layer.
+    """
     if capture.deepstack is None:
         return None, None
     device = capture.inputs_embeds.device
@@ -78,5 +91,7 @@ def short_deepstack(capture: Capture, shortening: Shortening) -> tuple[Tensor | 
     for features in capture.deepstack:
         dense = features.new_zeros(*mask.shape, features.shape[-1], device=device)
         dense[mask] = features.to(device)
+        if any(picture.made for picture in kept):
+            dense = with_made_features(dense, kept)
         layers.append(shortening.embeddings(dense))
     return shortening.tokens(mask.long(), padding=0).bool(), layers

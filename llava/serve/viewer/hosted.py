@@ -25,7 +25,7 @@ def look_of_hosted(session: TransformersSession, setting: Setting) -> Look:
     model, inputs, kept = session.model, session.last_inputs, session.last_kept
     pictures: list[Picture] = []
     try:
-        if kept is not None and any(one.made is not None for one in kept):
+        if kept is not None and any(one.made for one in kept):
             raise ValueError("which of the places that are read hold made tokens is not told")
         seen = _seen(session, inputs, session.pruner, kept)
     except ValueError:

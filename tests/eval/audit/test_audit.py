@@ -4,12 +4,16 @@ import json
 
 import pytest
 import torch
+from convert_to_transformers import convert
 from PIL import Image
 
 from llava.eval.audit import __main__ as command
 from llava.eval.audit import checks
+from llava.eval.audit.library import LibrarySubject
 from llava.eval.audit.ours import OurSubject
 from llava.eval.audit.pictures import load_pictures, painted
+from llava.eval.audit.subject import promised
+from llava.integrations.transformers import KeptPicture, selection
 from llava.layout.views import padded_square_layout
 from llava.model.builder import DEFAULT_CHECKPOINT, TOY_FOLDER
 from llava.pruning import Selection, get_pruner
@@ -24,6 +28,14 @@ def subject():
 @pytest.fixture(scope="module")
 def scenes():
     return load_pictures(TOY_FOLDER / "data", 2)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """The toy on the library's class."""
+    folder = tmp_path_factory.mktemp("converted") / "toy"
+    convert(DEFAULT_CHECKPOINT, folder)
+    return LibrarySubject(str(folder), "cpu", "auto")
 
 
 def by_name(findings):
@@ -128,6 +140,65 @@ def test_a_method_that_says_it_reads_and_does_not_is_caught(subject, scenes, mon
     (finding,) = checks.reads_the_question(subject, method, scenes)
     assert finding.check == "reads the question"
     assert finding.passed is False
+
+
+# --- made tokens are counted by the method's word, not by the host's -----------------------------------------------
+
+MAKERS = [("pool", {}), ("restore", {"method": "divprune"})]
+
+
+def counted(subject, scenes, name, options):
+    method = get_pruner(name, keep_tokens=9, **options)
+    return by_name(checks.keeps_count_order_and_text(subject, method, scenes))
+
+
+@pytest.mark.parametrize("host", ["subject", "library"])
+@pytest.mark.parametrize("name, options", MAKERS)
+def test_both_hosts_tell_made_tokens_from_kept_ones(request, host, scenes, name, options):
+    found = counted(request.getfixturevalue(host), scenes, name, options)
+    assert not [title for title, finding in found.items() if finding.passed is False]
+    figures = found["count = promised"].figures
+    assert (figures["kept"], figures["made"]) == figures["promised"] == ((0, 9) if name == "pool" else (5, 4))
+    assert found["order of reading"].figures == {"others": figures["made"]} | {
+        "matched": found["order of reading"].figures["matched"]
+    }
+
+
+@pytest.mark.parametrize("name, options", MAKERS)
+def test_a_made_token_too_few_is_found(library, scenes, monkeypatch, name, options):
+    places = selection.evenly_spaced
+    monkeypatch.setattr(selection, "evenly_spaced", lambda columns, count: places(columns, count - 1))
+    found = counted(library, scenes, name, options)
+    assert found["cache = text + kept"].passed  # cache and prompt are both short of one
+    assert found["count = promised"].passed is False
+    assert found["order of reading"].passed is False
+
+
+def test_a_host_that_calls_made_tokens_kept_is_found(library, scenes, monkeypatch):
+    monkeypatch.setattr(KeptPicture, "as_they_are", property(lambda self: self.kept))
+    monkeypatch.setattr(KeptPicture, "count_made", property(lambda self: 0))
+    found = counted(library, scenes, "pool", {})
+    assert found["order of reading"].passed  # what is read is right, what is told is not
+    assert found["count = promised"].passed is False
+
+
+def test_kept_tokens_too_few_are_found(library, scenes, monkeypatch):
+    choose = selection.Contest
+    monkeypatch.setattr(selection, "Contest", lambda *given: choose(*given[:3], given[3] - 1, *given[4:]))
+    found = by_name(checks.keeps_count_order_and_text(library, get_pruner("divprune", keep_tokens=9), scenes))
+    assert found["cache = text + kept"].passed
+    assert found["count = promised"].passed is False
+
+
+def test_what_a_method_promises():
+    views = [torch.ones(16, dtype=torch.bool), torch.arange(16) < 3]
+    assert promised(get_pruner("divprune", keep_tokens=4), views) == (4 + 3, 0)
+    assert promised(get_pruner("divprune", keep_tokens=4, exclude_padding=False), views) == (8, 0)
+    assert promised(get_pruner("divprune", keep_tokens=8, per="picture"), views) == (8, 0)
+    assert promised(get_pruner("divprune", keep_tokens=4, scope="global"), views) == (8, 0)
+    assert promised(get_pruner("pool", keep_tokens=4), views) == (0, 8)
+    assert promised(get_pruner("script", keep_tokens="auto"), views) is None
+    assert promised(get_pruner("fastv", keep_tokens=4), views) is None
 
 
 def test_the_command_writes_what_it_found(tmp_path, capsys):

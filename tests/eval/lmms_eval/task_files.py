@@ -47,3 +47,21 @@ def write_lines(path, split, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"path": "json", "data_files": {split: str(path)}}
+
+
+def write_clip(path, frames=12, rate=4):
+    """A square that moves to the right."""
+    import av
+    import numpy
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.width = stream.height = 64
+        for number in range(frames):
+            picture = numpy.full((64, 64, 3), 90, numpy.uint8)
+            picture[20:40, 3 * number : 3 * number + 20] = (200, 40, 40)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)

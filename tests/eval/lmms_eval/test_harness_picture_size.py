@@ -33,7 +33,7 @@ def test_every_picture_is_five_tiles_and_the_budget_is_the_pictures(size):
     inputs = model.processor(images=[picture], text=[text])
     assert inputs["pixel_values"].shape == (5, 3, 28, 28)
     method = get_pruner("script", keep_tokens=13, per="picture", relevance="none")
-    model.device, asked = torch.device("cpu"), [Message("user", [shown, "w7"])]
+    model._device, asked = torch.device("cpu"), [Message("user", [shown, "w7"])]
     with method(model.model, model.processor) as model.handle:
         (answer,) = model.respond([(object.__new__(Asked), asked, [picture])], Decoding(max_new_tokens=2))
         assert model.handle.kept[0].per_view == [3, 3, 3, 2, 2]

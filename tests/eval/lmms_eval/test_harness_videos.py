@@ -7,14 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: scripts/test_lmms_eval.sh makes its environment")
 pytest.importorskip("av", reason="PyAV is not installed: scripts/test_lmms_eval.sh makes its environment")
 
-import av
-from task_files import write_lines, write_task
+from task_files import write_clip, write_lines, write_task
 
 from llava.eval.files import read_json
 from llava.eval.lmms_eval.results import TOLERANCE, newest_results, read_scores
@@ -23,21 +21,6 @@ from llava.eval.tables.runs import read_runs
 
 ROOT = Path(__file__).parents[3]
 OPTIONS = ["A. red", "B. green", "C. blue", "D. white"]
-
-
-def write_clip(path, frames=12, rate=4):
-    """A square that moves to the right."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=rate)
-        stream.width = stream.height = 64
-        for number in range(frames):
-            picture = np.full((64, 64, 3), 90, np.uint8)
-            picture[20:40, 3 * number : 3 * number + 20] = (200, 40, 40)
-            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
 
 
 @pytest.fixture(scope="module")
