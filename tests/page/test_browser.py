@@ -247,12 +247,18 @@ def test_an_address_shows_the_same_again(tab, browser):
         one.context.close()
 
 
-def test_options_are_fields_with_their_help(tab):
+def test_options_are_fields_with_their_help(tab, browser):
     tab.click("button >> text=Options of the method")
     tab.wait_for_selector("text=the share of tokens that GSP discards")
     tab.uncheck("label:has-text('gsp') input[type=checkbox] >> nth=0")
     tab.wait_for_function("() => document.querySelector('#options textarea, #options input').value === 'gsp=false'")
     assert ask(tab)["looks"][0]["options"] == ["gsp=false"]
+    tab.wait_for_function("() => location.search.includes('option=')")
+    again = opened(browser, tab.url)  # the fields of an address show what it sets
+    again.click("button >> text=Options of the method")
+    again.wait_for_selector("text=the share of tokens that GSP discards")
+    assert not again.locator("label:has-text('gsp') input[type=checkbox] >> nth=0").is_checked()
+    again.context.close()
 
 
 def test_a_phone_sized_window_needs_no_sideways_scrolling(browser, address):

@@ -136,8 +136,10 @@ def test_what_is_sent_comes_to_the_desk_or_is_refused():
 
 
 def test_words_come_as_they_are_written_and_the_looks_one_by_one():
-    user = User(Desk())
-    told_of = list(user.work(SETTINGS[:2]))
+    user, told_of = User(Desk()), []
+    for progress in user.work(SETTINGS[:2]):
+        told_of.append(progress)
+        assert len(progress.done) <= len(user.comparison or ())  # what is done can be shown
     assert [progress.answer for progress in told_of if progress.answer] == ["two ", "two words"] * 2
     assert [len(progress.done) for progress in told_of if "waiting" in progress.doing] == [0, 1]
     assert all("1 of 2: " in progress.doing or "2 of 2: " in progress.doing for progress in told_of)

@@ -68,7 +68,11 @@ def test_what_is_shown_is_what_select_keeps(desk):
     selection = get_pruner("script", keep_tokens=24, relevance="projector").select(inputs)
     (view,) = look.pictures[0].views
     assert view.kept.flatten().equal(selection.mask[0])
-    assert view.scores["redundancy"].flatten().equal(selection.details["redundancy"][0])
+    redundancy = view.scores["redundancy"].flatten()
+    assert redundancy[valid[0]].equal(selection.details["redundancy"][0][valid[0]])
+    assert redundancy[~valid[0]].isnan().all()  # padding takes no part
+    assert view.outside.flatten().equal(~valid[0])
+    assert view.closest.flatten()[~valid[0]].eq(-1).all()
     steps = view.order.flatten()[selection.indices[0]]
     assert steps.sort().values.tolist() == list(range(24))
     assert steps.argsort().equal(selection.details["order"][0][selection.indices[0]].argsort())

@@ -78,7 +78,7 @@ class Page:
         most = user.desk.tokens_of_view() or MOST_UNKNOWN
         slider = gr.Slider(maximum=most, value=min(count, most))
         rule = setting.keep if kind == AUTO else "auto"
-        fields = (setting.question, setting.method, kind, slider, rule, " ".join(setting.options))
+        fields = (setting.question, setting.method, kind, slider, rule, " ".join(setting.options), setting.method)
         pending = settings if user.bundled else []
         return user, pending, shown, message, *fields
 
@@ -208,9 +208,10 @@ class Page:
                     kind = gr.Radio([COUNT, AUTO, ALL], value=COUNT, label="Visual tokens kept of each view")
                     count = gr.Slider(1, 576, value=16, step=1, label="Count", elem_id="count")
                     rule = gr.Textbox("auto", label="Rule of auto, such as auto:0.9", visible=False)
-                    with gr.Accordion("Options of the method", open=False):
+                    with gr.Accordion("Options of the method", open=False) as part:
                         options = gr.Textbox(label="As on the command line: key=value", elem_id="options")
-                        option_form(method, options)
+                        method_of_form = gr.State(DEFAULT_METHOD)
+                        option_form(part, method_of_form, options)
                     with gr.Accordion("Compare", open=False, elem_id="compare-part"):
                         what = gr.Radio([METHODS, QUESTIONS, BUDGETS], value=METHODS, label="Beside each other")
                         methods = gr.Dropdown(
@@ -241,7 +242,7 @@ class Page:
             quick = {"show_progress": "hidden"}
             run = {**quick, "concurrency_limit": None, "trigger_mode": "multiple"}  # the room has the queue
 
-            opened = blocks.load(self.begin, None, [user, pending, preview, live, *setting], **quick)
+            opened = blocks.load(self.begin, None, [user, pending, preview, live, *setting, method_of_form], **quick)
             opened.then(self.show, [user, pending], shown, **run)
             box.input(self.receive, user, [preview, live, count], **quick)
             asked = [
@@ -272,17 +273,18 @@ class Page:
                 [methods, questions, budgets],
                 **quick,
             )
-            method.input(lambda: "", None, options, **quick)
+            method.input(lambda name: ("", name), method, [options, method_of_form], **quick)
         return blocks
 
 
-def option_form(method: gr.Dropdown, options: gr.Textbox) -> None:
-    """A field for each option of the method that is chosen; what is changed there is written into ``options``."""
+def option_form(part: gr.Accordion, method: gr.State, options: gr.Textbox) -> None:
+    """A field for each option of the method, made when the part is opened; changes are written to ``options``."""
 
-    @gr.render(inputs=method)
-    def form(name: str) -> None:
+    @gr.render(inputs=[method, options], triggers=[part.expand, method.change])
+    def form(name: str, text: str) -> None:
+        given = dict(one.partition("=")[::2] for one in text.split())
         for option in options_of(name):
-            field = option_field(option)
+            field = option_field(option, given.get(option.name, option.default))
 
             def write(value: Any, text: str, option: Option = option) -> str:
                 return with_option(text, option, value)
@@ -290,14 +292,14 @@ def option_form(method: gr.Dropdown, options: gr.Textbox) -> None:
             field.input(write, [field, options], options, show_progress="hidden")
 
 
-def option_field(option: Option) -> Any:
-    """The field of one option."""
+def option_field(option: Option, value: str) -> Any:
+    """The field of one option, with its value as it is written."""
     common = {"label": option.name, "info": option.help, "interactive": True}
     if option.kind == "choice":
-        return gr.Dropdown(list(option.choices), value=option.default, **common)
+        return gr.Dropdown(list(option.choices), value=value if value in option.choices else option.default, **common)
     if option.kind == "switch":
-        return gr.Checkbox(value=option.default == "true", **common)
-    return gr.Textbox(value=option.default, **common)
+        return gr.Checkbox(value=value.lower() == "true", **common)
+    return gr.Textbox(value=value, **common)
 
 
 def with_option(text: str, option: Option, value: Any) -> str:

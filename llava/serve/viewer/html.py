@@ -108,7 +108,7 @@ def data_address(colours: np.ndarray) -> str:
 def _column(comparison: Comparison, number: int, name: str) -> str:
     look, first = comparison.looks[number], comparison.looks[0]
     varying = comparison.varying()
-    differs = number > 0 and look.answer != first.answer
+    differs = look.setting.question == first.setting.question and look.answer != first.answer
     heading = look.setting.label()
     question = ""
     if "question" in varying:
@@ -178,17 +178,17 @@ def _numbers(comparison: Comparison) -> str:
     names = list(dict.fromkeys(name for look in comparison.looks for name in look.seconds))
     heads = "".join(f'<th scope="col">{escape(name)} (ms)</th>' for name in names)
     rows = []
-    for look in comparison.looks:
+    for number, look in enumerate(comparison.looks):
         times = "".join(f"<td>{_time(name, look)}</td>" for name in names)
         cache = "not told" if look.cache_bytes is None else f"{look.cache_bytes / 2**20:.{DIGITS}g}"
         mean = sum(look.per_layer) / len(look.per_layer)
-        rows.append(
-            f'<tr><th scope="row">{escape(look.setting.label())}</th>{times}<td>{cache}</td><td>{mean:.4g}</td></tr>'
-        )
+        label = escape(_short(comparison, number))
+        rows.append(f'<tr><th scope="row">{label}</th>{times}<td>{cache}</td><td>{mean:.4g}</td></tr>')
+    kind = "question" if comparison.varying() == ["question"] else "method"
     return (
         '<div class="sv-scroll" tabindex="0" role="group" aria-label="Time and memory"><table>'
         "<caption>Time and memory</caption>"
-        f'<thead><tr><th scope="col">method</th>{heads}<th scope="col">cache of the prompt (MiB)</th>'
+        f'<thead><tr><th scope="col">{kind}</th>{heads}<th scope="col">cache of the prompt (MiB)</th>'
         '<th scope="col">visual tokens, mean of the layers</th></tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )

@@ -79,7 +79,8 @@
     markChanges(on) {
       const before = this.first && this.first.count === this.count ? this.first.kept : null;
       const show = on && before && this.first !== this;
-      const gained = show ? [...this.kept].filter((cell) => !before.has(cell)) : [];
+      const more = show ? [...this.kept].filter((cell) => !before.has(cell)) : [];
+      const gained = more.length > this.count / 2 ? [] : more; // frames around nearly everything would hide it
       const lost = show ? [...before].filter((cell) => !this.kept.has(cell)) : [];
       this.paths.gained.setAttribute("d", cells(gained, this.columns));
       this.paths.lost.setAttribute("d", cells(lost, this.columns));
@@ -129,22 +130,24 @@
   async function png(root, stages, looks) {
     const side = 336, gap = 12, line = 22;
     const rows = looks.map((_, look) => stages.filter((stage) => stage.lookNumber === look).slice(0, 12));
-    const width = Math.max(360, ...rows.map((row) => row.length * (side + gap) + gap));
-    const canvas = make("canvas", { width, height: rows.length * (side + 4 * line + gap) + gap });
+    const across = rows.every((row) => row.length < 2); // looks at one view stand beside each other, others below
+    const width = across ? rows.length * (side + gap) + gap : Math.max(...rows.map((row) => row.length * (side + gap) + gap));
+    const canvas = make("canvas", { width, height: (across ? 1 : rows.length) * (side + 4 * line + gap) + gap });
     const context = canvas.getContext("2d");
     context.fillStyle = "#fff";
     context.fillRect(0, 0, canvas.width, canvas.height);
     for (const [look, row] of rows.entries()) {
-      const top = gap + look * (side + 4 * line + gap);
+      const top = gap + (across ? 0 : look) * (side + 4 * line + gap), left = gap + (across ? look : 0) * (side + gap);
+      const most = across ? side : width - 2 * gap;
       context.fillStyle = "#000";
       context.font = "600 16px sans-serif";
-      context.fillText([looks[look].keep === "full" ? "all tokens" : `${looks[look].method} ${looks[look].keep}`, ...looks[look].options].join(" "), gap, top + 16);
+      context.fillText([looks[look].keep === "full" ? "all tokens" : `${looks[look].method} ${looks[look].keep}`, ...looks[look].options].join(" "), left, top + 16, most);
       context.font = "15px sans-serif";
-      context.fillText(looks[look].question, gap, top + 16 + line);
+      context.fillText(looks[look].question, left, top + 16 + line, most);
       context.fillStyle = "#0b57d0";
-      context.fillText(looks[look].answer, gap, top + 16 + 2 * line);
+      context.fillText(looks[look].answer, left, top + 16 + 2 * line, most);
       for (const [place, stage] of row.entries()) {
-        const x = gap + place * (side + gap), y = top + 3 * line;
+        const x = left + place * (side + gap), y = top + 3 * line;
         const address = getComputedStyle(stage.element).backgroundImage.replace(/^url\("?|"?\)$/g, "");
         const image = make("img", { src: address });
         await image.decode();
