@@ -125,7 +125,8 @@ def test_an_interruption_ends_what_a_part_has_started(tmp_path):
     """A part has processes of its own; the interruption reaches the day alone."""
     inner = INNER.format(place=str(tmp_path))
     part = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {inner!r}]).wait()"
-    code = (
+    code = (  # whoever started the tests may have had SIGINT ignored, which processes inherit
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
         f"import interruptible, sys; interruptible.finished([sys.executable, '-c', {part!r}], None, {str(tmp_path)!r})"
     )
     variables = {**os.environ, "PYTHONPATH": str(gpu_day.ROOT / "scripts")}
