@@ -10,10 +10,10 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-IGNORED = np.errstate(divide="ignore", invalid="ignore", over="ignore")  # as torch has it: inf and NaN end a view
+AS_TORCH = np.errstate(divide="ignore", invalid="ignore", over="ignore")  # no warnings: inf and NaN end a view
 
 
-@IGNORED
+@AS_TORCH
 def place_by_map(
     rank: Tensor,
     similarity: Tensor,
@@ -62,7 +62,7 @@ def place_by_map(
     _write_steps(rank, order[: step + 1], alive & (members.cumsum(1) - members < k))  # up to a view's k-th member
 
 
-@IGNORED
+@AS_TORCH
 def place_by_max_min(rank: Tensor, distance: Tensor, k: int, score: Tensor) -> None:
     """As `llava.pruning.greedy.place_by_max_min`, without weights."""
     rows, decides = _rows(distance), score.detach().numpy()
@@ -80,7 +80,7 @@ def place_by_max_min(rank: Tensor, distance: Tensor, k: int, score: Tensor) -> N
     _write_steps(rank, order, (best > -np.inf).T)
 
 
-@IGNORED
+@AS_TORCH
 def place_unprojected(
     rank: Tensor, similarity: Tensor, k: int, relevance: Tensor, variance: Tensor, epsilon: float
 ) -> None:

@@ -1,5 +1,7 @@
 """A second question about the same pictures: the vision tower does not run again, and nothing else changes."""
 
+import copy
+
 import pytest
 import torch
 
@@ -51,3 +53,30 @@ def test_what_nobody_watched_is_computed_again():
         kept.append(handle.kept[0].kept.tolist())
     assert kept[0] == kept[3]
     assert kept[1] == kept[2]
+
+
+def test_what_would_be_stale_is_computed_again():
+    """A buffer that is filled anew, another model with the same pictures, a call that wants gradients."""
+    model, arguments = family("llava").model, family("llava").single(0)
+    memory, method = VisualMemory(), get_pruner("divprune", keep_tokens=3)
+
+    def reused(model, arguments):
+        with method(model, memory=memory):
+            model(**arguments)
+        return memory.reused
+
+    with torch.no_grad():
+        pixels = arguments["pixel_values"]
+        first = pixels.clone()
+        assert [reused(model, arguments), reused(model, arguments)] == [False, True]
+        pixels.neg_()
+        assert not reused(model, arguments)
+        pixels.copy_(first)
+        assert not reused(model, arguments)
+        other = copy.deepcopy(model)
+        assert [reused(other, arguments), reused(model, arguments), reused(model, arguments)] == [False, False, True]
+    other.requires_grad_(True)
+    for _ in range(2):  # a graph that was gone through is gone
+        with method(other, memory=memory):
+            other(**arguments).logits.sum().backward()
+        assert not memory.reused

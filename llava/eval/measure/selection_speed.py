@@ -20,6 +20,7 @@ from llava.pruning.kernels.captured import CapturedSelection
 from llava.serve import flags
 
 JOINT_WIDTH = 768
+EPSILON = 1e-6  # of the loops, by default
 
 
 def make_inputs(views: int, tokens: int, width: int, dtype: torch.dtype, device: str) -> PruningInputs:
@@ -103,10 +104,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
 
     def torch_loop() -> None:
         rank = torch.zeros(similarity.shape[:2], dtype=torch.long, device=similarity.device)
-        variance = similarity.diagonal(dim1=-2, dim2=-1).clone()
-        if given["relevance"] is not None:
-            variance *= given["relevance"].square()
-        greedy.place_by_map(rank, similarity, arguments.keep_tokens, variance, *given.values(), 1e-6, 1e-6)
+        variance, relevance = similarity.diagonal(dim1=-2, dim2=-1).clone(), given["relevance"]
+        if relevance is not None:
+            variance *= relevance.square()
+        keep, epsilon = arguments.keep_tokens, EPSILON
+        greedy.place_by_map(rank, similarity, keep, variance, relevance, given["member"], epsilon, stop=epsilon)
 
     rows = {
         "product": product,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llava.integrations.transformers.host import Host, UnsupportedModelError, deep_features
 from llava.integrations.transformers.replacing import replaced
-from llava.integrations.transformers.visual_memory import VisualMemory
+from llava.integrations.transformers.visual_memory import Observed, VisualMemory
 
 
 class _AtTheDoor(Exception):
@@ -131,8 +131,9 @@ def capture_prompt(
     def remember_output(_: nn.Module, __: tuple, output: Any) -> None:
         projected.append(output)
 
-    base, observed = host.base, (observe_projector, watched_layer)
-    reuse = memory is not None and memory.holds(host, arguments) and holds_observed(memory, observed)
+    base, reuse = host.base, False
+    if memory is not None and memory.observed is not None and memory.observed.covers(observe_projector, watched_layer):
+        reuse = memory.holds(host, arguments)
     with ExitStack() as stack:
         if memory is not None:
             stack.enter_context(memory.at_work(host, arguments, reuse))
@@ -162,10 +163,10 @@ def capture_prompt(
         )
     packing, left = packings[-1] if packings else None, watched[-1] if watched else None
     if reuse:
-        packing = packing or memory.seen["packing"]
-        projector_inputs, left = memory.seen["projector"], memory.seen["layer"]
+        packing = packing or memory.observed.packing
+        projector_inputs, left = memory.observed.projector_inputs, memory.observed.layer_states
     elif memory is not None:
-        memory.seen = {"observed": observed, "packing": packing, "projector": projector_inputs, "layer": left}
+        memory.observed = Observed(observe_projector, watched_layer, projector_inputs, left, packing)
     return Capture(
         inputs_embeds=at_the_door["inputs_embeds"],
         position_ids=at_the_door.get("position_ids"),
@@ -177,14 +178,6 @@ def capture_prompt(
         packing=packing,
         watched=left,
     )
-
-
-def holds_observed(memory: VisualMemory, observed: tuple[bool, nn.Module | None]) -> bool:
-    """Whether a pass was captured into the memory, with all that is to be observed."""
-    if memory.seen is None:
-        return False
-    projector, layer = memory.seen["observed"]
-    return (projector or not observed[0]) and (observed[1] is None or layer is observed[1])
 
 
 def features_in(output: Any) -> Any:
