@@ -18,6 +18,7 @@ from torch import Tensor
 from llava.eval.audit.ours import OurSubject
 from llava.eval.audit.subject import Subject
 from llava.eval.figures.scores import token_scores
+from llava.layout.views import ViewLayout
 from llava.pruning import Method
 from llava.serve.token_picture import view_colours
 
@@ -190,15 +191,17 @@ class OurSource(Source):
         side = self.tower.num_patches_per_side
         covered = side * self.tower.config.patch_size
         cells = torch.arange(len(pixels) * side * side).reshape(-1, side, side)
-        shows = self.subject.eligible(picture).reshape(cells.shape)
+        shows = self._layout(picture).eligible.reshape(cells.shape).cpu()
         colours = [view_colours(view, self.subject.image_processor).permute(1, 2, 0) for view in pixels]
         return [
             Seen(own, view[:covered, :covered], there) for own, view, there in zip(cells, colours, shows, strict=True)
         ]
 
     def grid(self, picture: Image.Image) -> tuple[int, int] | None:
-        vision = self.subject.model.vision
-        return vision.layouts(self.subject.visuals([picture]))[0][0].grid
+        return self._layout(picture).grid
+
+    def _layout(self, picture: Image.Image) -> ViewLayout:
+        return self.subject.model.vision.layouts(self.subject.visuals([picture]))[0][0]
 
     def tokens(self, picture: Image.Image, features: str) -> Tensor:
         encoded = self.subject.model.encode_pictures(self.subject.visuals([picture]))

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from convert_to_transformers import convert
+from PIL import Image
 
 from llava.eval.figures import command, library_source, of_questions, scores, sources
 from llava.model.builder import TOY_FOLDER
@@ -159,6 +160,15 @@ def test_a_fixed_grid(tmp_path, folder, capsys):
     assert "a fixed grid is for checkpoints that cut pictures into tiles" in capsys.readouterr().err
     assert command.main([*given, "--model-path", TINY, "--hf"]) == 2
     assert "--image-grid is for checkpoints of LLaVA's own format" in capsys.readouterr().err
+
+
+def test_tokens_that_a_method_cannot_choose_have_no_score(source):
+    """A row of padding into which the picture's edge bleeds when it is resized."""
+    picture = Image.new("RGB", (448, 336), "red")
+    (view,) = source.seen(picture)
+    look = source.look(picture, "Is it red?", get_pruner("random", keep_tokens=432, exclude_padding=True))
+    assert view.shows.sum() == 432
+    assert torch.equal(look.kept[0], view.shows)
 
 
 def test_questions_are_drawn_as_they_are_written(draw):
