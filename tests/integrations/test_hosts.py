@@ -125,6 +125,24 @@ def test_the_command_on_two_classes(tmp_path, capsys):
     assert capsys.readouterr().out == "1 works, 1 refused\n"
 
 
+@pytest.mark.nightly
+@pytest.mark.skipif(BEFORE_5_23, reason="docs/hosts.md is of a newer Transformers")
+def test_every_class_is_what_the_page_says(tmp_path):
+    """All classes, some minutes; those that cannot be built here need what the page names (timm)."""
+    file = tmp_path / "hosts.json"
+    assert main(["--json", str(file)]) == 0
+    found = {one["model_type"]: one["status"] for one in json.loads(file.read_text())["classes"]}
+    works, _, refused = PAGE.read_text().partition("## Refused")
+    told = {
+        model_type: status
+        for status, part in (("works", works), ("refused", refused))
+        for model_type in re.findall(r"^\| `\w+` \(`([^`]+)`\) \|", part, re.MULTILINE)
+    }
+    assert told.keys() == found.keys()
+    for model_type, status in found.items():
+        assert status in ("unbuilt", told[model_type]), model_type
+
+
 def test_names_and_marks_are_checked_before_the_work(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--classes", "Lava"])
