@@ -79,10 +79,10 @@ class Bench:
     def __init__(self, options: argparse.Namespace, make_rows: RowMaker) -> None:
         torch.set_num_threads(1)
         self.options = options
-        self.tokenizer, self.model, processor, _ = load_pretrained_model(options.model_path, device="cpu")
+        self.tokenizer, self.model, self.processor, _ = load_pretrained_model(options.model_path, device="cpu")
         counts = {"ordinary": options.scenes, "crowded": options.crowded_scenes}
         self.worlds = {
-            name: build_world(self.model, processor, counts[name], options.per_skill, crowded=name == "crowded")
+            name: build_world(self.model, self.processor, counts[name], options.per_skill, crowded=name == "crowded")
             for name in options.worlds
         }
         self.rows = {row.label: row for row in make_rows(self.model.relevance_sign, options)}

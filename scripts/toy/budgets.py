@@ -56,7 +56,7 @@ def ask(model, tokenizer, world: World, pruner: Pruner | None, batch: int) -> Ou
             padding_side="left",
         )
         tokens += [kept.patches for kept in prompts.kept]
-        answers = tokenizer.batch_decode(model.generate(prompts, max_new_tokens=6), skip_special_tokens=True)
+        answers = tokenizer.batch_decode(model.generate(prompts, max_new_tokens=12), skip_special_tokens=True)
         truths = [asked.question.answer for asked in chunk]
         right += [text.strip().lower() == truth.lower() for text, truth in zip(answers, truths, strict=True)]
     return Outcome(tokens, right)

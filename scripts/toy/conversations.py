@@ -54,7 +54,7 @@ def make_talk(layout: Layout, questions: list[Question], rng: np.random.Generato
 
 
 def make_caption(layout: Layout, seen: set[int], rng: np.random.Generator, tokenizer) -> Talk:
-    """A picture and what can be seen of it: objects ``seen``."""
+    """A picture and what can be told of it: objects ``seen``."""
     things = [layout.objects[number] for number in rng.permutation(sorted(seen))]
     return _plain_talk(caption(things, rng), tokenizer)
 
@@ -103,20 +103,56 @@ def pad_batch(talks: list[Talk], pad: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
 
-def choose_patches(owner: np.ndarray, targets: list[int], budget: int, rng: np.random.Generator) -> np.ndarray:
-    """A random subset that favours objects: owner (576,) of one view -> ``budget`` ascending patch numbers.
-
-    One or two patches of every object asked about are always among them (while there is room in three quarters of the
-    budget), so that the answer can be known; the others are drawn without replacement, objects three times as likely
-    as the rest.
+@dataclass(frozen=True)
+class ViewMap:
+    """What the patches of one view show: ``owner`` (576,) the object or a negative class, ``written`` (576,) bool
+    where a character stands.
     """
+
+    owner: np.ndarray
+    written: np.ndarray
+
+    def characters(self, number: int) -> np.ndarray:
+        """Patches of object ``number`` on which characters stand, all of which it takes to read it."""
+        return np.flatnonzero((self.owner == number) & self.written)
+
+    def legible(self, patches: np.ndarray) -> set[int]:
+        """Objects about which ``patches`` tell all: one patch of a shape, every character of a sign."""
+        shown = {int(number) for number in self.owner[patches] if number >= 0}
+        return {number for number in shown if np.isin(self.characters(number), patches).all()}
+
+    def subset(self, patches: np.ndarray) -> ViewMap:
+        return ViewMap(self.owner[patches], self.written[patches])
+
+    def needed(self, targets: list[int]) -> int:
+        """How many patches it takes to tell what ``targets`` are."""
+        return sum(max(1, len(self.characters(target))) for target in targets if target in self.owner)
+
+
+def forced_share(budget: int) -> int:
+    """How many of ``budget`` patches may be chosen for what is asked about."""
+    return 3 * budget // 4
+
+
+def choose_patches(view: ViewMap, targets: list[int], budget: int, rng: np.random.Generator) -> np.ndarray:
+    """A random subset that favours objects: ``budget`` ascending patch numbers.
+
+    One or two patches of every object asked about, of signs all characters, are always among them (while there is room
+    in three quarters of the budget), so that the answer can be known; the others are drawn without replacement,
+    objects three times as likely as the rest.
+    """
+    owner = view.owner
     weight = np.ones(owner.size)
     weight[owner >= 0] = 3.0
     weight[owner == UNSURE] = 1.5
     weight[owner == PADDING] = 0.2
     weight[np.isin(owner, targets)] = 6.0
     order = np.argsort(-(np.log(weight) + rng.gumbel(size=owner.size)))
-    mine = [order[owner[order] == target] for target in rng.permutation(targets)]
-    forced = [int(patches[turn]) for turn in range(2) for patches in mine if len(patches) > turn][: 3 * budget // 4]
+    first, second = [], []
+    for target in rng.permutation(targets):
+        characters, patches = view.characters(target), order[owner[order] == target]
+        first += characters.tolist() or patches[:1].tolist()
+        second += [] if len(characters) else patches[1:2].tolist()
+    forced = (first + second)[: forced_share(budget)]
     rest = order[~np.isin(order, forced)]
     return np.sort(np.concatenate((np.array(forced, dtype=np.int64), rest[: budget - len(forced)])))

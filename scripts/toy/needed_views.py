@@ -62,7 +62,7 @@ def run(loaded: tuple, cases: list[Case], keep: int, least: float | None, same: 
                 own = replace(method, keep_tokens=keep * views // len(needed[0]))
             views = len(needed[0])
         prompt = model.embed_prompts(ids, images=images, pruner=own, query=question)
-        output = model.generate(prompt, max_new_tokens=6, do_sample=False)
+        output = model.generate(prompt, max_new_tokens=12, do_sample=False)
         text = tokenizer.decode(output[0], skip_special_tokens=True).strip()
         found.append((text.lower() == answer.lower(), views, len(prompt.kept[0].sequence)))
     return found

@@ -75,7 +75,7 @@ def _pick(rng: np.random.Generator, items):
     return items[rng.integers(len(items))] if items else None
 
 
-def _once(scene: Layout, key: Callable[[SceneObject], str]) -> list[SceneObject]:
+def _once(scene: Layout, key: Callable[[SceneObject], object]) -> list[SceneObject]:
     """Objects whose ``key`` occurs exactly once in the scene."""
     counts = Counter(key(thing) for thing in scene.objects)
     return [thing for thing in scene.objects if counts[key(thing)] == 1]
@@ -204,9 +204,9 @@ def count(scene: Layout, rng: np.random.Generator) -> Question:
 
 def _apart(scene: Layout, rng: np.random.Generator) -> tuple[SceneObject, SceneObject, str] | None:
     """Two objects with a clear relation: at least a tenth of the picture apart along one axis."""
-    reach = max(scene.size)
-    for _ in range(20):
-        first, second = (scene.objects[k] for k in rng.permutation(len(scene.objects))[:2])
+    reach, things = max(scene.size), _once(scene, _pair)
+    for _ in range(20 if len(things) > 1 else 0):
+        first, second = (things[k] for k in rng.permutation(len(things))[:2])
         (x1, y1), (x2, y2) = first.center, second.center
         sideways = bool(rng.random() < 0.5)
         distance = x1 - x2 if sideways else y1 - y2
@@ -248,7 +248,7 @@ def half(scene: Layout, rng: np.random.Generator) -> Question | None:
     sides = ("left", "right") if rng.random() < 0.5 else ("top", "bottom")
     axis = int(sides[0] == "top")
     middle, reach = scene.size[axis] / 2, max(scene.size)
-    thing = _pick(rng, (t for t in scene.objects if abs(t.center[axis] - middle) > 0.08 * reach))
+    thing = _pick(rng, (t for t in _once(scene, _pair) if abs(t.center[axis] - middle) > 0.08 * reach))
     if thing is None:
         return None
     phrase, asked = _phrase(rng, scene, thing)
@@ -288,6 +288,34 @@ def background_check(scene: Layout, rng: np.random.Generator) -> Question:
     """Are there bricks behind the objects?"""
     kind = scene.background if rng.random() < 0.5 else _pick(rng, set_without(BACKGROUNDS, scene.background))
     return Question(f"Are there {kind} behind the objects?", YES if kind == scene.background else NO, "scene")
+
+
+# -------------------------------------------------------------------------- several things, the whole
+
+
+def which_shapes(scene: Layout, rng: np.random.Generator) -> Question | None:
+    """What are the red objects? Two or three kinds, named in the order of THINGS."""
+    shapes: dict[str, set[str]] = {}
+    for thing in scene.objects:
+        shapes.setdefault(thing.color, set()).add(thing.shape)
+    color = _pick(rng, (c for c in COLOR_NAMES if len(shapes.get(c, ())) in (2, 3)))
+    if color is None:
+        return None
+    answer = ", ".join(shape for shape in THINGS if shape in shapes[color])
+    return Question(f"What are the {color} objects?", answer, "several", (Descriptor(None, color),))
+
+
+def most_of(scene: Layout, rng: np.random.Generator) -> Question | None:
+    """Of which shape are there most? One that is ahead by two at least."""
+    (shape, number), *others = Counter(thing.shape for thing in scene.objects).most_common(2)
+    if others and number < others[0][1] + 2:
+        return None
+    return Question("Of which shape are there most?", shape, "scene")
+
+
+def background_of(scene: Layout, rng: np.random.Generator) -> Question:
+    """What is behind the objects?"""
+    return Question("What is behind the objects?", scene.background, "scene")
 
 
 # ---------------------------------------------------------------------------- several-choice and free

@@ -30,7 +30,7 @@ from tower import joint_text, joint_vision
 from tqdm import tqdm
 from train_joint import scene_caption
 from transformers import CLIPModel, CLIPTokenizer
-from world import FIRST_SCENE, SKILLS, area_under_curve, draw_world
+from world import FIRST_SCENE, POINTED, area_under_curve, draw_world
 
 from llava.eval.measure.how_made import how_made
 from llava.mm_utils import process_images
@@ -67,7 +67,7 @@ def measure(clip: CLIPModel, tokenizer, processor, scenes: int, crowded: bool) -
             patches = joint_vision(clip, hidden[0, 1:])
             for number, one in about:
                 score = (patches @ questions[number]).numpy()
-                areas.setdefault(layer, {skill: [] for skill in SKILLS})[one.skill].append(
+                areas.setdefault(layer, {skill: [] for skill in POINTED})[one.skill].append(
                     area_under_curve(score, one.target)
                 )
     captions = []
@@ -111,9 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = how_made("python scripts/toy/relevance_layers.py", given)
     for world in WORLDS:
         report[world] = measure(clip, tokenizer, processor, options.scenes, world == "crowded")
-        print(f"{world:10s}" + "".join(f"{skill:>18s}" for skill in SKILLS))
+        print(f"{world:10s}" + "".join(f"{skill:>18s}" for skill in POINTED))
         for layer, row in report[world]["layers"].items():
-            cells = (f"{row[skill]['auc']:.3f} +- {row[skill]['standard_error']:.3f}" for skill in SKILLS)
+            cells = (f"{row[skill]['auc']:.3f} +- {row[skill]['standard_error']:.3f}" for skill in POINTED)
             print(f"layer {layer:<4d}" + "".join(f"{shown:>18s}" for shown in cells))
         print(", ".join(f"{name} {value:.3g}" for name, value in report[world]["matches"].items()))
     if options.json is not None:

@@ -22,7 +22,7 @@ from files import write_text
 from questions import NO, YES
 from results_report import Measured, document
 from tqdm import tqdm
-from world import SKILLS, World, answers_of, area_under_curve
+from world import COMPARISONS, POINTED, World, accuracy, answers_of, area_under_curve, build_world
 
 from llava.mm_utils import tokenizer_image_token
 from llava.pruning import get_pruner
@@ -72,18 +72,32 @@ def reading_report(world: World, texts: list[str]) -> dict[str, list[int]]:
     return report
 
 
+def comparison_report(bench: Bench, world: str, scenes: int) -> dict[str, list[int]]:
+    """What the whole picture is enough for where two things must be compared, by kind: [right, all]."""
+    options = bench.options
+    asked = build_world(
+        bench.model, bench.processor, scenes, options.per_skill, crowded=world == "crowded", skills=COMPARISONS
+    )
+    right = accuracy(bench.model, bench.tokenizer, asked, None, options.batch)
+    report: dict[str, list[int]] = {kind: [0, 0] for kind in COMPARISONS}
+    for one, ok in zip(asked.asked, right, strict=True):
+        report[one.skill][0] += ok
+        report[one.skill][1] += 1
+    return report
+
+
 def relevance_report(model, world: World, budgets: tuple[int, ...], sign: int) -> dict[str, dict[str, float]]:
     """By skill: AUC of relevance on the asked object for both signs, the share of kept tokens that lie on it, and how
     often any does.
     """
     tower = model.get_vision_tower()
-    report: dict[str, dict[str, list[float]]] = {skill: {} for skill in SKILLS}
+    report: dict[str, dict[str, list[float]]] = {skill: {} for skill in POINTED}
     with torch.inference_mode():
         texts, text_mask = tower.text_embeds([asked.question.text for asked in world.asked])
         image_embeds = world.encoded.image_embeds(tower)
     for number, asked in enumerate(tqdm(world.asked, desc="relevance", leave=False, mininterval=5)):
         valid = world.encoded.layouts[asked.scene].eligible[0].numpy()
-        if not (asked.target & valid).any():
+        if asked.skill not in report or not (asked.target & valid).any():
             continue
         values = report[asked.skill]
         text, mask = texts[number][None], text_mask[number][None]
@@ -122,16 +136,17 @@ def main(arguments: list[str] | None = None) -> None:
     configuration = configure(bench, f"python scripts/toy/results.py {shlex.join(given)}".strip())
     jobs = list_jobs(rows, options.budgets, options.worlds)
     cells = measure_all(bench, make_rows, jobs, configuration, options.out.with_suffix(".json"))
-    relevance, reading = {}, {}
+    relevance, reading, comparing = {}, {}, {}
     shown = tuple(m for m in SHOWN if m in options.budgets)
     for name, world in bench.worlds.items():
         part = world.first(options.few_scenes)
         reading[name] = reading_report(part, answers_of(bench.model, bench.tokenizer, part, None, options.batch))
+        comparing[name] = comparison_report(bench, name, options.few_scenes)
         relevance[name] = relevance_report(bench.model, part, shown, bench.model.relevance_sign)
     measured = [Measured(*key.split("|"), np.array([c == "1" for c in cell])) for key, cell in cells.items()]
     asked = {name: [(a.scene, a.skill) for a in world.asked] for name, world in bench.worlds.items()}
     about = configuration | describe_run(options)
-    write_text(options.out, document(about, measured, asked, reading, relevance))
+    write_text(options.out, document(about, measured, asked, reading, comparing, relevance))
     print(options.out.read_text())
 
 

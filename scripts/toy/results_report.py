@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from world import SKILLS
+from world import POINTED, SKILLS
 
 RESAMPLES = 2000
 REFERENCE = "script"
 WHOLE = {"unpruned": "576 tokens", "blind": "no picture"}  # rows without a budget
 TABLE_5 = ("none of the three", "graph", "relevance", "graph + relevance", "relevance + DPP", REFERENCE)
-TITLES = {"crowded": "Crowded scenes, 20 to 32 objects", "ordinary": "Ordinary scenes, 8 to 16 objects"}
+TITLES = {
+    "crowded": "Crowded scenes, 20 to 32 objects, a flock among them",
+    "ordinary": "Ordinary scenes, 8 to 16 objects",
+}
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ def steps_of(table: Table, budget: str, skill: str | None) -> dict[str, str]:
     return row
 
 
-def world_part(name: str, table: Table, reading: dict, relevance: dict) -> list[str]:
+def world_part(name: str, table: Table, reading: dict, comparing: dict, relevance: dict) -> list[str]:
     labels = list(dict.fromkeys(label for label, _ in table.values))
     labels.sort(key=lambda label: (label not in TABLE_5, TABLE_5.index(label) if label in TABLE_5 else 0))
     few, all_of_them = table.budgets[0], table.budgets[-1]
@@ -181,23 +184,33 @@ def world_part(name: str, table: Table, reading: dict, relevance: dict) -> list[
         "|---|---|---|---|",
         *(f"| {kind} | " + " | ".join(map(str, counts)) + " |" for kind, counts in sorted(reading.items())),
         "",
+        "### What has not been learned: two things compared, unpruned",
+        "",
+        "| | right | questions |",
+        "|---|---|---|",
+        *(f"| {kind} | " + " | ".join(map(str, counts)) + " |" for kind, counts in comparing.items()),
+        "",
         "### Does relevance find the asked object?",
         "",
         "AUC: the probability that a patch of the asked object is more relevant than one that is not. "
         "Below it, in percent: the share of the kept tokens that lie on the object, and how often any does.",
         "",
-        "| | " + " | ".join(SKILLS) + " |",
-        "|---|" + "---|" * len(SKILLS),
+        "| | " + " | ".join(POINTED) + " |",
+        "|---|" + "---|" * len(POINTED),
     ]
     for key in sorted(next(iter(relevance.values())), key=lambda key: key.split(",")[0]):
         is_area = key.startswith("AUC")
-        values = [relevance[skill][key] for skill in SKILLS]
+        values = [relevance[skill][key] for skill in POINTED]
         lines.append(f"| {key} | " + " | ".join(f"{v:.3f}" if is_area else f"{100 * v:.1f}" for v in values) + " |")
     return [*lines, ""]
 
 
-def document(about: dict, measured: Sequence[Measured], asked: dict, reading: dict, relevance: dict) -> str:
-    """RESULTS.md. ``asked``: scene and skill of every question, ``reading`` and ``relevance``: reports, by world."""
+def document(
+    about: dict, measured: Sequence[Measured], asked: dict, reading: dict, comparing: dict, relevance: dict
+) -> str:
+    """RESULTS.md. ``asked``: scene and skill of every question; ``reading``, ``comparing`` and ``relevance``: reports,
+    by world.
+    """
     lines = [
         "# The method on the toy",
         "",
@@ -214,5 +227,5 @@ def document(about: dict, measured: Sequence[Measured], asked: dict, reading: di
     ]
     for name, rows in asked.items():
         own = [cell for cell in measured if cell.world == name]
-        lines += world_part(name, Table.of(rows, own), reading[name], relevance[name])
+        lines += world_part(name, Table.of(rows, own), reading[name], comparing[name], relevance[name])
     return "\n".join(lines).rstrip() + "\n"

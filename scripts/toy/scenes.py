@@ -1,9 +1,12 @@
 """Deterministic toy scenes: many small objects on a textured, cluttered background.
 
 A scene is fully determined by (split, index): ``make_scene("train", 7)`` gives the same picture on every machine.
-Sizes are in *units* of 1/336 of the longer side. Objects stand on a grid of 14 units and are 2 to 4 cells wide: after
+Sizes are in *units* of 1/336 of the longer side. Objects stand on a grid of 14 units and are 2 to 6 cells wide: after
 the picture has been padded to a square and resized to 336 px, whatever its own size, cells and patches coincide. A
 large tower learns that a shape is the same at every offset; a tiny one would spend most of its training on it.
+
+*Ordinary* scenes have 8 to 16 things. *Crowded* ones have 20 to 32 that share shapes and colours, among them large
+textured things and a flock of one kind side by side: many patches that say the same.
 """
 
 from __future__ import annotations
@@ -80,7 +83,8 @@ class Layout:
 @dataclass(frozen=True)
 class Scene:
     """A layout drawn: ``image`` RGB; ``instances`` (H, W) uint8, 0 background, k + 1 where object k is; ``letters``
-    (H, W) uint8, 0 where nothing is written, k + 1 in the columns of character k of CHARACTERS.
+    (H, W) uint8, 0 where nothing is written, else 1 + character + position * len(CHARACTERS), by its number in
+    CHARACTERS and its position in the text.
     """
 
     layout: Layout
@@ -168,13 +172,26 @@ def _paint(pixels: np.ndarray, mask: np.ndarray, color: np.ndarray, left: int, t
     region += mask[..., None] * (color - region)
 
 
-def draw_shape(pixels, instances, rng, number: int, shape: str, color: str, box: tuple[int, int, int, int]) -> None:
+def draw_shape(
+    pixels, instances, rng, number: int, shape: str, color: str, box: tuple[int, int, int, int], weave: float = 0
+) -> None:
+    """``weave``: period of a texture in pixels, 0 for none."""
     left, top, right, bottom = box
     mask = _shape_mask(shape, right - left)
     # Light from above: a vertical gradient, so that no object is a flat patch of one value.
     shade = np.linspace(1.08, 0.86, bottom - top, dtype=np.float32)[:, None, None]
+    if weave:
+        shade = shade * _weave(rng, right - left, weave)[..., None]
     _paint(pixels, mask, np.clip(_jitter(rng, color) * shade, 0, 255), left, top)
     instances[top:bottom, left:right][mask > 0.5] = number
+
+
+def _weave(rng: np.random.Generator, side: int, period: float) -> np.ndarray:
+    """Light and dark bands or checks, (side, side) around 1. At a period of more than a patch patches differ."""
+    y, x = (np.mgrid[:side, :side].astype(np.float32) + rng.uniform(0, period, 2)[:, None, None]) % period
+    bands, rows = x < period / 2, y < period / 2
+    pattern = (bands, rows, bands ^ rows)[rng.integers(3)]
+    return np.where(pattern, 1.12, 0.72).astype(np.float32)
 
 
 def _draw_sign(pixels, instances, letters, rng, number: int, color: str, text: str, box, unit: float) -> None:
@@ -191,7 +208,7 @@ def _draw_sign(pixels, instances, letters, rng, number: int, color: str, text: s
         start, end = (round(left + (position + at) * CELL * unit) for at in (0.5, 1.5))
         ink = np.asarray(Image.fromarray(GLYPHS[character]).convert("L").resize(size, Image.BOX), np.float32) / 255
         _paint(pixels, ink, ink_color, (start + end - size[0]) // 2, round(top + CELL * unit / 2))
-        letters[top:bottom, start:end] = CHARACTERS.index(character) + 1
+        letters[top:bottom, start:end] = 1 + CHARACTERS.index(character) + position * len(CHARACTERS)
 
 
 # ----------------------------------------------------------------------------------------- background
@@ -280,12 +297,12 @@ def _choose_things(rng: np.random.Generator) -> list[tuple[str, str, str | None]
 
 
 def _choose_crowd(rng: np.random.Generator) -> list[tuple[str, str, str | None]]:
-    """20 to 32 (shape, colour, text): two to four signs, two shapes that
-    occur once, two colours that no other object has, and a crowd of few shapes in few colours, where neither the shape
-    nor the colour alone tells what is meant. No pair twice.
+    """16 to 24 (shape, colour, text): two to four signs, three shapes that occur once, two colours
+    that no other object has, and a crowd of few shapes in few colours, where neither the shape nor the colour alone
+    tells what is meant. No pair twice; the last becomes the flock.
     """
     shapes, colors = [str(s) for s in rng.permutation(SHAPES)], [str(c) for c in rng.permutation(COLOR_NAMES)]
-    single, repeated = shapes[:2], shapes[2 : 2 + rng.integers(5, 8)]
+    single, repeated = shapes[:3], shapes[3 : 3 + rng.integers(5, 8)]
     rare, common = colors[:2], colors[2 : 2 + rng.integers(5, 8)]
     things: list[tuple[str, str, str | None]] = []
     for color in rng.permutation(common)[: rng.integers(2, 5)]:
@@ -294,15 +311,24 @@ def _choose_crowd(rng: np.random.Generator) -> list[tuple[str, str, str | None]]
     things += [(shape, str(rng.choice(common)), None) for shape in single]
     things += [(str(rng.choice(repeated)), color, None) for color in rare]
     pairs = [(shape, color) for shape in repeated for color in common]
-    return things + [(*pairs[k], None) for k in rng.permutation(len(pairs))[: rng.integers(14, 25)]]
+    return things + [(*pairs[k], None) for k in rng.permutation(len(pairs))[: rng.integers(9, 16)]]
 
 
 def _crowd_extent(rng: np.random.Generator, text: str | None) -> tuple[int, int]:
-    """Width and height in cells: two for most shapes, so that a crowd finds room."""
+    """Width and height in cells: two for most shapes, so that a crowd finds room, six for a few."""
     if text is None:
-        side = int(rng.choice((2, 3, 4), p=(0.66, 0.28, 0.06)))
+        side = int(rng.choice((2, 3, 4, 5, 6), p=(0.52, 0.24, 0.12, 0.07, 0.05)))
         return side, side
     return len(text) + 1, 2
+
+
+def _flock_places(rng: np.random.Generator) -> list[tuple[int, int, int, int]]:
+    """Six to nine boxes of two cells side by side, in a picture of the reference's size."""
+    columns, rows = ((3, 2), (2, 3), (4, 2), (2, 4), (3, 3))[rng.integers(5)]
+    cells = REFERENCE_SIDE // CELL
+    left, top = rng.integers(0, cells - 2 * columns + 1), rng.integers(0, cells - 2 * rows + 1)
+    corners = [(CELL * (left + 2 * c), CELL * (top + 2 * r)) for r in range(rows) for c in range(columns)]
+    return [(int(x), int(y), int(x) + 2 * CELL, int(y) + 2 * CELL) for x, y in corners]
 
 
 def _extent(rng: np.random.Generator, text: str | None) -> tuple[int, int]:
@@ -342,7 +368,7 @@ def make_scene(
 
     Args:
         most: objects, taken evenly from those that the scene would have; ``None`` takes all.
-        crowded: 20 to 32 objects that share shapes and colours, instead of 8 to 16; the picture is a square.
+        crowded: about 20 to 32 objects, a flock of one kind among them, instead of 8 to 16; the picture is a square.
     """
     rng = scene_rng(split, index, purpose=21 if crowded else 0)
     if crowded:
@@ -355,15 +381,23 @@ def make_scene(
     instances, letters = np.zeros((2, height, width), dtype=np.uint8)
     objects: list[SceneObject] = []
     things = choose(rng)
-    for shape, color, text in things if most is None else things[:: max(1, len(things) // most)][:most]:
+    if most is not None:
+        things = things[:: max(1, len(things) // most)][:most]
+    flock = _flock_places(rng) if crowded else []
+    wanted = [(things[-1], box) for box in flock] + [(thing, None) for thing in (things[:-1] if flock else things)]
+    for (shape, color, text), box in wanted:
         # Signs are shifted by half a cell, which puts every character on one patch.
-        box = _place(rng, extent(rng, text), 0.5 if text else 0.0, (width, height), [o.box for o in objects])
+        if box is None:
+            box = _place(rng, extent(rng, text), 0.5 if text else 0.0, (width, height), [o.box for o in objects])
         if box is None:
             continue
+        number = len(objects) + 1
         if text is None:
-            draw_shape(pixels, instances, rng, len(objects) + 1, shape, color, box)
+            large = crowded and box[2] - box[0] > 2 * CELL
+            weave = rng.uniform(0.8, 2.2) * CELL if large else 0
+            draw_shape(pixels, instances, rng, number, shape, color, box, weave)
         else:
-            _draw_sign(pixels, instances, letters, rng, len(objects) + 1, color, text, box, unit)
+            _draw_sign(pixels, instances, letters, rng, number, color, text, box, unit)
         objects.append(SceneObject(shape, color, box, text))
     image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
     return Scene(Layout(tuple(objects), background, (width, height)), image, instances, letters)

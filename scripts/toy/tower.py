@@ -5,6 +5,9 @@ takes ``visual_projection(post_layernorm(features))`` against the projected text
 that are read learn to tell what each patch shows, with help of texts that find their patches; the last layer adds
 nothing meanwhile. Norm, projections and text tower of this stage are scaffolding: stage 2 (train_joint.py) throws them
 away, and relates the tower to text anew by the class token of a new last layer.
+
+A patch is told the shape and the colour that it is part of, and where it is; of a sign it is told its own character
+and which in the row that is, never the whole text: reading takes several tokens, as it does in large models.
 """
 
 from __future__ import annotations
@@ -13,12 +16,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from scenes import CHARACTERS, COLOR_NAMES, WORDS
+from scenes import CHARACTERS, COLOR_NAMES, TEXTS
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
-from views import GRID, IGNORE, PATCH, SHAPE_CLASSES, text_digits
+from views import GRID, IGNORE, PATCH, SHAPE_CLASSES
 
 THING_CLASSES = SHAPE_CLASSES.index("sign") + 1
+LONGEST_TEXT = max(map(len, TEXTS))
 
 
 def clip_config(vocabulary: int) -> CLIPConfig:
@@ -63,7 +67,7 @@ def new_clip(vocabulary: int) -> CLIPModel:
     CLIP's own initialisation needs millions of pictures to find out which patches are neighbours. Here positions begin
     as sines and cosines and keys as copies of queries, so that attention is local from the first step on. In two of
     the four heads the keys look one patch to the left and one to the right; after 500 steps 96 % of the shapes on
-    held-out pictures were read so, 92 % without. What stays unread is the order of a number's two digits.
+    held-out pictures were read so, 92 % without.
     """
     clip = CLIPModel(clip_config(vocabulary))
     vision, width = clip.vision_model, clip.config.vision_config.hidden_size
@@ -86,7 +90,7 @@ def whiten_patches(clip: CLIPModel, pixels: Tensor, labels: Tensor) -> None:
     """Begin the patch embedding with the whitened principal components of the patches that show things.
 
     Brightness varies a thousand times more than the strokes of a digit; whitened, both are as loud as positions.
-    pixels (B, 3, 336, 336), labels (B, 4, 576).
+    pixels (B, 3, 336, 336), labels (B, 5, 576).
     """
     patches = F.unfold(pixels, PATCH, stride=PATCH).transpose(1, 2)[labels[:, 1] >= 0]  # (N, 588)
     values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
@@ -118,16 +122,15 @@ def joint_text(clip: CLIPModel, tokens: dict[str, Tensor]) -> Tensor:
 
 
 class PatchHeads(nn.Module):
-    """Linear read-outs of each patch used only in training: what covers it, where it is, and where in its object."""
+    """Linear read-outs of each patch used only in training: what covers it, the character on it, and where it is."""
 
     def __init__(self, width: int = 128) -> None:
         super().__init__()
         self.shape = nn.Linear(width, len(SHAPE_CLASSES))
         self.color = nn.Linear(width, len(COLOR_NAMES))
-        self.text = nn.ModuleList(nn.Linear(width, classes) for classes in (len(WORDS), 9, 10))
         self.letter = nn.Linear(width, len(CHARACTERS))
+        self.order = nn.Linear(width, LONGEST_TEXT)
         self.place = nn.Linear(width, 2)
-        self.extent = nn.Linear(width, 4)
 
 
 @dataclass
@@ -144,7 +147,7 @@ class Queries:
 
 
 def descriptor_masks(labels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """Where each text's things are: labels (B, 4, 576), classes (Q, 2, 3) -> asked patches (Q, B, 576) bool,
+    """Where each text's things are: labels (B, 5, 576), classes (Q, 2, 3) -> asked patches (Q, B, 576) bool,
     present (Q, B) bool (every descriptor of the text matched somewhere in the view).
     """
     wanted = classes[:, :, None, :, None]  # (Q, 2, 1, 3, 1)
@@ -156,28 +159,8 @@ def descriptor_masks(labels: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     return (matched & used[:, :, None, None]).any(1), present
 
 
-def object_extents(owners: Tensor) -> tuple[Tensor, Tensor]:
-    """How far the object on a patch reaches: owners (B, 576) -> mask of object patches (B, 576), and for those (N, 4)
-    the distances to its left, top, right and bottom patch, in units of four patches.
-    """
-    batch, patches = owners.shape
-    number = owners.long() + 32 * torch.arange(batch)[:, None]  # a view has at most 16 objects
-    on_object = owners >= 0
-    number = number[on_object]
-    index = torch.arange(patches).expand(batch, -1)[on_object]
-    spots = torch.stack((index % GRID, index // GRID), dim=-1).float()  # (N, 2)
-    rows = number[:, None].expand(-1, 2)
-    low = torch.full((32 * batch, 2), float(GRID)).scatter_reduce(0, rows, spots, "amin")
-    high = torch.full((32 * batch, 2), -1.0).scatter_reduce(0, rows, spots, "amax")
-    return on_object, torch.cat((spots - low[number], high[number] - spots), dim=-1) / 4
-
-
-def patch_loss(heads: PatchHeads, hidden: Tensor, labels: Tensor, owners: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """hidden (B, 576, 128) after the final norm, labels (B, 4, 576), owners (B, 576) -> loss, and accuracies on the
-    labelled patches.
-    """
-    on_object, extents = object_extents(owners)
-    extent = F.smooth_l1_loss(heads.extent(hidden[on_object]).float(), extents)
+def patch_loss(heads: PatchHeads, hidden: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """hidden (B, 576, 128) after the final norm, labels (B, 5, 576) -> loss, and accuracies on labelled patches."""
     line = torch.linspace(-1, 1, GRID)
     places = torch.stack(torch.meshgrid(line, line, indexing="ij"), -1).view(1, -1, 2)
     guess = heads.place(hidden).float()
@@ -185,20 +168,20 @@ def patch_loss(heads: PatchHeads, hidden: Tensor, labels: Tensor, owners: Tensor
 
     hidden, labels = hidden.flatten(0, 1), labels.transpose(0, 1).flatten(1).long()
     thing = (labels[0] >= 0) & (labels[0] < THING_CLASSES)
-    # Two thirds of the patches are background; they would drown the objects.
+    # Half of the patches and more are background; they would drown the objects.
     rest = (labels[0] >= THING_CLASSES) & (torch.rand(thing.shape) < 0.2)
-    rows = {"shape": (heads.shape, labels[0], thing | rest), "color": (heads.color, labels[1], thing)}
-    rows["letter"] = (heads.letter, labels[3], labels[3] != IGNORE)
-    for name, head, target in zip(("word", "tens", "units"), heads.text, text_digits(labels[2]), strict=True):
-        rows[name] = (head, target, target != IGNORE)
-    losses, seen = {}, {}
+    rows = {
+        "shape": (heads.shape, labels[0], thing | rest),
+        "color": (heads.color, labels[1], thing),
+        "letter": (heads.letter, labels[3], labels[3] != IGNORE),
+        "order": (heads.order, labels[4], labels[4] != IGNORE),
+    }
+    losses, seen = [], {}
     for name, (head, target, chosen) in rows.items():
         logits = head(hidden[chosen]).float()
-        losses[name] = F.cross_entropy(logits, target[chosen]) if chosen.any() else logits.sum()
+        losses.append(F.cross_entropy(logits, target[chosen]) if chosen.any() else logits.sum())
         seen[name] = (logits.argmax(-1) == target[chosen]).float().mean().item()
-    text = losses["word"] + losses["tens"] + losses["units"]
-    total = losses["shape"] + losses["color"] + losses["letter"] + 0.3 * text + 2 * place + 3 * extent
-    return total, {**seen, "place": place.item(), "extent": extent.item()}
+    return sum(losses) + 2 * place, {**seen, "place": place.item()}
 
 
 def contrastive_loss(

@@ -88,22 +88,28 @@ def train_tokenizers(work: Path) -> tuple[Path, Path]:
     return llama, clip
 
 
-def relate_to_text(work: Path, clip: CLIPModel, views: Views, held_out: Views, tokenizer: Path) -> None:
+def build_sets(work: Path) -> tuple[list[Views], list[Views]]:
+    """Views to train on and held-out ones: of ordinary scenes, then of crowded ones."""
+    train = [build_views(work, "train", TRAIN_SCENES), build_views(work, "train", CROWDED_SCENES, crowded=True)]
+    held_out = [build_views(work, "val", HELD_OUT_SCENES), build_views(work, "val", CROWDED_HELD_OUT, crowded=True)]
+    return train, held_out
+
+
+def relate_to_text(work: Path, clip: CLIPModel, train: list[Views], held_out: list[Views], tokenizer: Path) -> None:
     """Give ``clip`` its joint side: stage 2, on ordinary and crowded scenes."""
-    crowds = [
-        build_views(work, *some, crowded=True) for some in (("train", CROWDED_SCENES), ("val", CROWDED_HELD_OUT))
+    names = (("train", "crowded-train"), ("val", "crowded-val"))
+    seen = [
+        [seen_views(work, name, clip, views) for name, views in zip(some, sets, strict=True)]
+        for some, sets in zip(names, (train, held_out), strict=True)
     ]
-    named = (("train", views), ("crowded-train", crowds[0]), ("val", held_out), ("crowded-val", crowds[1]))
-    seen = [seen_views(work, name, clip, some) for name, some in named]
-    train_joint(work, clip, seen[:2], seen[2:], tokenizer, JOINT)
+    train_joint(work, clip, *seen, tokenizer, JOINT)
 
 
 def retrain_joint_side(work: Path, out: Path) -> None:
     """Stage 2 alone, on the tower of the checkpoints in ``out``; everything that LLaVA reads stays as it is there."""
     folder = out / CLIP_NAME
     clip = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
-    views, held_out = build_views(work, "train", TRAIN_SCENES), build_views(work, "val", HELD_OUT_SCENES)
-    relate_to_text(work, clip, views, held_out, folder)
+    relate_to_text(work, clip, *build_sets(work), folder)
     save_clip(clip, CLIPTokenizer.from_pretrained(folder), folder)
     replace_tower(clip, out / "llava-toy-v1.6")
     shutil.copy(work / "joint.csv", out / "training-joint.csv")
@@ -123,7 +129,7 @@ def main() -> None:
         return
 
     llama_tokenizer, clip_tokenizer = train_tokenizers(args.work)
-    views, held_out = build_views(args.work, "train", TRAIN_SCENES), build_views(args.work, "val", HELD_OUT_SCENES)
+    views, held_out = build_sets(args.work)
     tower = train_tower(args.work, views, held_out, clip_tokenizer, TOWER)
     clip = tower.clip
     relate_to_text(args.work, clip, views, held_out, clip_tokenizer)
@@ -133,7 +139,7 @@ def main() -> None:
 
     save_llama_tokenizer(llama_tokenizer, args.work / "tokenizers" / "llama")
     tokenizer = AutoTokenizer.from_pretrained(args.work / "tokenizers" / "llama")
-    pictures = [padded_pictures(args.work, name, clip, s) for name, s in (("train", views), ("val", held_out))]
+    pictures = [padded_pictures(args.work, name, clip, sets) for name, sets in (("train", views), ("val", held_out))]
     config = llava_config(len(tokenizer), anyres=False)
     model = new_language_model(config, seed=CAPTIONS.seed)
     if not (args.work / "captions.pt").exists():

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from formats import MAKERS, as_asked
 from questions import Descriptor, draw
-from scenes import SIGN
 from stages import Schedule, Stage
 from torch import Tensor, nn
 from tower import (
@@ -35,7 +34,7 @@ NO_DESCRIPTOR = (-2, -2, -2)
 class TowerSettings(Schedule):
     """Everything the result depends on besides the data."""
 
-    steps: int = 1200
+    steps: int = 1500
     muon_rate: float = 1e-2
     adam_rate: float = 1.5e-3
     warmup: int = 50
@@ -43,25 +42,22 @@ class TowerSettings(Schedule):
     queries: int = 8  # per view
 
 
-def _caption(descriptor: Descriptor) -> str:
-    words = f"{descriptor.color or ''} {descriptor.shape or 'object'}".strip()
-    return f"{words} that says {descriptor.text}" if descriptor.text else words
-
-
 def make_queries(views: Views, chosen: np.ndarray, per_view: int, rng: np.random.Generator, tokenizer) -> Queries:
-    """Questions, worded as the pruner gets them, and a few plain captions, about each chosen view."""
+    """Questions, worded as the pruner gets them, and a few plain captions, about each chosen view. None finds its
+    patches by what is written there.
+    """
     texts, classes, owners = [], [], []
     for row, index in enumerate(chosen):
         layout = views.layouts[index]
         for _ in range(per_view):
             question = draw(layout, rng, MAKERS)
-            while not question.asked:
+            while not question.asked or any(asked.text for asked in question.asked):
                 question = draw(layout, rng, MAKERS)
             text, asked = as_asked(question, layout, rng)[0], question.asked
             if rng.random() < 0.2:
                 thing = layout.objects[rng.integers(len(layout.objects))]
-                asked = (Descriptor(thing.shape, thing.color, thing.text if thing.shape == SIGN else None),)
-                text = f"a {_caption(asked[0])}"
+                asked = (Descriptor(thing.shape, thing.color),)
+                text = f"a {thing.color} {thing.shape}"
             texts.append(text)
             rows = [descriptor_classes(d) for d in asked]
             classes.append((rows + [NO_DESCRIPTOR])[:2])
@@ -80,13 +76,11 @@ class TowerTraining(nn.Module):
         self.heads = PatchHeads()
         self.bias = nn.Parameter(torch.tensor(0.3))
 
-    def losses(
-        self, pixels: Tensor, labels: Tensor, owners: Tensor, queries: Queries
-    ) -> tuple[Tensor, dict[str, float]]:
+    def losses(self, pixels: Tensor, labels: Tensor, queries: Queries) -> tuple[Tensor, dict[str, float]]:
         features = vision_features(self.clip, pixels)
         normed = self.clip.vision_model.post_layernorm(features)
         patches, texts = joint_vision(self.clip, features), joint_text(self.clip, queries.tokens)
-        patch, seen = patch_loss(self.heads, normed[:, 1:], labels, owners)
+        patch, seen = patch_loss(self.heads, normed[:, 1:], labels)
         scale = self.clip.logit_scale.exp().clamp(max=20)
         find, tell, whole = contrastive_loss(scale, self.bias, patches[:, 1:], patches[:, 0], texts, queries, labels)
         total = patch + 0.5 * find + tell + 0.2 * whole
@@ -103,7 +97,7 @@ def validate(model: TowerTraining, views: Views, tokenizer, number: int = 96) ->
     for part in np.array_split(chosen, max(1, len(chosen) // 16)):
         pixels, labels = normalize(torch.from_numpy(views.pixels[part])), torch.from_numpy(views.labels[part])
         queries = make_queries(views, part, 6, rng, tokenizer)
-        rows.append(model.losses(pixels, labels, torch.from_numpy(views.owners[part]), queries)[1])
+        rows.append(model.losses(pixels, labels, queries)[1])
         patches = joint_vision(model.clip, vision_features(model.clip, pixels))
         similarity = torch.einsum("qe,qne->qn", joint_text(model.clip, queries.tokens), patches[queries.views, 1:])
         asked, _ = descriptor_masks(labels, queries.classes)
@@ -113,25 +107,32 @@ def validate(model: TowerTraining, views: Views, tokenizer, number: int = 96) ->
 
 
 def train_tower(
-    work: Path, train: Views, held_out: Views, tokenizer_folder: Path, settings: TowerSettings
+    work: Path, train: list[Views], held_out: list[Views], tokenizer_folder: Path, settings: TowerSettings
 ) -> TowerTraining:
-    """Train, or go on training, and return the tower with its heads."""
+    """Train, or go on training, and return the tower with its heads; a batch is drawn evenly from the sets."""
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
     torch.manual_seed(settings.seed)
     model = TowerTraining(len(tokenizer))
-    few = slice(0, min(len(train), 300))
-    whiten_patches(model.clip, normalize(torch.from_numpy(train.pixels[few])), torch.from_numpy(train.labels[few]))
+    few = [slice(0, min(len(views), 150)) for views in train]
+    pixels, labels = (
+        torch.from_numpy(np.concatenate([getattr(views, name)[part] for views, part in zip(train, few, strict=True)]))
+        for name in ("pixels", "labels")
+    )
+    whiten_patches(model.clip, normalize(pixels), labels)
     stage = Stage(work, "tower", model, settings)
     for step in stage.steps():
         rng = np.random.default_rng([settings.seed, step])
-        chosen = np.sort(rng.choice(len(train), settings.batch, replace=False))
-        queries = make_queries(train, chosen, settings.queries, rng, tokenizer)
-        pixels = normalize(torch.from_numpy(train.pixels[chosen]))
-        labels, owners = torch.from_numpy(train.labels[chosen]), torch.from_numpy(train.owners[chosen])
-        loss, parts = model.losses(pixels, labels, owners, queries)
-        stage.update(loss)
+        total = None
+        for views in train:
+            chosen = np.sort(rng.choice(len(views), settings.batch // len(train), replace=False))
+            queries = make_queries(views, chosen, settings.queries, rng, tokenizer)
+            pixels, labels = normalize(torch.from_numpy(views.pixels[chosen])), torch.from_numpy(views.labels[chosen])
+            loss, parts = model.losses(pixels, labels, queries)
+            total = loss if total is None else total + loss
+        stage.update(total / len(train))
         if stage.is_due(step):
-            if stage.is_due(step, every=5):
-                parts |= {f"val_{k}": v for k, v in validate(model, held_out, tokenizer).items()}
+            if stage.is_due(step, every=3):
+                for name, views in zip(("val", "crowded"), held_out, strict=True):
+                    parts |= {f"{name}_{key}": value for key, value in validate(model, views, tokenizer).items()}
             stage.save(step, parts)
     return model.eval()

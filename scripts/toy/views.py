@@ -19,7 +19,7 @@ import torch
 from files import write_bytes, write_with
 from PIL import Image
 from questions import Descriptor
-from scenes import BACKGROUNDS, COLOR_NAMES, TEXTS, THINGS, WORDS, Layout, Scene, make_scene, scene_rng
+from scenes import BACKGROUNDS, CHARACTERS, COLOR_NAMES, TEXTS, THINGS, Layout, Scene, make_scene, scene_rng
 from tqdm import tqdm
 
 VIEW, PATCH = 336, 14
@@ -83,14 +83,14 @@ def _view(scene: Scene, transform: Callable[..., Image.Image], fill: tuple[int, 
     return View(transform(scene.image, fill, Image.BICUBIC), np.asarray(instances), np.asarray(letters))
 
 
-def _blocks(pixels: np.ndarray) -> np.ndarray:
+def patch_pixels(pixels: np.ndarray) -> np.ndarray:
     """(336, 336) -> the pixels of each patch (576, 196)."""
     return pixels.reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3).reshape(GRID * GRID, -1)
 
 
 def patch_objects(instances: np.ndarray, objects: int) -> np.ndarray:
     """Which object covers each patch: (336, 336) -> (576,) int8, or BACKGROUND, UNSURE, PADDING."""
-    blocks = _blocks(instances)
+    blocks = patch_pixels(instances)
     cover = np.stack([(blocks == number).mean(1) for number in range(1, objects + 1)])
     best, share = cover.argmax(0), cover.max(0)
     owner = np.where(share >= 0.2, best, np.where(cover.sum(0) > 0.03, UNSURE, BACKGROUND))
@@ -98,10 +98,10 @@ def patch_objects(instances: np.ndarray, objects: int) -> np.ndarray:
 
 
 def patch_labels(owner: np.ndarray, letters: np.ndarray, layout: Layout) -> np.ndarray:
-    """Classes of every patch, (4, 576) int16: shape, colour, text of the object, and the character that stands here;
-    IGNORE where there is none.
+    """Classes of every patch, (5, 576) int16: shape, colour, text of the object, the character that stands here and
+    its position in the text; IGNORE where there is none.
     """
-    labels = np.full((4, owner.size), IGNORE, dtype=np.int16)
+    labels = np.full((5, owner.size), IGNORE, dtype=np.int16)
     labels[0, owner == BACKGROUND] = len(THINGS) + BACKGROUNDS.index(layout.background)
     labels[0, owner == PADDING] = len(SHAPE_CLASSES) - 1
     for number, thing in enumerate(layout.objects):
@@ -110,20 +110,12 @@ def patch_labels(owner: np.ndarray, letters: np.ndarray, layout: Layout) -> np.n
         labels[1, here] = COLOR_NAMES.index(thing.color)
         if thing.text:
             labels[2, here] = TEXTS.index(thing.text)
-    blocks = _blocks(letters)
+    blocks = patch_pixels(letters)
     for patch in np.flatnonzero((blocks > 0).mean(1) > 0.6):
         counts = np.bincount(blocks[patch])[1:]
         if counts.max() > 0.55 * blocks.shape[1]:
-            labels[3, patch] = counts.argmax()
+            labels[4, patch], labels[3, patch] = divmod(counts.argmax(), len(CHARACTERS))
     return labels
-
-
-def text_digits(texts: torch.Tensor) -> torch.Tensor:
-    """Text classes (N,) -> (3, N): word, tens, units; IGNORE for what a text does not have."""
-    number = texts - len(WORDS)
-    none = torch.full_like(texts, IGNORE)
-    word = torch.where((texts >= 0) & (number < 0), texts, none)
-    return torch.stack((word, *(torch.where(number >= 0, part, none) for part in (number // 10, number % 10))))
 
 
 def descriptor_classes(descriptor: Descriptor) -> tuple[int, int, int]:
@@ -149,7 +141,7 @@ def compressed(scene: Scene, rng: np.random.Generator) -> Scene:
 
 @dataclass
 class Views:
-    """A stored set: pixels (N, 336, 336, 3) uint8, owners (N, 576), labels (N, 4, 576), layouts, padded (N,) bool."""
+    """A stored set: pixels (N, 336, 336, 3) uint8, owners (N, 576), labels (N, 5, 576), layouts, padded (N,) bool."""
 
     pixels: np.ndarray
     owners: np.ndarray

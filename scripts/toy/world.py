@@ -6,13 +6,28 @@ Questions are drawn anew from scenes that neither training nor the committed tes
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from questions import Question, color_check, color_of, existence, shape_of, text_check, written_on
-from scenes import make_scene, scene_rng
+from questions import (
+    Question,
+    background_of,
+    both,
+    color_check,
+    color_of,
+    existence,
+    most_of,
+    relation,
+    same_color,
+    shape_of,
+    text_check,
+    which_shapes,
+    written_on,
+)
+from scenes import Layout, make_scene, scene_rng
 
 from llava.conversation import conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
@@ -20,11 +35,16 @@ from llava.model.encoded_images import EncodedImages
 from llava.pruning import Pruner
 
 FIRST_SCENE = 100_000  # of the test split; the committed test sets use the first few hundred
-SKILLS = {
+Maker = Callable[[Layout, np.random.Generator], Question | None]
+SKILLS: dict[str, tuple[Maker, ...]] = {
     "existence": (existence,),
     "attribute": (color_of, shape_of, color_check),
-    "text": (written_on, text_check),
+    "text": (written_on,),
+    "several": (which_shapes, both),
+    "scene": (most_of, background_of),
 }
+COMPARISONS = {"text": (text_check,), "relation": (relation,), "colors": (same_color,)}  # what the toy has not learned
+POINTED = tuple(skill for skill in SKILLS if skill != "scene")  # whose questions are about some of the things
 SUFFIX = "\nAnswer the question using a single word or phrase."
 
 
@@ -51,7 +71,12 @@ class World:
 
 
 def draw_world(
-    scenes: int, per_skill: int, first: int = FIRST_SCENE, most: int | None = None, crowded: bool = False
+    scenes: int,
+    per_skill: int,
+    first: int = FIRST_SCENE,
+    most: int | None = None,
+    crowded: bool = False,
+    skills: Mapping[str, Sequence[Maker]] = SKILLS,
 ) -> tuple[list, list[Asked]]:
     """Pictures and questions, deterministically.
 
@@ -59,13 +84,14 @@ def draw_world(
         first: number of the first scene.
         most: objects of a scene; ``None`` takes all.
         crowded: scenes of 20 to 32 objects that share shapes and colours, instead of 8 to 16.
+        skills: what makes the questions of each.
     """
     pictures, asked = [], []
     for number in range(scenes):
         scene = make_scene("test", first + number, most=most, crowded=crowded)
         rng = scene_rng("test", first + number, purpose=23 if crowded else 9)
         pictures.append(scene.image)
-        for skill, makers in SKILLS.items():
+        for skill, makers in skills.items():
             found: dict[str, Question] = {}
             for _ in range(40):
                 question = makers[rng.integers(len(makers))](scene.layout, rng)
@@ -85,9 +111,10 @@ def build_world(
     first: int = FIRST_SCENE,
     most: int | None = None,
     crowded: bool = False,
+    skills: Mapping[str, Sequence[Maker]] = SKILLS,
 ) -> World:
     """What `draw_world` draws, after the tower."""
-    pictures, asked = draw_world(scenes, per_skill, first, most, crowded)
+    pictures, asked = draw_world(scenes, per_skill, first, most, crowded, skills)
     sizes = [picture.size for picture in pictures]
     parts = []
     with torch.inference_mode():
@@ -136,7 +163,7 @@ def answers_of(model, tokenizer, world: World, pruner: Pruner | None, batch: int
             pruner=pruner,
             query=[asked.question.text for asked in chunk],
             sample_ids=[asked.scene for asked in chunk],
-            max_new_tokens=6,
+            max_new_tokens=12,
         )
         texts += [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
     return texts

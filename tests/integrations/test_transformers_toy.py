@@ -234,7 +234,7 @@ def selections(monkeypatch):
 
 
 def test_the_two_lines_find_the_asked_object(single, selections):
-    """At least .9 of the area under the curve; the mean embedding of the question was at chance here, .54."""
+    """At least .9 of the area under the curve, by the source that is taken by itself and by the one that is named."""
     _, (processor, model) = single
     areas = {"auto": [], "projector": []}
     for source, found in areas.items():
@@ -250,7 +250,7 @@ def test_the_two_lines_find_the_asked_object(single, selections):
         assert handle.relevance.source == {"auto": "language"}.get(source, source)
     assert len(areas["auto"]) > 40
     assert np.mean(areas["auto"]) >= 0.9
-    assert np.mean(areas["projector"]) < 0.7
+    assert np.mean(areas["projector"]) >= 0.9
 
 
 @pytest.mark.parametrize("source", ["language", "words", "qk"])

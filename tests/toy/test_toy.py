@@ -13,7 +13,7 @@ from llava.model.builder import DEFAULT_CHECKPOINT, TOY_FOLDER, load_pretrained_
 from llava.pruning import get_pruner
 from llava.pruning.functional import relevance_scores
 
-SCENES, PER_SKILL = 24, 3
+SCENES, PER_SKILL = 20, 3
 PROMPT = torch.tensor([[1, -200]])
 
 
@@ -24,7 +24,7 @@ def toy():
 
 @pytest.fixture(scope="module")
 def world(toy):
-    return build_world(toy[1], toy[2], SCENES, PER_SKILL)
+    return build_world(toy[1], toy[2], SCENES, PER_SKILL, crowded=True)
 
 
 def kept_mask(toy, world, asked: Asked, pruner) -> np.ndarray:
@@ -85,21 +85,23 @@ def test_the_graph_keeps_what_differs(toy, world):
 
 
 def test_two_questions_about_one_scene_keep_their_own_objects(toy, world):
-    """More of a question's kept tokens lie on its own object than of those kept for another question."""
-    pruner = get_pruner("script", keep_tokens=16)
+    """What is asked about is kept, and by another question as often as not lost."""
+    pruner = get_pruner("script", keep_tokens=8)
     by_scene: dict[int, list[Asked]] = {}
     for asked in world.asked:
         if asked.target.any():
             by_scene.setdefault(asked.scene, []).append(asked)
     own, other = [], []
     for questions in by_scene.values():
-        pairs = [(a, b) for a in questions for b in questions if not (a.target & b.target).any()]
-        for first, second in pairs[:1]:
-            masks = [kept_mask(toy, world, a, pruner) for a in (first, second)]
-            own += [(masks[0] & first.target).sum(), (masks[1] & second.target).sum()]
-            other += [(masks[1] & first.target).sum(), (masks[0] & second.target).sum()]
-    assert len(own) >= 20
-    assert np.mean(own) >= np.mean(other) + 1.0
+        questions = questions[::2]
+        masks = [kept_mask(toy, world, asked, pruner) for asked in questions]
+        own += [(mask & asked.target).any() for mask, asked in zip(masks, questions, strict=True)]
+        for asked in questions:
+            others = [m for m, o in zip(masks, questions, strict=True) if not (o.target & asked.target).any()]
+            other += [(mask & asked.target).any() for mask in others]
+    assert len(own) >= 80
+    assert np.mean(own) >= 0.95
+    assert np.mean(other) <= 0.5
 
 
 def test_reading_is_told_by_kind():
@@ -111,8 +113,8 @@ def test_reading_is_told_by_kind():
 
 
 def test_answers_follow_what_is_kept(toy, world):
-    """Right unpruned and by Script; wrong where the object is lost: at random, by the wrong sign, unasked, and with
-    few tokens by relevance without variety.
+    """Right unpruned and by Script; wrong where the object is lost: at random, by the wrong sign, unasked, and by
+    relevance without variety.
     """
     tokenizer, model, _, _ = toy
     pruners = {
@@ -122,9 +124,8 @@ def test_answers_follow_what_is_kept(toy, world):
         "random, 16": get_pruner("random", keep_tokens=16),
         "uniform, 16": get_pruner("uniform", keep_tokens=16),
         "wrong sign, 16": get_pruner("script", keep_tokens=16, relevance_sign=-model.relevance_sign),
-        "script, 4": get_pruner("script", keep_tokens=4),
-        "without the question, 4": get_pruner("script", keep_tokens=4, relevance="none"),
-        "relevance alone, 4": get_pruner("script", keep_tokens=4, gsp=False, dpp=False),
+        "without the question, 16": get_pruner("script", keep_tokens=16, relevance="none"),
+        "relevance alone, 16": get_pruner("script", keep_tokens=16, gsp=False, dpp=False),
     }
     half = World(world.encoded, world.asked[::2])
     right: dict[str, dict[str, float]] = {}
@@ -133,19 +134,19 @@ def test_answers_follow_what_is_kept(toy, world):
         found = {
             skill: [ok for a, ok in zip(half.asked, answers, strict=True) if a.skill == skill] for skill in SKILLS
         }
-        right[name] = {skill: float(np.mean(oks)) for skill, oks in found.items()}
-    for name in ("unpruned", "script, 64", "script, 16", "script, 4"):
-        assert right[name]["existence"] >= 0.92, name
-        assert right[name]["attribute"] >= 0.95, name
-        assert right[name]["text"] >= 0.45, name
+        right[name] = {skill: float(np.mean(oks)) for skill, oks in found.items()} | {"all": float(np.mean(answers))}
+    for name in ("unpruned", "script, 64", "script, 16"):
+        assert right[name]["existence"] >= 0.9, name
+        assert right[name]["attribute"] >= 0.9, name
+        assert right[name]["text"] >= 0.85, name
     for name in ("random, 16", "uniform, 16", "wrong sign, 16"):
-        assert right["script, 16"]["existence"] >= right[name]["existence"] + 0.2, name
-        # By noisy relevance the wrong sign still keeps some of what is asked about.
-        lost = 0.2 if name == "wrong sign, 16" else 0.35
-        assert right["script, 16"]["attribute"] >= right[name]["attribute"] + lost, name
-    assert right["script, 4"]["existence"] >= right["without the question, 4"]["existence"] + 0.15
-    assert right["script, 4"]["attribute"] >= right["without the question, 4"]["attribute"] + 0.3
-    assert right["script, 4"]["attribute"] >= right["relevance alone, 4"]["attribute"] + 0.15
+        assert right["script, 16"]["existence"] >= right[name]["existence"] + 0.15, name
+        assert right["script, 16"]["attribute"] >= right[name]["attribute"] + 0.3, name
+        assert right["script, 16"]["text"] >= right[name]["text"] + 0.6, name
+    # To read a sign takes every character: without the question some are lost.
+    assert right["script, 16"]["text"] >= right["without the question, 16"]["text"] + 0.3
+    assert right["script, 16"]["attribute"] >= right["relevance alone, 16"]["attribute"] + 0.1
+    assert right["script, 16"]["all"] >= right["relevance alone, 16"]["all"] + 0.03
 
 
 def test_toy_checkpoint_is_small_and_in_the_original_format():

@@ -1,6 +1,7 @@
 """CLIP's text side of the toy: what its training touches, what it computes, and what it has learned."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -69,9 +70,15 @@ def test_crowded_scenes_share_shapes_and_colours():
         things = make_scene("test", index, crowded=True).layout.objects
         assert 20 <= len(things) <= 32
         pairs = [(thing.shape, thing.color) for thing in things if thing.shape != SIGN]
-        assert len(set(pairs)) == len(pairs)
+        (flock, number), (_, next_to_it) = Counter(pairs).most_common(2)
+        assert 6 <= number <= 9
+        assert next_to_it == 1
+        edges = {edge for thing in things if (thing.shape, thing.color) == flock for edge in thing.box}
+        assert all(edge % 14 == 0 for edge in edges)
+        pairs = list(dict.fromkeys(pairs))
+        assert max(thing.box[2] - thing.box[0] for thing in things) >= 4 * 14
         by_shape = {shape: [c for s, c in pairs if s == shape] for shape, _ in pairs}
-        assert sum(len(colors) >= 2 for colors in by_shape.values()) >= 3
+        assert sum(len(colors) >= 2 for colors in by_shape.values()) >= 2
         assert sum(len(colors) == 1 for colors in by_shape.values()) >= 2
     first, again = make_scene("test", 1, crowded=True), make_scene("test", 1, crowded=True)
     assert np.array_equal(np.asarray(first.image), np.asarray(again.image))
@@ -79,10 +86,10 @@ def test_crowded_scenes_share_shapes_and_colours():
 
 def test_relevance_by_layer(tmp_path, capsys):
     """Patches were never told what they mean, and yet those of the layer that is read are found, sign +1."""
-    relevance_layers.main(["--scenes", "4", "--json", str(tmp_path / "layers.json")])
+    relevance_layers.main(["--scenes", "12", "--json", str(tmp_path / "layers.json")])
     report = json.loads((tmp_path / "layers.json").read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == report
-    for world, least in zip(relevance_layers.WORLDS, (0.6, 0.85), strict=True):
+    for world, least in zip(relevance_layers.WORLDS, (0.6, 0.7), strict=True):
         layers = report[world]["layers"]
         assert list(layers) == ["0", "1", "2", "3", "4", "5"]
         for skill, cell in layers["4"].items():

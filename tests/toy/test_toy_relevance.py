@@ -25,7 +25,8 @@ def test_the_language_models_space_reads_the_toys_questions(tmp_path, capsys):
     assert max(areas["clip"]["describe"], areas["clip"]["another"]) < 0.4
     assert areas["clip"]["pair"] > max(0.85, areas["clip"]["pair describe"] + 0.15)
     assert set(areas["none"].values()) == {0.5}
-    assert areas["projector"]["asked"] < 0.7
+    # The projector began as the sum of words: the mean of a question's words finds them here.
+    assert areas["projector"]["asked"] > 0.9
     assert report["command"].startswith("python scripts/toy/relevance_spaces.py --scenes 4")
     assert set(report["versions"]) > {"python", "torch", "transformers"}
 

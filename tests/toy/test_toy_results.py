@@ -5,6 +5,7 @@ import pytest
 import results
 import sweeps
 from results_report import Measured, Resampling, Table, cell_text, difference, document
+from world import SKILLS
 
 ASKED = [(scene, skill) for scene in range(40) for skill in ("existence", "attribute", "text")]
 
@@ -96,6 +97,6 @@ def test_sweeps_tell_differences_to_the_defaults(tmp_path, capsys, monkeypatch):
     sweeps.main([*model, "--workers", "1", "--out", str(tmp_path / "SWEEPS.md")])
     text = (tmp_path / "SWEEPS.md").read_text()
     assert capsys.readouterr().out.strip() == text.strip()
-    assert text.count("| `kernel_exponent=0.5` | ") == 4  # all questions and three skills
-    assert "llava-toy-v1.5, crowded scenes, 9 questions" in text
+    assert text.count("| `kernel_exponent=0.5` | ") == 1 + len(SKILLS)
+    assert f"llava-toy-v1.5, crowded scenes, {3 * len(SKILLS)} questions" in text
     assert document  # the same table as in RESULTS.md
