@@ -92,7 +92,7 @@ def test_the_toy_is_calibrated_and_its_file_fits_it_alone(tmp_path, capsys):
     assert "3 pictures are few" in printed.err
     assert "weights of 4 heads of layer 0" in printed.out
     weights = HeadWeights.read(out)
-    assert (weights.layers, weights.layer, weights.heads, weights.head_dim) == (4, 0, 4, 48)
+    assert (weights.layers, weights.layer, weights.heads, weights.head_dim) == (8, 0, 4, 32)
     assert sum(weights.weights) == pytest.approx(4, abs=1e-3)
     assert "3 pictures" in weights.made
 

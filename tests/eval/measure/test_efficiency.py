@@ -89,7 +89,9 @@ def test_figures_of_the_table(subject):
         assert figures["visual_tokens"] == figures["average_tokens"] == tokens
         assert figures["visual_cache_bytes"] == tokens * token_bytes
         assert figures["cache_bytes"] == (tokens + text) * token_bytes
-        assert figures["formula_macs"] == prefill_flops([tokens] * 4, config.hidden_size, config.intermediate_size)
+        assert figures["formula_macs"] == prefill_flops(
+            [tokens] * config.num_hidden_layers, config.hidden_size, config.intermediate_size
+        )
         assert set(figures["milliseconds"]) == set(efficiency_subject.STAGES)
         assert not figures["note"]
     fastv = found["fastv"]
