@@ -78,7 +78,7 @@ def test_the_toy_answers_as_on_its_own_host(client):
             asked += 1
             right += said.lower().startswith(answer.lower())
     assert asked == 32
-    assert right >= 26
+    assert right >= 24
 
 
 def test_a_request_may_ask_for_less_but_not_for_more(client):
