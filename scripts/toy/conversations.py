@@ -129,8 +129,8 @@ class ViewMap:
         return sum(max(1, len(self.characters(target))) for target in targets if target in self.owner)
 
 
-def forced_share(budget: int) -> int:
-    """How many of ``budget`` patches may be chosen for what is asked about."""
+def most_forced(budget: int) -> int:
+    """How many of ``budget`` patches may be forced in for what is asked about: three quarters."""
     return 3 * budget // 4
 
 
@@ -153,6 +153,6 @@ def choose_patches(view: ViewMap, targets: list[int], budget: int, rng: np.rando
         characters, patches = view.characters(target), order[owner[order] == target]
         first += characters.tolist() or patches[:1].tolist()
         second += [] if len(characters) else patches[1:2].tolist()
-    forced = (first + second)[: forced_share(budget)]
+    forced = (first + second)[: most_forced(budget)]
     rest = order[~np.isin(order, forced)]
     return np.sort(np.concatenate((np.array(forced, dtype=np.int64), rest[: budget - len(forced)])))

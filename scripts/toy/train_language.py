@@ -17,10 +17,10 @@ from conversations import (
     ViewMap,
     choose_patches,
     draw_questions,
-    forced_share,
     make_caption,
     make_checklist,
     make_talk,
+    most_forced,
     pad_batch,
 )
 from files import write_with
@@ -245,7 +245,7 @@ def answerable(
     kept, targets = [], []
     for question in questions:
         wanted = sorted({*targets, *question.targets(layout)})
-        fits = tokens is None or all(view.needed(wanted) <= forced_share(tokens) for view in maps)
+        fits = tokens is None or all(view.needed(wanted) <= most_forced(tokens) for view in maps)
         if fits or not kept:
             kept, targets = [*kept, question], wanted
     return kept, targets

@@ -136,17 +136,17 @@ def test_answers_follow_what_is_kept(toy, world):
         }
         right[name] = {skill: float(np.mean(oks)) for skill, oks in found.items()} | {"all": float(np.mean(answers))}
     for name in ("unpruned", "script, 64", "script, 16"):
-        assert right[name]["existence"] >= 0.9, name
-        assert right[name]["attribute"] >= 0.9, name
-        assert right[name]["text"] >= 0.85, name
+        assert right[name]["existence"] >= 0.92, name
+        assert right[name]["attribute"] >= 0.95, name
+        assert right[name]["text"] >= 0.95, name
     for name in ("random, 16", "uniform, 16", "wrong sign, 16"):
-        assert right["script, 16"]["existence"] >= right[name]["existence"] + 0.15, name
-        assert right["script, 16"]["attribute"] >= right[name]["attribute"] + 0.3, name
-        assert right["script, 16"]["text"] >= right[name]["text"] + 0.6, name
+        assert right["script, 16"]["existence"] >= right[name]["existence"] + 0.2, name
+        assert right["script, 16"]["attribute"] >= right[name]["attribute"] + 0.4, name
+        assert right["script, 16"]["text"] >= right[name]["text"] + 0.8, name
     # To read a sign takes every character: without the question some are lost.
-    assert right["script, 16"]["text"] >= right["without the question, 16"]["text"] + 0.3
-    assert right["script, 16"]["attribute"] >= right["relevance alone, 16"]["attribute"] + 0.1
-    assert right["script, 16"]["all"] >= right["relevance alone, 16"]["all"] + 0.03
+    assert right["script, 16"]["text"] >= right["without the question, 16"]["text"] + 0.4
+    assert right["script, 16"]["attribute"] >= right["relevance alone, 16"]["attribute"] + 0.15
+    assert right["script, 16"]["all"] >= right["relevance alone, 16"]["all"] + 0.05
 
 
 def test_toy_checkpoint_is_small_and_in_the_original_format():

@@ -89,7 +89,7 @@ def test_relevance_by_layer(tmp_path, capsys):
     relevance_layers.main(["--scenes", "12", "--json", str(tmp_path / "layers.json")])
     report = json.loads((tmp_path / "layers.json").read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == report
-    for world, least in zip(relevance_layers.WORLDS, (0.6, 0.7), strict=True):
+    for world, least in zip(relevance_layers.WORLDS, (0.6, 0.85), strict=True):
         layers = report[world]["layers"]
         assert list(layers) == ["0", "1", "2", "3", "4", "5"]
         for skill, cell in layers["4"].items():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import results
 import sweeps
-from results_report import Measured, Resampling, Table, cell_text, difference, document
+from results_report import Measured, Resampling, Table, cell_text, difference
 from world import SKILLS
 
 ASKED = [(scene, skill) for scene in range(40) for skill in ("existence", "attribute", "text")]
@@ -99,4 +99,3 @@ def test_sweeps_tell_differences_to_the_defaults(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.strip() == text.strip()
     assert text.count("| `kernel_exponent=0.5` | ") == 1 + len(SKILLS)
     assert f"llava-toy-v1.5, crowded scenes, {3 * len(SKILLS)} questions" in text
-    assert document  # the same table as in RESULTS.md

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from anyres import view_maps
-from conversations import ViewMap, choose_patches, forced_share
+from conversations import ViewMap, choose_patches, most_forced
 from formats import checklist, wrong_text
 from questions import background_of, most_of, which_shapes
 from scenes import CHARACTERS, SIGN, THINGS, make_scene, scene_rng
@@ -43,7 +43,7 @@ def test_what_is_asked_about_can_be_told_from_the_patches_chosen():
         patches = choose_patches(view, targets, 32, rng)
         assert len(patches) == len(set(patches)) == 32
         assert np.all(np.diff(patches) > 0)
-        assert view.needed(targets) <= forced_share(32)
+        assert view.needed(targets) <= most_forced(32)
         assert set(targets) <= view.legible(patches)
 
 
@@ -66,7 +66,7 @@ def test_questions_are_asked_together_only_if_their_things_fit():
     few, some = answerable(questions, scene.layout, [view], 4)
     assert few[0] == questions[0]
     assert set(some) < set(targets)
-    assert view.needed(some) <= max(forced_share(4), view.needed(questions[0].targets(scene.layout)))
+    assert view.needed(some) <= max(most_forced(4), view.needed(questions[0].targets(scene.layout)))
 
 
 def test_a_checklist_tells_what_signs_say():

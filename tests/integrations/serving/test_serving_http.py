@@ -56,7 +56,7 @@ def test_the_toy_answers_as_on_its_own_host(client):
 
     tokenizer, model, image_processor, _ = load_pretrained_model(DEFAULT_CHECKPOINT, device="cpu")
     pruner = get_pruner("script", keep_tokens=KEEP)
-    asked = right = 0
+    asked, right = 0, {"existence": 0, "color": 0}
     for file in sorted((MME / "existence").glob("*.txt"))[:8] + sorted((MME / "color").glob("*.txt"))[:8]:
         picture = file.with_suffix(".png")
         for line in file.read_text().splitlines():
@@ -76,9 +76,10 @@ def test_the_toy_answers_as_on_its_own_host(client):
             assert said == tokenizer.decode(ours[0], skip_special_tokens=True).strip()
             assert reply.usage.prompt_tokens == ids.shape[1] - 1 + KEEP
             asked += 1
-            right += said.lower().startswith(answer.lower())
+            right[file.parent.name] += said.lower().startswith(answer.lower())
     assert asked == 32
-    assert right >= 24
+    assert right["color"] == 16
+    assert right["existence"] >= 9  # unpruned 11: the toy says No too often to MME's wording (docs/toy.md)
 
 
 def test_a_request_may_ask_for_less_but_not_for_more(client):
